@@ -1,0 +1,72 @@
+"""Checks shared by the frozen value classes of this folder: every value from a file is hostile until it passed one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from efficientformer.spec.errors import SpecError, nearest
+
+
+def check_int(name: str, value: object, low: int, high: int) -> None:
+    """Raise SpecError unless ``value`` is an int (not a bool) in ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise SpecError(f"Illegal {name}", expected=f"a whole number from {low} to {high}", found=repr(value))
+
+
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    """Raise SpecError unless ``value`` is a finite number in ``[low, high]``."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:  # type: ignore[operator]
+        raise SpecError(f"Illegal {name}", expected=f"a number from {low} to {high}", found=repr(value))
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise SpecError unless ``value`` is one of ``choices`` (and of the same type: True is not 1)."""
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        legal = ", ".join(repr(choice) for choice in choices)
+        raise SpecError(f"Illegal {name}", expected=f"one of {legal}", found=repr(value))
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise SpecError unless ``value`` is True or False."""
+    check_choice(name, value, (True, False))
+
+
+def check_keys(name: str, data: object, cls: type) -> dict[str, Any]:
+    """Return ``data`` as a dict after checking that it is a mapping with just the fields of dataclass ``cls``."""
+    if not isinstance(data, Mapping):
+        raise SpecError(f"Illegal {name}", expected="a JSON object", found=type(data).__name__)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            close = nearest(str(key), fields)
+            hint = f"Did you mean {close[0]!r}?" if close else f"The fields are {', '.join(fields)}"
+            raise SpecError(f"Unknown field {key!r} in {name}", hint=hint)
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and key not in data:
+            raise SpecError(
+                f"Field {key!r} is missing from {name}", found=f"only {', '.join(map(str, data)) or 'nothing'}"
+            )
+    return dict(data)
+
+
+def as_list(name: str, value: object, max_len: int) -> list[Any]:
+    """Return ``value`` as a list after checking that it is a sequence of at most ``max_len`` entries."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or len(value) > max_len:
+        found = f"{len(value)} entries" if isinstance(value, Sequence) else type(value).__name__
+        raise SpecError(f"Illegal {name}", expected=f"a list of at most {max_len} entries", found=found)
+    return list(value)
+
+
+def as_pair(name: str, value: object) -> tuple[int, int]:
+    """Return ``(height, width)`` from one number (a square) or two."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value, value
+    pair = as_list(name, value, 2)
+    if len(pair) != 2:
+        raise SpecError(f"Illegal {name}", expected="one number, or height and width", found=repr(value))
+    return pair[0], pair[1]

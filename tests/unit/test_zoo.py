@@ -1,0 +1,88 @@
+"""The zoo: every name resolves, every card is complete, unknown names are helped."""
+
+import pytest
+
+from efficientformer.spec.errors import UnknownModelError
+from efficientformer.spec.labels import label_names, synsets
+from efficientformer.spec.zoo import EMBEDDED, LAYOUT_PREPROCESS, cards, list_models, resolve
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "source"),
+    [
+        ("efficientformer_l1", "efficientformer_l1", None),
+        ("L1", "efficientformer_l1", None),
+        ("efficientformer-l1", "efficientformer_l1", None),
+        ("efficientformer-l1_3rdparty_8xb128_in1k", "efficientformer_l1", "mmpretrain"),
+        ("efficientformer-l3_3rdparty_in1k", "efficientformer_l3", "mmpretrain"),
+        ("efficientformer-l7_8xb128_in1k", "efficientformer_l7", None),
+        ("efficientformer_l1.snap_dist_in1k", "efficientformer_l1", "timm"),
+        ("timm/efficientformerv2_s0.snap_dist_in1k", "efficientformerv2_s0", "timm"),
+        ("snap-research/efficientformer-l1-300", "efficientformer_l1", "transformers"),
+        ("efficientformer_l1_300d", "efficientformer_l1", "snap-300"),
+        ("eformer_l_450", "efficientformerv2_l", "snap"),
+        ("s2", "efficientformerv2_s2", None),
+        ("efficientformer_v2_l", "efficientformerv2_l", None),
+        (EMBEDDED, EMBEDDED, None),
+    ],
+)
+def test_every_projects_name_resolves(name, card, source):
+    found = resolve(name)
+    assert found.card.name == card
+    assert (found.source.name if found.source else None) == source
+
+
+def test_no_two_cards_share_a_name():
+    seen = {}
+    for card in cards():
+        for name in (card.name, *card.aliases):
+            assert seen.setdefault(name.lower(), card.name) == card.name
+
+
+@pytest.mark.parametrize("name", ["efficientformer_l2", "efficentformer_l1", "s9", "", "resnet50"])
+def test_unknown_names_get_the_nearest_and_the_list(name):
+    with pytest.raises(UnknownModelError, match="The zoo holds efficientformer_l1") as caught:
+        resolve(name)
+    if name == "efficentformer_l1":
+        assert "Did you mean efficientformer_l1" in str(caught.value)
+
+
+def test_patterns_match_names_and_aliases():
+    assert list_models("*v2*") == [f"efficientformerv2_{v}" for v in ("s0", "s1", "s2", "l")]
+    assert list_models("*3rdparty*") == ["efficientformer_l1", "efficientformer_l3", "efficientformer_l7"]
+    assert list_models("nothing") == []
+    assert len(list_models()) == 8
+
+
+@pytest.mark.parametrize("card", cards(), ids=lambda card: card.name)
+def test_every_card_is_complete(card):
+    for source in card.sources or (None,):
+        manifest = card.manifest(source)
+        assert len(manifest.labels) == card.spec.num_classes
+    for source in card.sources:
+        assert source.layout in LAYOUT_PREPROCESS
+        assert source.url.startswith("https://")
+        assert source.alias
+        assert source.preprocess == LAYOUT_PREPROCESS[source.layout]
+        assert 70 < source.top1 < 90
+    if card.name != EMBEDDED:
+        assert card.note
+        assert card.training
+        assert card.latency_ms
+
+
+def test_openmmlab_digests_are_in_their_file_names():
+    for card in cards():
+        for source in card.sources:
+            if source.name == "mmpretrain":
+                assert len(source.sha256) == 8
+                assert source.filename.endswith(f"-{source.sha256}.pth")
+                assert source.url.endswith(source.filename)
+
+
+def test_labels():
+    assert len(label_names("imagenet1k")) == len(synsets()) == 1000
+    assert len(set(synsets())) == 1000
+    assert label_names("imagenet1k")[0] == "tench, Tinca tinca"
+    assert synsets()[:2] == ("n01440764", "n01443537")
+    assert label_names("cifar10")[3] == "cat"
