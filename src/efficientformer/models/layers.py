@@ -1,0 +1,56 @@
+"""Small layers every block is made of."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvNorm(nn.Module):
+    """Convolution with bias, padded to keep the map, and BatchNorm (eps 1e-5): (B, C, h, w) to (B, out, h', w')."""
+
+    def __init__(self, dim: int, out_dim: int, kernel: int = 1, *, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, kernel, stride=stride, padding=kernel // 2, groups=groups)
+        self.norm = nn.BatchNorm2d(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve and normalise."""
+        return self.norm(self.conv(x))
+
+
+class PoolMixer(nn.Module):
+    """MB4D's token mixer: 3x3 average pooling minus its input; border means leave the padding out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix positions: (B, C, h, w) to (B, C, h, w)."""
+        return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False) - x
+
+
+class LayerScale(nn.Module):
+    """Learned factor per channel on a residual branch, of a map or of tokens."""
+
+    def __init__(self, dim: int, init: float, *, on_map: bool) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+        self.on_map = on_map
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale (B, C, h, w) if ``on_map``, else (B, N, C)."""
+        return x * (self.gamma[:, None, None] if self.on_map else self.gamma)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop the residual branch of a sample with probability ``rate``."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero whole samples of (B, ...) and scale the kept ones so that the expectation stays."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)

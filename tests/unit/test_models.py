@@ -1,0 +1,175 @@
+"""The networks in train form: gradients everywhere, no hidden state, every option does what it says."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from efficientformer.models.network import EfficientFormer
+from efficientformer.spec.errors import InputSizeError, UsageError
+from efficientformer.spec.variants import VARIANTS, v1_spec, v2_spec
+from tests.unit.test_spec import SLIMMED
+
+TINY = {
+    **SLIMMED,
+    "v2 with every part": v2_spec((16, 24, 32, 48), ((4,), (4,), (4, 3), (4, 3)), 1, input_size=64, num_classes=7),
+    "v1 with every part": v1_spec((16, 24, 32, 48), (1, 1, 2, 2), (1, 1), input_size=64, num_classes=7),
+    "one head": v1_spec((16, 24, 32, 48), (1, 1, 1, 1), 1, input_size=64, num_classes=7, distilled=False),
+}
+
+
+def images_for(spec, batch=2, seed=0):
+    return torch.randn(batch, spec.in_chans, *spec.input_size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("mode", ["plain", "heads", "eval", "drop path", "checkpointing", "bf16"])
+def test_every_parameter_gets_a_gradient_in_every_training_mode(name, mode):
+    spec = TINY[name]
+    if mode == "heads" and not spec.distilled:
+        pytest.skip("one head")
+    torch.manual_seed(0)
+    # batch 16 with rate 0.2: a seed where no block is dropped for every image
+    model = EfficientFormer(spec, drop_path_rate=0.2 if mode == "drop path" else 0.0, layer_scale_init=0.1)
+    model.train(mode != "eval")  # fine-tuning with frozen batch norms runs in evaluation mode
+    model.set_grad_checkpointing(mode == "checkpointing")
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "bf16"):
+        out = model(images_for(spec, 16), return_heads=mode == "heads")
+    loss = sum(head.float().square().mean() for head in (out if isinstance(out, tuple) else (out,)))
+    loss.backward()
+    starved = [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert starved == []
+    # a bias in front of a BatchNorm in training, and one added to all scores alike, cannot matter; nothing else is zero
+    dead = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() == 0]
+    assert all("attention_biases" not in n and "gamma" not in n and "head" not in n for n in dead), dead
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_features_of_all_stages_and_the_pooled_ones(name):
+    spec = TINY[name]
+    model = EfficientFormer(spec).eval()
+    images = images_for(spec)
+    maps = model.features(images)
+    assert [tuple(m.shape) for m in maps] == [(2, s.width, *g) for s, g in zip(spec.stages, spec.grids, strict=True)]
+    (pooled,) = model.extract_feat(images)
+    assert pooled.shape == (2, spec.stages[-1].width)
+    assert all(torch.equal(a, b) for a, b in zip(model.extract_feat(images, stage="backbone"), maps, strict=True))
+    torch.testing.assert_close(
+        model.head(pooled), model(images) if not spec.distilled else model(images, return_heads=True)[0]
+    )
+    with pytest.raises(UsageError, match="neck"):
+        model.extract_feat(images, stage="head")
+
+
+def test_evaluation_returns_the_mean_of_the_heads_logits():
+    model = EfficientFormer(TINY["v2 with every part"]).eval()
+    images = images_for(model.spec)
+    cls, dist = model(images, return_heads=True)
+    assert not torch.equal(cls, dist)
+    torch.testing.assert_close(model(images), (cls + dist) / 2)
+    with pytest.raises(UsageError, match="one head"):
+        EfficientFormer(TINY["one head"])(images_for(TINY["one head"]), return_heads=True)
+
+
+@pytest.mark.parametrize("name", ["v1 with every part", "v2 with every part"])
+def test_nothing_is_cached(name):
+    """Loading other weights after a forward in evaluation mode must give those weights' outputs, biases included."""
+    model, other = (EfficientFormer(TINY[name], layer_scale_init=0.5).eval() for _ in range(2))
+    for parameter in (p for n, p in other.named_parameters() if "attention_biases" in n):
+        torch.nn.init.normal_(parameter, std=3)
+    images = images_for(model.spec)
+    before = model(images)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(images), other(images))
+    assert not torch.equal(before, other(images))
+    assert model.eval() is model
+    assert model.train() is model
+
+
+@pytest.mark.parametrize("name", ["v1 with every part", "v2 with every part", "no MB3D at all"])
+def test_compiles_exports_and_runs_in_bf16_and_channels_last(name):
+    model = EfficientFormer(TINY[name], layer_scale_init=0.1).eval()
+    images = images_for(model.spec)
+    expected = model(images)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(images[:1].repeat(5, 1, 1, 1))[:1], expected[:1], rtol=1e-4, atol=1e-5)
+    last = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
+    half = model.to(torch.bfloat16)(images.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    torch.manual_seed(0)
+    model = EfficientFormer(TINY["v2 with every part"], layer_scale_init=0.1).train()
+    gradients = []
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)
+        model.zero_grad()
+        model(images_for(model.spec)).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_drop_path_rises_linearly_and_only_acts_in_training():
+    spec = TINY["v1 with every part"]
+    model = EfficientFormer(spec, drop_path_rate=0.5, layer_scale_init=1.0)
+    rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0.1 * i for i in range(6)])
+    images = images_for(spec)
+    assert torch.equal(model.eval()(images), model(images))
+    model.train()
+    assert not torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("option", ["drop_path_rate", "head_dropout"])
+def test_illegal_rates_are_refused(option):
+    for rate in (-0.1, 1.0):
+        with pytest.raises(UsageError, match=option):
+            EfficientFormer(TINY["one head"], **{option: rate})
+
+
+def test_head_dropout_acts_in_training_only():
+    model = EfficientFormer(TINY["no MB3D at all"], head_dropout=0.9).eval()
+    images = images_for(model.spec)
+    assert torch.equal(model(images), model(images))
+    model.head_dropout.train()
+    assert not torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fits"),
+    [
+        ("v1 with every part", (64, 64), True),
+        ("v1 with every part", (50, 60), True),  # the attention maps are those of 64x64
+        ("v1 with every part", (96, 64), False),
+        ("v2 with every part", (61, 64), True),
+        ("v2 with every part", (96, 96), False),
+        ("no MB3D at all", (96, 33), True),  # no attention, no table to fit
+        ("no MB3D at all", (31, 64), False),
+    ],
+)
+def test_inputs_must_fit_the_attention_tables(name, size, fits):
+    model = EfficientFormer(TINY[name]).eval()
+    images = torch.rand(1, model.spec.in_chans, *size)
+    if fits:
+        assert model(images).shape == (1, model.spec.num_classes)
+    else:
+        with pytest.raises(InputSizeError, match="64x64"):
+            model(images)
+
+
+def test_wrong_channels_are_refused_with_both_numbers():
+    with pytest.raises(UsageError, match=r"expected 3; found 1"):
+        EfficientFormer(TINY["one head"])(torch.rand(1, 1, 64, 64))
+
+
+@pytest.mark.parametrize("size", [160, (192, 256), 250])
+def test_other_input_sizes_can_be_built(size):
+    spec = dataclasses.replace(VARIANTS["efficientformer_l1"], num_classes=5).with_input_size(size)
+    images = images_for(spec, 1)
+    assert EfficientFormer(spec).eval()(images).shape == (1, 5)
