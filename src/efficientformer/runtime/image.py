@@ -1,0 +1,353 @@
+"""From any picture to the network's input, without torch: decode, resize, crop, normalise.
+
+For ordinary pictures every stage gives what ``Image.open(f).convert("RGB")`` and torchvision's
+``Resize``, ``CenterCrop``, ``ToTensor``, ``Normalize`` give, to the last bit. The one deliberate difference is 16-bit
+grey: Pillow's ``convert`` clips it to white, here it is rescaled to 8 bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import stat
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageFile
+
+from efficientformer.spec.errors import ImageError
+from efficientformer.spec.fields import check_choice
+from efficientformer.spec.preprocess import PreprocessSpec
+
+Encoded: TypeAlias = bytes | bytearray | memoryview
+Source: TypeAlias = str | os.PathLike[str] | Encoded | IO[bytes] | Image.Image | npt.NDArray[Any]
+
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses a picture; 512 MiB as 8-bit RGB
+MAX_BYTES = 1 << 29  # of an encoded file: what MAX_PIXELS pixels take without any compression
+# Elongated pictures grow when their short edge is resized: 256 MiB in Pillow, which for a short edge of 256 allows
+# pictures 1,024 times as long as wide. Resizing also needs memory in proportion to the longer side it starts from.
+MAX_RESIZED_PIXELS = 1 << 26
+MAX_SIDE = 1 << 20
+
+# Pillow's plugins worth their attack surface, and their files' endings. Left out on purpose: EPS and PSD (programs, not
+# pictures; EPS starts Ghostscript), icons, JPEG 2000, and everything scientific or obsolete.
+FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "JPEG": ("JpegImagePlugin", (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")),
+    "PNG": ("PngImagePlugin", (".png", ".apng")),
+    "WEBP": ("WebPImagePlugin", (".webp",)),
+    "GIF": ("GifImagePlugin", (".gif",)),
+    "BMP": ("BmpImagePlugin", (".bmp",)),
+    "TIFF": ("TiffImagePlugin", (".tif", ".tiff")),
+    "AVIF": ("AvifImagePlugin", (".avif",)),
+    "PPM": ("PpmImagePlugin", (".ppm", ".pgm", ".pbm", ".pnm")),
+}
+SUFFIXES = frozenset(suffix for _, suffixes in FORMATS.values() for suffix in suffixes)
+
+# How to undo EXIF orientation 2, 3, ... 8; 1 is upright.
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+
+
+def decode(
+    source: Source, *, mode: str = "RGB", exif: bool = False, max_pixels: int = MAX_PIXELS, name: str = ""
+) -> Image.Image:
+    """Decode one picture completely, trusting nothing in it.
+
+    Of animations the first frame counts; transparency is dropped as Pillow's ``convert`` drops it; 16-bit grey is
+    rescaled to 8 bits. What Pillow's global switches say (``MAX_IMAGE_PIXELS``, ``LOAD_TRUNCATED_IMAGES``) is ignored.
+
+    Args:
+        source: A path, the bytes of a file, an open binary file, a Pillow image, or a uint8 array: (H, W, 3) in the
+            order RGB (OpenCV's and mmpretrain's arrays are BGR: reverse them first) or (H, W) grey. An open file is
+            read from where it stands.
+        mode: Pillow mode of the result, ``RGB`` or ``L``.
+        exif: Whether to apply the EXIF orientation; an unreadable EXIF block counts as none.
+        max_pixels: Larger pictures are refused from their header, before anything is allocated.
+        name: What messages call the picture; by default the path, or the kind of source.
+
+    Returns:
+        The loaded picture, (W, H) in ``mode``; ``source`` itself if that is a Pillow image which needs no change.
+
+    Raises:
+        ImageError: If it cannot be read, is no picture, is damaged or truncated, or is too large.
+    """
+    check_choice("mode", mode, ("RGB", "L"))
+    name = name or _name_of(source)
+    if isinstance(source, np.ndarray):
+        source = _from_array(source, name)
+    data = source if isinstance(source, Image.Image) else _read(source, name)
+    try:
+        with _pillow_guard(max_pixels):
+            image = data if isinstance(data, Image.Image) else _open(data, name)
+            _check_size(image.size, max_pixels, name)
+            image.load()
+            turn = _orientation(image) if exif else None
+            image = _convert(image, mode, name)
+            return image if turn is None else image.transpose(turn)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's plugins let anything out, from struct.error to RecursionError
+        expected, found = "a complete, undamaged picture", f"{type(error).__name__}: {error}"
+        hint = "Fetch it again, or save it anew as JPEG or PNG"
+        raise ImageError(f"Cannot decode {name}", expected=expected, found=found, hint=hint) from error
+
+
+def resize_crop(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
+    """Resize and centre-crop a decoded picture in 8 bits, as torchvision does on Pillow images.
+
+    Args:
+        image: A picture in mode ``spec.mode``, as ``decode`` returns it.
+        spec: The preprocessing.
+
+    Returns:
+        A picture of exactly ``spec.input_size``.
+
+    Raises:
+        ImageError: If the mode is wrong, or the picture is so elongated that resizing it would exhaust the memory.
+    """
+    if image.mode != spec.mode:
+        expected, found = f"mode {spec.mode}", f"mode {image.mode}"
+        raise ImageError(
+            "Cannot preprocess this picture", expected=expected, found=found, hint="Decode it with decode()"
+        )
+    size = _resized_size(image.size, spec)
+    if size != image.size:
+        image = image.resize(size, Image.Resampling[spec.interpolation.upper()])
+    height, width = spec.input_size
+    if image.size == (width, height):
+        return image
+    # The resized short edge is never below the crop (PreprocessSpec sees to it), so no margin is negative.
+    margins = image.width - width, image.height - height
+    left, top = (margin // 2 if spec.crop_rounding == "floor" else round(margin / 2) for margin in margins)
+    return image.crop((left, top, left + width, top + height))
+
+
+def normalise(images: Sequence[Image.Image], spec: PreprocessSpec) -> npt.NDArray[np.float32]:
+    """Turn pictures from ``resize_crop`` into one batch, (N, C, H, W) float32 and contiguous.
+
+    Raises:
+        ImageError: If a picture has not the mode or the size that ``spec`` asks for.
+    """
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (spec.mean, spec.std))
+    batch = np.empty((len(images), len(spec.mean), *spec.input_size), np.float32)
+    for image, out in zip(images, batch, strict=True):
+        if image.mode != spec.mode or image.size != spec.input_size[::-1]:
+            expected, found = f"{spec.mode} {spec.input_size[::-1]}", f"{image.mode} {image.size}"
+            raise ImageError("Cannot normalise this picture", expected=expected, found=found, hint="Use resize_crop()")
+        pixels = np.asarray(image).reshape(*spec.input_size, -1)  # (H, W, C) uint8
+        # These three steps in float32 are torchvision's own; one multiply-add would be faster by 0.02 ms but not equal.
+        np.divide(np.ascontiguousarray(pixels.transpose(2, 0, 1)), np.float32(255), out=out)
+        np.subtract(out, mean, out=out)
+        np.divide(out, std, out=out)
+    return batch
+
+
+def preprocess_batch(images: Sequence[Image.Image], spec: PreprocessSpec) -> npt.NDArray[np.float32]:
+    """Turn decoded pictures into one batch, (N, C, H, W) float32 and contiguous.
+
+    Raises:
+        ImageError: As ``resize_crop``.
+    """
+    return normalise([resize_crop(image, spec) for image in images], spec)
+
+
+def preprocess(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.float32]:
+    """Turn a decoded picture into the network's input, (C, H, W) float32 and contiguous.
+
+    Raises:
+        ImageError: As ``resize_crop``.
+    """
+    return cast("npt.NDArray[np.float32]", preprocess_batch([image], spec)[0])
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of a regular file, without ever opening a device, a pipe or a socket.
+
+    Raises:
+        ImageError: If it is missing, unreadable, no regular file, or larger than ``MAX_BYTES``.
+    """
+    name = repr(os.fspath(path))
+    try:
+        info = Path(path).stat()
+        if not stat.S_ISREG(info.st_mode):
+            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe, socket or device"
+            raise ImageError(f"Cannot read {name}", expected="a picture file", found=kind)
+        if info.st_size > MAX_BYTES:
+            raise _too_many_bytes(name)
+        with Path(path).open("rb") as file:
+            return file.read(info.st_size)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ImageError(f"Cannot read {name}", expected="a readable picture file", found=reason) from error
+
+
+def read_stream(stream: IO[bytes], name: str) -> bytes:
+    """Return the rest of an open binary file.
+
+    Raises:
+        ImageError: If reading fails, gives text, or more than ``MAX_BYTES``.
+    """
+    data = bytearray()
+    try:
+        while block := stream.read(1 << 20):
+            data += block  # a TypeError if the file was opened as text
+            if len(data) > MAX_BYTES:
+                raise _too_many_bytes(name)
+    except (OSError, TypeError, ValueError) as error:  # ValueError: a closed file, or undecodable text
+        found = f"{type(error).__name__}: {error}"
+        raise ImageError(f"Cannot read {name}", expected="a file opened in binary mode", found=found) from error
+    return bytes(data)
+
+
+class _PillowGuard:
+    """Holds Pillow's process-wide state still while any thread is decoding.
+
+    A host that set ``LOAD_TRUNCATED_IMAGES`` would get half-grey pictures, and one that changed ``MAX_IMAGE_PIXELS``
+    other limits than ours in the plugins that check it again; plugins also warn about what we report as errors or
+    accept. The first thread in changes this state and the last one out restores it, so decoding stays parallel.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._restore = contextlib.ExitStack()
+        self._inside = 0
+
+    @contextlib.contextmanager
+    def __call__(self, max_pixels: int) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                self._restore.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                self._restore.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES)
+                self._restore.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+            Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._restore.close()
+
+
+_pillow_guard = _PillowGuard()
+
+
+def _name_of(source: Source) -> str:
+    """Return what messages call ``source``."""
+    if isinstance(source, str | os.PathLike):
+        return repr(os.fspath(source))
+    if isinstance(source, Encoded):
+        return f"the {len(source)} bytes"
+    return f"the {type(source).__name__}"
+
+
+def _too_many_bytes(name: str) -> ImageError:
+    """Build the error for a file that no picture within our limits needs."""
+    return ImageError(f"{name} is too large", expected=f"at most {MAX_BYTES:,} bytes", found="more")
+
+
+def _read(source: object, name: str) -> Encoded:
+    """Return the encoded bytes that ``source`` stands for."""
+    if isinstance(source, str | os.PathLike):
+        return read_file(source)
+    if isinstance(source, Encoded):
+        return source
+    if hasattr(source, "read"):
+        return read_stream(cast("IO[bytes]", source), name)
+    expected = "a path, bytes, a binary file, a Pillow image or a uint8 array"
+    raise ImageError("Cannot decode this kind of object", expected=expected, found=type(source).__name__)
+
+
+def _from_array(array: npt.NDArray[Any], name: str) -> Image.Image:
+    """Return the Pillow image of a (H, W, 3) or (H, W) uint8 array."""
+    if array.dtype == np.uint8 and array.size and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+        return Image.fromarray(array)
+    hint = ""
+    if array.dtype != np.uint8:
+        hint = "Rescale it first; values from 0 to 1 with (array * 255).round().astype('uint8')"
+    elif array.ndim == 3:
+        hint = "Use array.transpose(1, 2, 0)" if array.shape[0] == 3 else "Use array[..., :3] or array[..., 0]"
+    raise ImageError(
+        f"Cannot use {name} as a picture",
+        expected="uint8 values of shape (H, W, 3) in the order RGB, or (H, W) grey",
+        found=f"{array.dtype} {array.shape}",
+        hint=hint,
+    )
+
+
+def _open(data: Encoded, name: str) -> Image.Image:
+    """Read the header with the one reviewed plugin that recognises it; no pixel is decoded."""
+    if not len(data):
+        raise ImageError(f"Cannot decode {name}", expected="a picture", found="nothing: it is empty")
+    prefix = bytes(data[:16])
+    found = f"content that starts with {prefix!r}"
+    for fmt, (plugin, _) in FORMATS.items():
+        # Not Image.open: that checks sizes against a global which belongs to the host.
+        with contextlib.suppress(ImportError):  # Pillow before 11.3 has no AVIF
+            importlib.import_module(f"PIL.{plugin}")
+        if fmt not in Image.OPEN:
+            continue
+        factory, accept = Image.OPEN[fmt]
+        accepted = accept(prefix) if accept else False
+        if isinstance(accepted, str):  # the right format, but its codec is missing from this Pillow
+            found = accepted
+        elif accepted:
+            return factory(BytesIO(data), "")
+    hint = "Save it as JPEG or PNG"
+    raise ImageError(f"Cannot decode {name}", expected=f"one of {', '.join(FORMATS)}", found=found, hint=hint)
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+    """Raise ImageError unless a picture of ``size`` (W, H) has pixels, and not too many."""
+    if min(size) < 1 or size[0] * size[1] > max_pixels:
+        expected, found = f"1 to {max_pixels:,} pixels", f"{size[0]} x {size[1]}"
+        raise ImageError(f"Refused {name} by its size", expected=expected, found=found, hint="Scale it down first")
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """Return the turn that the EXIF orientation asks for, if any."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return Image.Transpose[_TURNS[value - 2]] if 2 <= value <= 8 else None
+    except Exception:  # a hostile EXIF block says nothing about the pixels, which are fine
+        return None
+
+
+def _convert(image: Image.Image, mode: str, name: str) -> Image.Image:
+    """Return a loaded picture in ``mode``; deep grey rescaled instead of clipped."""
+    if image.mode == mode:
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 0..65535 to 0..255, rounded
+        image = Image.fromarray(grey.astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        found = f"32-bit {'floats' if image.mode == 'F' else 'integers'}, whose range no standard fixes"
+        problem, hint = f"Cannot tell black from white in {name}", "Rescale it to 0..255 first"
+        raise ImageError(problem, expected="8 or 16 bits per channel", found=found, hint=hint)
+    return image.convert(mode)
+
+
+def _resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:
+    """Return (W, H) after the resize, by torchvision's rule, if that fits into memory."""
+    width, height = size
+    if spec.resize == "squash":
+        new_height, new_width = spec.input_size
+    else:
+        short, long = spec.resize_size, int(spec.resize_size * max(size) / min(size))
+        new_width, new_height = (short, long) if width <= height else (long, short)
+    limit = max(MAX_RESIZED_PIXELS, 4 * max(spec.resize_size, *spec.input_size) ** 2)
+    # Pillow resizes rows first: its intermediate picture is new_width x height.
+    if max(size) > MAX_SIDE or new_width * max(new_height, height) > limit:
+        expected = f"at most {limit:,} pixels after the resize and no side above {MAX_SIDE:,}"
+        found, hint = f"{width} x {height}, which becomes {new_width} x {new_height}", "Cut it into parts"
+        raise ImageError("Cannot resize a picture this elongated", expected=expected, found=found, hint=hint)
+    return new_width, new_height

@@ -1,0 +1,187 @@
+"""Weights files as they lie on disk: told apart by content, read without running anything in them, written whole.
+
+Everything here distrusts the file: it may be truncated, of another kind, or made to attack whoever reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from efficientformer.spec.errors import CheckpointError
+from efficientformer.spec.manifest import METADATA_KEY
+from efficientformer.weights.pickles import read_pickle
+
+MAX_TENSORS = 100_000
+MAX_NAME = 300  # letters
+
+_DEPLOYED = "Weights for torch are in .safetensors or .pth files; a deployed file is for `efficientformer predict`"
+# (offset, bytes there, what such a file is, what to do)
+_OTHER_KINDS = (
+    (4, b"ORTM", "an ONNX Runtime model", _DEPLOYED),
+    (4, b"TFL3", "a LiteRT model", _DEPLOYED),
+    (4, b"ET1", "an ExecuTorch program", _DEPLOYED),
+    (0, b"<?xml", "an XML file, such as an OpenVINO model", _DEPLOYED),
+    (
+        0,
+        b"version https://git-lfs",
+        "a Git LFS pointer instead of the file itself",
+        "Fetch the file with `git lfs pull`",
+    ),
+    (0, b"<", "a web page", "The download went wrong: fetch the file again"),
+    (0, b"GGUF", "a GGUF file", "Weights are read from .safetensors or .pth files"),
+)
+_DEPLOYED_SUFFIXES = (".onnx", ".ort", ".tflite", ".pte", ".mlmodel", ".mlpackage", ".xml", ".param")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What one file holds.
+
+    Attributes:
+        state: Dense, finite tensors on the CPU, under the file's own names; none depends on the file any more.
+        manifest: The manifest's JSON text, if the file carries one of ours.
+        notes: What was chosen or cut off on the way.
+        ambiguous: Whether the file holds averaged (EMA) weights too, and nobody said which ones to take.
+        sha256: SHA-256 of the file, in hex.
+    """
+
+    state: dict[str, Tensor]
+    manifest: str | None
+    notes: tuple[str, ...]
+    ambiguous: bool
+    sha256: str
+
+
+def read_weights(path: Path, ema: bool | None) -> WeightsFile:
+    """Read a safetensors file or a pickle written by ``torch.save``, told apart by their content.
+
+    Args:
+        path: The file.
+        ema: Take the averaged weights of a training checkpoint; None takes the plain ones where there are both.
+
+    Raises:
+        CheckpointError: If it is no such file, wants to run code, or holds anything but plain finite numbers.
+    """
+    with path.open("rb") as file:
+        kind = _sniff(path, file)
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    manifest: str | None = None
+    notes: tuple[str, ...] = ()
+    ambiguous = False
+    if kind == "safetensors":
+        if ema:
+            raise CheckpointError(
+                "There are no averaged (EMA) weights", found="a safetensors file, which holds one network"
+            )
+        found, manifest = _read_safetensors(path)
+    else:
+        found, notes, ambiguous = read_pickle(path, kind, ema)
+    return WeightsFile(_clean(found, path.stat().st_size), manifest, notes, ambiguous, sha256)
+
+
+def _sniff(path: Path, file: IO[bytes]) -> str:
+    """Return ``safetensors``, ``zip`` or ``legacy`` (torch's format before 1.6)."""
+    head = file.read(64)
+    if not head:
+        raise CheckpointError("The file is empty", hint="Fetch or write it again")
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head[:1] == b"\x80":
+        return "legacy"
+    if head[8:9] == b"{":
+        return "safetensors"
+    for offset, magic, what, hint in _OTHER_KINDS:
+        if head[offset:].lower().startswith(magic.lower()):
+            raise CheckpointError("Not a weights file", expected="safetensors or torch.save", found=what, hint=hint)
+    deployed = path.suffix in _DEPLOYED_SUFFIXES or (head[0] == 0x08 and head[2:3] in (b"\x12", b"\x3a"))
+    found = "a deployed model, such as ONNX" if deployed else f"a file that begins with {head[:8]!r}"
+    hint = _DEPLOYED if deployed else ""
+    raise CheckpointError("Not a weights file", expected="safetensors or torch.save", found=found, hint=hint)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[Any, Any], str | None]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, metadata.get(METADATA_KEY)  # noqa: SIM118
+    except Exception as error:  # the library raises its own type, but also what torch and the decoder raise
+        raise CheckpointError("The safetensors file is damaged", found=f"{error}", hint="Fetch it again") from None
+
+
+def _clean(found: Mapping[Any, Any], file_size: int) -> dict[str, Tensor]:
+    """Return the tensors of ``found`` as fresh ones, after checking that they are nothing but numbers in the file."""
+    if len(found) > MAX_TENSORS:
+        raise CheckpointError("Too many entries", expected=f"at most {MAX_TENSORS}", found=str(len(found)))
+    state: dict[str, Tensor] = {}
+    for name, value in found.items():
+        if not isinstance(name, str) or len(name) > MAX_NAME:
+            raise CheckpointError(
+                "An entry without a proper name", expected=f"a text of up to {MAX_NAME} letters", found=_describe(name)
+            )
+        state[name] = _plain(name, value)
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    if claimed > file_size:
+        held = f"{claimed:,} bytes in {file_size:,}"
+        raise CheckpointError("The tensors claim more values than the file holds", found=held)
+    return {name: _finite(name, tensor) for name, tensor in state.items()}
+
+
+def _describe(name: object) -> str:
+    return f"{len(name)} letters" if isinstance(name, str) else type(name).__name__
+
+
+def _plain(name: str, value: object) -> Tensor:
+    """Return ``value`` without its attributes and its history, after checking that it is a dense tensor of numbers."""
+    if not isinstance(value, Tensor) or type(value) not in (Tensor, torch.nn.Parameter):
+        raise CheckpointError(f"{name} is not a tensor", expected="tensors only", found=type(value).__name__)
+    tensor = Tensor.detach(value)  # not value.detach(): a pickle may give its tensors attributes of any name
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_neg() or tensor.device.type != "cpu":
+        found = f"{tensor.layout} on {tensor.device.type}{', quantized' if tensor.is_quantized else ''}"
+        raise CheckpointError(f"{name} is not a plain tensor", expected="dense values on the CPU", found=found)
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64):
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name} is of the wrong type", expected="floating point of 16 to 64 bits", found=found)
+    return tensor
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    """Return a copy in memory of our own, half precision in single, after checking that every value is a number."""
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{name} holds NaN or infinity", expected="numbers", hint="These weights are of no use")
+    if name.endswith("running_var") and (tensor < 0).any():
+        raise CheckpointError(f"{name} holds negative variances", hint="These weights are of no use")
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.to(torch.float32 if half else tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that gets its name only when all is written and on disk, or never.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        raise CheckpointError(f"Cannot write {path}", found=str(error)) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()

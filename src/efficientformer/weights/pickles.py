@@ -1,0 +1,160 @@
+"""Pickles written by ``torch.save``, read as data: whatever would run code is refused and named.
+
+Training checkpoints wrap the state dict in other things; this finds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickletools
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from efficientformer.spec.errors import CheckpointError
+
+# Names under which state dicts lie in training checkpoints (the authors', timm's, mmpretrain's). mmengine's
+# `ema_state_dict` is not among them: its hook swaps the two, so that one holds the weights that are *not* averaged.
+_PLAIN = ("model", "state_dict")
+_AVERAGED = ("model_ema", "state_dict_ema")
+# What wrappers put before every name.
+_PREFIXES = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
+_MAX_NESTING = 4
+
+_UNSAFE_HINT = (
+    "It was not run. If you trust the file, turn it into one without code where it is trusted: "
+    "safetensors.torch.save_file(state_dict, 'weights.safetensors')"
+)
+
+
+def read_pickle(path: Path, kind: str, ema: bool | None) -> tuple[dict[Any, Any], tuple[str, ...], bool]:
+    """Read the state dict of a pickle.
+
+    Args:
+        path: The file.
+        kind: ``zip``, or ``legacy`` for torch's format before 1.6.
+        ema: Take the averaged weights; None takes the plain ones where there are both.
+
+    Returns:
+        The state dict as found, without the prefixes of wrappers; notes; and whether ``ema`` was left open although
+        the file holds both.
+
+    Raises:
+        CheckpointError: If the file is damaged, wants to run code, or holds no state dict.
+    """
+    if kind == "zip":
+        _check_archive(path)
+    state, taken, passed_over = _find_state(_load(path, kind), ema)
+    state, notes = _strip_prefixes(state)
+    if taken:
+        notes = (f"took {'.'.join(taken)!r}{', not the averaged weights beside it' if passed_over else ''}", *notes)
+    return state, notes, passed_over and ema is None
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse archives that torch.save does not write: compressed ones (bombs), and programs."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except Exception as error:  # zipfile lets many types out on damaged input
+        raise CheckpointError(
+            "The file is damaged", found=f"a zip archive with {error}", hint="Fetch it again"
+        ) from None
+    names = {member.filename.partition("/")[2] for member in members}
+    if "constants.pkl" in names or any(name.startswith(("code/", "models/")) for name in names):
+        raise CheckpointError(
+            "Not a weights file",
+            expected="a state dict",
+            found="a program made by torch.jit or torch.export",
+            hint="Save the weights it was made from: torch.save(model.state_dict(), ...)",
+        )
+    if "data.pkl" not in names or any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError(
+            "Not a weights file", expected="an archive made by torch.save", found="another zip archive"
+        )
+
+
+def _load(path: Path, kind: str) -> object:
+    # A namespace of training options is data only, and the authors' training checkpoints hold one.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
+        except Exception as error:  # damaged pickles make torch raise nearly any type
+            text = str(error)
+            wanted = re.search(r"GLOBAL (\S+)|unrecognized function (.+)", text)
+            name = wanted[1] or wanted[2] if wanted else _first_global(path, kind)
+            if name:
+                raise CheckpointError(
+                    "The file wants to run code", found=f"a call of {name}", hint=_UNSAFE_HINT
+                ) from None
+            # what torch says around this is advice to turn its protection off
+            reason = re.search(r"(?:WeightsUnpickler error: )(.+)|\A(?!.*weights_only)(.+)", text, re.IGNORECASE)
+            found = (reason[1] or reason[2])[:200] if reason else type(error).__name__
+            raise CheckpointError("The file is damaged, or torch.save did not write it", found=found) from None
+
+
+def _first_global(path: Path, kind: str) -> str | None:
+    """Name the first global a plain pickle of a newer protocol asks for, which torch refuses before it gets there."""
+    if kind == "zip":
+        return None
+    strings: list[str] = []
+    with path.open("rb") as file:
+        try:
+            for opcode, argument, _ in pickletools.genops(file.read(2**20)):
+                if opcode.name in ("GLOBAL", "INST"):
+                    return str(argument).replace(" ", ".")
+                if opcode.name == "STACK_GLOBAL":
+                    return ".".join(strings[-2:])
+                strings += [argument] if isinstance(argument, str) else []
+        except Exception:  # damaged: there is no name to tell
+            return None
+    return None
+
+
+def _find_state(content: object, ema: bool | None) -> tuple[dict[Any, Any], tuple[str, ...], bool]:
+    """Return the state dict within ``content``, where it lay, and whether averaged weights were passed over."""
+    taken: tuple[str, ...] = ()
+    averaged = False
+    entries = _entries(content)
+    for _ in range(_MAX_NESTING):
+        plain, average = (_first_dict(entries, names) for names in (_PLAIN, _AVERAGED))
+        averaged = averaged or average is not None
+        order = {True: (average, plain), False: (plain,), None: (plain, average)}[ema]
+        chosen = next(filter(None, order), None)
+        if chosen is None:
+            break
+        taken, entries = (*taken, chosen), _entries(entries[chosen])
+    found = ", ".join(name[:40] for name in list(entries)[:6] if isinstance(name, str)) or "nothing of the kind"
+    took_average = bool(set(taken) & set(_AVERAGED))
+    if ema and not took_average:
+        raise CheckpointError("There are no averaged (EMA) weights", expected=" or ".join(_AVERAGED), found=found)
+    if not any(isinstance(value, torch.Tensor) for value in entries.values()):
+        raise CheckpointError("The file holds no state dict", expected="tensors by name", found=found)
+    return entries, taken, averaged and not took_average
+
+
+def _entries(content: object) -> dict[Any, Any]:
+    if not isinstance(content, dict):
+        found = f"a {type(content).__name__}"
+        raise CheckpointError("The file holds no state dict", expected="tensors by name", found=found)
+    return dict(dict.items(content))  # dict's own method: a pickle may give an OrderedDict attributes that hide its own
+
+
+def _first_dict(entries: dict[Any, Any], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if isinstance(entries.get(name), dict)), None)
+
+
+def _strip_prefixes(state: dict[Any, Any]) -> tuple[dict[Any, Any], tuple[str, ...]]:
+    """Cut off what wrappers put before every name; a prefix that some names lack stays, and is an error later."""
+    notes: tuple[str, ...] = ()
+    for _ in range(_MAX_NESTING):
+        for prefix, wrapper in _PREFIXES.items():
+            if all(isinstance(name, str) and name.startswith(prefix) for name in state):
+                state = {name.removeprefix(prefix): value for name, value in state.items()}
+                notes += (f"cut {prefix!r} ({wrapper}) off {len(state)} names",)
+    return state, notes

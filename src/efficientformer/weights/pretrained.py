@@ -1,0 +1,178 @@
+"""From a name or a file to a network with its weights, and to the manifest that goes with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from efficientformer.models.network import EfficientFormer
+from efficientformer.spec.arch import ArchSpec
+from efficientformer.spec.errors import CheckpointError, SpecError, UsageError
+from efficientformer.spec.fields import as_pair
+from efficientformer.spec.labels import label_names
+from efficientformer.spec.manifest import Manifest
+from efficientformer.spec.preprocess import IMAGENET_MEAN, PreprocessSpec
+from efficientformer.spec.zoo import EMBEDDED, LAYOUT_PREPROCESS, ModelCard, WeightsSource, resolve
+from efficientformer.weights.cache import Progress
+from efficientformer.weights.checkpoint import Checkpoint, load_checkpoint
+from efficientformer.weights.download import fetch
+from efficientformer.weights.loading import load_into
+
+
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """What a caller wants other than the weights' network; None keeps what it has.
+
+    Attributes:
+        input_size: Side in pixels, or (height, width).
+        num_classes: Classes; another number than the checkpoint's gives new heads.
+        in_chans: Input channels.
+        distilled: Whether to have a distillation head.
+    """
+
+    input_size: int | tuple[int, int] | None = None
+    num_classes: int | None = None
+    in_chans: int | None = None
+    distilled: bool | None = None
+
+    def apply(self, spec: ArchSpec) -> ArchSpec:
+        """Return ``spec`` with these changes.
+
+        Raises:
+            SpecError: If that is no legal network.
+        """
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.input_size is not None:
+            given["input_size"] = as_pair("input size", self.input_size)
+        return dataclasses.replace(spec, **{name: value for name, value in given.items() if value is not None})
+
+
+def find_weights(
+    card: ModelCard,
+    source: WeightsSource | None = None,
+    *,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+) -> tuple[Path, WeightsSource | None]:
+    """Return a local file with a card's weights, downloading it if need be, and the source it is of.
+
+    Args:
+        card: The network.
+        source: Whose weights; None tries all, best first.
+        offline: Forbid (True) or allow (False) connections; None asks the environment.
+        progress: Told how the download goes.
+
+    Raises:
+        DownloadError: If no source delivers.
+    """
+    if card.name == EMBEDDED:
+        return Path(str(files("efficientformer") / "assets" / f"{EMBEDDED}.safetensors")), None
+    sources = card.sources if source is None else (source,)
+    path = fetch(card.name, sources, offline=offline, progress=progress)
+    return path, card.source(path.parent.name)  # the cache keeps each source in a folder of its name
+
+
+def describe(checkpoint: Checkpoint, path: Path, card: ModelCard | None, source: WeightsSource | None) -> Manifest:
+    """Return the manifest of a checkpoint: its own, or what its card, layout and shapes say.
+
+    Args:
+        checkpoint: The weights.
+        path: Their file, for the provenance.
+        card: The zoo card they are known to belong to, if any.
+        source: The published source they came from, if any.
+    """
+    if checkpoint.manifest is not None:
+        return checkpoint.manifest
+    spec = checkpoint.spec
+    provenance = {"file": path.name, "sha256": checkpoint.sha256, "layout": checkpoint.layout}
+    if card is not None and source is not None:
+        published = card.manifest(source)
+        return dataclasses.replace(published, spec=spec, provenance={**published.provenance, **provenance})
+    preprocess = LAYOUT_PREPROCESS.get(checkpoint.layout, PreprocessSpec())
+    if spec.in_chans == 1:
+        preprocess = dataclasses.replace(preprocess, mean=(0.5,), std=(0.5,))
+    elif spec.in_chans != len(IMAGENET_MEAN):
+        raise SpecError(
+            "Pictures have 1 or 3 channels", expected="a network with in_chans 1 or 3", found=f"{spec.in_chans}"
+        )
+    labels = label_names("imagenet1k") if spec.num_classes == len(label_names("imagenet1k")) else ()
+    return Manifest(spec, preprocess.with_input_size(spec.input_size), labels, {}, provenance)
+
+
+def load_named(
+    model: str | ArchSpec,
+    pretrained: bool | str | Path,
+    *,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+    ema: bool | None = None,
+) -> tuple[Checkpoint, Manifest]:
+    """Read the weights for ``get_model``: a zoo network's own, or those of a file that must fit it.
+
+    Args:
+        model: A zoo name, a weights file, or a spec (for weights of that architecture).
+        pretrained: True for the zoo's weights, or a weights file of any layout.
+        offline: Forbid (True) or allow (False) connections; None asks the environment.
+        progress: Told how a download goes.
+        ema: Take the averaged weights of a training checkpoint.
+
+    Raises:
+        UsageError: If there is nothing to load.
+        CheckpointError: If the file holds another network.
+        DownloadError: If no source delivers.
+    """
+    card = source = None
+    if isinstance(model, str) and Path(model).is_file():
+        path = Path(model)
+    elif pretrained is True:
+        if isinstance(model, ArchSpec):
+            raise UsageError("A spec has no published weights", hint="Give a file: pretrained='FILE'")
+        found = resolve(model)
+        card = found.card
+        path, source = find_weights(card, found.source, offline=offline, progress=progress)
+    else:
+        path = Path(str(pretrained))
+    spec = model if isinstance(model, ArchSpec) else None
+    checkpoint = load_checkpoint(path, ema=ema, spec=spec)
+    if isinstance(model, str) and not Path(model).is_file():
+        card = card or resolve(model).card
+        _check_same_network(checkpoint, card, path)
+    return checkpoint, describe(checkpoint, path, card, source)
+
+
+def build(
+    spec: ArchSpec,
+    checkpoint: Checkpoint | None,
+    *,
+    drop_path_rate: float = 0.0,
+    head_dropout: float = 0.0,
+    layer_scale_init: float = 1e-5,
+) -> EfficientFormer:
+    """Build a network and load weights into it, if any; heads for other classes start anew and say so.
+
+    Raises:
+        CheckpointError: If the weights do not fit.
+    """
+    model = EfficientFormer(
+        spec, drop_path_rate=drop_path_rate, head_dropout=head_dropout, layer_scale_init=layer_scale_init
+    )
+    if checkpoint is not None:
+        other_classes = checkpoint.spec.num_classes != spec.num_classes
+        load_into(model, checkpoint, reset_head=other_classes, drop_dist_head=not spec.distilled)
+    return model
+
+
+def _check_same_network(checkpoint: Checkpoint, card: ModelCard, path: Path) -> None:
+    found, expected = checkpoint.spec, card.spec
+    if (found.family, found.stages, found.attention) == (expected.family, expected.stages, expected.attention):
+        return
+    widths = [stage.width for stage in found.stages], [stage.width for stage in expected.stages]
+    depths = [len(stage.blocks) for stage in found.stages], [len(stage.blocks) for stage in expected.stages]
+    raise CheckpointError(
+        f"{path} holds another network than {card.name}",
+        expected=f"{expected.family}, widths {widths[1]}, blocks {depths[1]}",
+        found=f"{found.family}, widths {widths[0]}, blocks {depths[0]}",
+        hint="To load it as what it is, give the file as the model: get_model('FILE')",
+    )

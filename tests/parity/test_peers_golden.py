@@ -1,0 +1,35 @@
+"""V1 against mmpretrain and transformers: outputs of their code, kept in a file that ``make parity`` makes anew."""
+
+import numpy as np
+import pytest
+import torch
+
+from efficientformer.models.network import EfficientFormer
+from efficientformer.spec.variants import VARIANTS
+from tests.parity.make_golden import GOLDEN, NAMES, SEEDS, images
+from tests.parity.regimes import REGIMES, random_state
+
+TOLERANCE = 1e-4  # correct ports are 1e-6 apart; every known mistake costs more (see the parity page of the docs)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(GOLDEN)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_equal_both_peers(golden, name, regime, seed):
+    model = EfficientFormer(VARIANTS[name])
+    model.load_state_dict(random_state(VARIANTS[name], seed, regime))
+    model.eval()
+    x = images(seed, torch.float32)
+    with torch.inference_mode():
+        (pooled,) = model.extract_feat(x)
+        cls, dist = model(x, return_heads=True)
+        ours = {"pooled": pooled, "cls": cls, "dist": dist, "logits": model(x)}
+    for peer in ("mmpretrain", "transformers"):
+        for key, value in ours.items():
+            theirs = golden[f"{peer}/{name}/{regime}/{seed}/{key}"]
+            assert np.abs(value[0].numpy() - theirs).max() <= TOLERANCE, (peer, key)
