@@ -1,0 +1,74 @@
+"""The command line: one file per verb; each verb imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import typer
+
+from efficientformer.cli.convert import convert
+from efficientformer.cli.download import download
+from efficientformer.cli.info import info
+from efficientformer.cli.listing import list_
+from efficientformer.cli.predict import predict
+from efficientformer.spec.errors import EfficientFormerError
+
+app = typer.Typer(
+    name="efficientformer",
+    help="EfficientFormer: vision transformers at MobileNet speed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from efficientformer import __version__
+
+        typer.echo(f"efficientformer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+for _name, _verb in (
+    ("predict", predict),
+    ("list", list_),
+    ("info", info),
+    ("convert", convert),
+    ("download", download),
+):
+    app.command(_name)(_verb)
+
+
+def main() -> None:
+    """Run the command line; what a user can cause ends with one message and an exit code, not with a traceback."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except EfficientFormerError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    typer.secho(f"warning: {message}", fg="yellow", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""``efficientformer convert``: weights from any layout to any other, or to a file that needs no torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from efficientformer.spec.manifest import Manifest
+    from efficientformer.weights.checkpoint import Checkpoint
+
+
+class Layout(StrEnum):
+    """What ``convert`` can write."""
+
+    NATIVE = "native"
+    TIMM = "timm"
+    SNAP = "snap"
+    MMPRETRAIN = "mmpretrain"
+    TRANSFORMERS = "transformers"
+    ONNX = "onnx"
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A weights file of any layout, or a zoo name.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
+    to: Annotated[
+        Layout | None, typer.Option(help="Layout to write. By default: onnx for OUT in .onnx, else native.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Zoo network IN must hold; refuses anything else.")] = "",
+    input_size: Annotated[int | None, typer.Option(help="Other input side in pixels.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Take a training checkpoint's averaged weights.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Store weights in half precision (native and onnx).")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Convert weights between layouts; to ONNX they are folded, and the file is compared with the network."""
+    from efficientformer.spec.errors import UsageError, missing_extra
+
+    if to is None:
+        to = Layout.ONNX if target.suffix == ".onnx" else Layout.NATIVE
+    if target.exists() and not force:
+        raise UsageError(f"{target} exists", hint="Choose another name, or --force to replace it")
+    if half and to not in (Layout.NATIVE, Layout.ONNX):
+        raise UsageError(f"The {to} layout is written in single precision", hint="Leave --half out")
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("torch", "Converting weights", error) from error
+    from efficientformer.weights.cache import terminal_progress
+    from efficientformer.weights.pretrained import load_named
+
+    with terminal_progress() as progress:
+        if Path(source).is_file():
+            checkpoint, manifest = load_named(model or source, source, ema=ema or None, progress=progress)
+        else:
+            checkpoint, manifest = load_named(source, True, progress=progress)
+    report = checkpoint.report
+    typer.echo(
+        f"read {checkpoint.layout}: {len(report.mapped)} tensors, {len(report.dropped)} left out by rule", err=True
+    )
+    for note in report.notes:
+        typer.echo(f"  {note}", err=True)
+    typer.echo(_write(checkpoint, manifest, target, to, input_size, half), err=True)
+    typer.echo(target)
+
+
+def _write(
+    checkpoint: Checkpoint, manifest: Manifest, target: Path, to: Layout, input_size: int | None, half: bool
+) -> str:
+    """Write the file and say what was written."""
+    import dataclasses
+
+    import torch
+
+    from efficientformer.weights.checkpoint import save_foreign, save_native
+    from efficientformer.weights.pretrained import build
+
+    if input_size is not None:
+        spec = manifest.spec.with_input_size(input_size)
+        preprocess = manifest.preprocess.with_input_size(input_size)
+        manifest = dataclasses.replace(manifest, spec=spec, preprocess=preprocess)
+    network = build(manifest.spec, checkpoint)
+    if to is Layout.ONNX:
+        from efficientformer.export.onnx import export_onnx
+
+        agreement = export_onnx(network, manifest, target, half_storage=half)
+        return (
+            f"wrote onnx: {agreement.pictures} photographs compared with torch, largest difference of a logit "
+            f"{agreement.max_difference:.1e} (largest logit {agreement.largest_logit:.2f})"
+        )
+    state = network.state_dict()
+    if to is Layout.NATIVE:
+        save_native(target, state, manifest, dtype=torch.float16 if half else None)
+    else:
+        save_foreign(target, state, manifest.spec, to.value)
+    return f"wrote {to}: {len(state)} tensors"

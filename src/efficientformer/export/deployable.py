@@ -1,0 +1,121 @@
+"""From a name, checkpoint or exported file to a file an engine can run, built once and then cached.
+
+Only building needs torch. Finding what was built before does not, so a second prediction never imports it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from efficientformer.spec.errors import CheckpointError, missing_extra
+from efficientformer.spec.zoo import EMBEDDED, ModelCard, WeightsSource, resolve
+from efficientformer.weights.cache import Cache, Progress, cache_root
+
+FORMAT = 1  # raised when the exporter changes what it writes, so that older cached files are built again
+SUFFIX = ".onnx"
+
+
+def deployable(
+    model: str = EMBEDDED,
+    *,
+    checkpoint: str | Path | None = None,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Return an exported file for a network, building it from its weights if there is none yet.
+
+    Args:
+        model: A zoo name or alias, a weights file of any layout, or an exported file.
+        checkpoint: A weights file or exported file to use instead of the zoo's weights.
+        offline: Forbid (True) or allow (False) connections; None asks the environment.
+        progress: Told how a download goes.
+
+    Raises:
+        UnknownModelError: If ``model`` is neither in the zoo nor a file.
+        MissingExtraError: If the file must be built and torch is not installed.
+        CheckpointError, DownloadError, ExportError: If the weights cannot be read, fetched or exported.
+    """
+    if checkpoint is None and _is_file(model):
+        model, checkpoint = "", model
+    if checkpoint is not None:
+        return _from_file(model, Path(checkpoint))
+    found = resolve(model)
+    if found.card.name == EMBEDDED:
+        return embedded_file()
+    ready = _built_before(found.card, found.source)
+    return ready or _build_named(found.card, found.source, offline, progress)
+
+
+def embedded_file() -> Path:
+    """Return the exported file of the network shipped in the package."""
+    return Path(__file__).parent.parent / "assets" / f"{EMBEDDED}{SUFFIX}"
+
+
+def _is_file(name: str) -> bool:
+    """Whether a model name is a file: one that exists, or one that is plainly meant as a path."""
+    return Path(name).is_file() or Path(name).suffix in {SUFFIX, ".safetensors", ".pth", ".pt", ".bin"}
+
+
+def _from_file(model: str, file: Path) -> Path:
+    if not file.is_file():
+        raise CheckpointError(
+            f"There is no weights file {file}",
+            expected="a weights file (.safetensors, .pth, .bin) or an exported file (.onnx)",
+            found="a folder" if file.is_dir() else "nothing of that name",
+        )
+    if file.suffix == SUFFIX:
+        return file
+    stat = file.stat()
+    identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{model}"
+    target = _folder() / "files" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}{SUFFIX}"
+    if not target.exists():
+        _build(model or str(file), file, target)
+    return target
+
+
+def _folder() -> Path:
+    return cache_root() / "deploy" / f"v{FORMAT}"
+
+
+def _target(card: ModelCard, source: WeightsSource) -> Path:
+    return _folder() / card.name / f"{source.name}{SUFFIX}"
+
+
+def _built_before(card: ModelCard, source: WeightsSource | None) -> Path | None:
+    """Return a file built from the weights that are in the cache now (or were, if they have been removed)."""
+    cache = Cache()
+    for candidate in card.sources if source is None else (source,):
+        target, weights = _target(card, candidate), cache.path(card.name, candidate)
+        if target.exists() and (not weights.exists() or weights.stat().st_mtime <= target.stat().st_mtime):
+            return target
+    return None
+
+
+def _build_named(
+    card: ModelCard, source: WeightsSource | None, offline: bool | None, progress: Progress | None
+) -> Path:
+    _require_torch(card.name)
+    from efficientformer.weights.pretrained import find_weights
+
+    weights, taken = find_weights(card, source, offline=offline, progress=progress)
+    assert taken is not None
+    target = _target(card, taken)
+    _build(taken.alias or card.name, weights, target)
+    return target
+
+
+def _build(model: str, weights: Path, target: Path) -> None:
+    _require_torch(model)
+    from efficientformer.export.onnx import export_onnx
+    from efficientformer.weights.pretrained import build, load_named
+
+    checkpoint, manifest = load_named(model, weights)
+    export_onnx(build(manifest.spec, checkpoint), manifest, target)
+
+
+def _require_torch(model: str) -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("torch", f"Preparing {model} for its first prediction", error) from error

@@ -1,0 +1,125 @@
+"""A trained network as an .onnx file that carries its manifest and was compared with torch before it got its name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from efficientformer.export.verify import Agreement, verify
+from efficientformer.models.fold import fold
+from efficientformer.models.network import EfficientFormer
+from efficientformer.spec.errors import missing_extra
+from efficientformer.spec.manifest import METADATA_KEY, Manifest
+
+OPSET = 20  # the first with Gelu as one operator
+INPUT, OUTPUT = "images", "logits"
+
+
+def export_onnx(
+    model: EfficientFormer, manifest: Manifest, path: str | Path, *, half_storage: bool = False
+) -> Agreement:
+    """Fold a network, write it as ONNX, run the file with ONNX Runtime on photographs, and compare.
+
+    Args:
+        model: The network in train form; its evaluation behaviour is exported. Any batch size works on the result.
+        manifest: Its architecture, preprocessing, labels and provenance; stored in the file.
+        path: The file to write. It appears only once it has been verified.
+        half_storage: Store weights in half precision (half the size); they are widened to single when loaded.
+
+    Returns:
+        How far file and network agree.
+
+    Raises:
+        MissingExtraError: If the torch extra is not installed.
+        ExportError: If the file's logits are not the network's.
+    """
+    path = Path(path)
+    proto = _to_proto(model)
+    if half_storage:
+        _store_half(proto)
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, manifest.to_json()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(proto.SerializeToString())
+            file.flush()
+            os.fsync(file.fileno())
+        agreement = verify(model, temporary, half_storage=half_storage)
+        temporary.chmod(0o644)  # mkstemp's files are for their owner only
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return agreement
+
+
+def _to_proto(model: EfficientFormer) -> Any:  # noqa: ANN401 (an onnx.ModelProto; onnx has no types)
+    try:
+        import onnxscript  # noqa: F401 (torch's exporter needs it, and its own error does not say which extra brings it)
+    except ImportError as error:
+        raise missing_extra("torch", "Building a deployable file", error) from error
+    deployed = fold(model).float().cpu()
+    example = torch.zeros(2, model.spec.in_chans, *model.spec.input_size)
+    batch = torch.export.Dim("batch")
+    with _silence():
+        program = torch.onnx.export(
+            deployed,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=({0: batch},),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    proto.producer_name = "efficientformer"
+    proto.doc_string = ""
+    for node in proto.graph.node:  # the exporter notes source paths of the machine it ran on
+        node.doc_string = ""
+        del node.metadata_props[:]
+    del proto.graph.value_info[:]
+    return proto
+
+
+@contextlib.contextmanager
+def _silence() -> Any:  # noqa: ANN401 (a context manager)
+    """Keep the exporter's progress and deprecation notes off the user's terminal; its errors are exceptions."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _store_half(proto: Any) -> None:  # noqa: ANN401 (an onnx.ModelProto)
+    """Store large weights in half precision behind a Cast, which the engine folds away when it opens the file."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    casts = []
+    for index, tensor in enumerate(proto.graph.initializer):
+        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
+            continue  # biases and factors stay exact: they are small, and the smallest of them matter
+        name, values = tensor.name, numpy_helper.to_array(tensor)
+        half = numpy_helper.from_array(values.astype(np.float16), f"{name}.half")
+        proto.graph.initializer[index].CopyFrom(half)
+        casts.append(helper.make_node("Cast", [half.name], [name], to=onnx.TensorProto.FLOAT))
+    nodes = [*casts, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)

@@ -1,0 +1,35 @@
+"""Shared by all tests: a private cache, no network, few threads."""
+
+import sys
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def private_cache(monkeypatch, tmp_path_factory):
+    """Every test has a cache of its own and is offline unless it says otherwise."""
+    monkeypatch.setenv("EFFICIENTFORMER_HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("EFFICIENTFORMER_OFFLINE", "1")
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """Run the command line in this process: ``code, out, err = cli("predict", "x.jpg")``."""
+    from efficientformer.cli.app import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["efficientformer", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capfd.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run

@@ -1,0 +1,64 @@
+"""Prediction without torch: with torch blocked from import, everything a predicting user needs works."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+# Runs the command line with every module of the training side made unimportable.
+BLOCKED = """
+import sys
+for name in ("torch", "torchvision", "timm", "onnx", "onnxscript"):
+    sys.modules[name] = None
+from efficientformer.cli.app import main
+sys.argv = ["efficientformer", *sys.argv[1:]]
+main()
+"""
+
+
+def run(*arguments, home, **environment):
+    env = {**os.environ, "EFFICIENTFORMER_HOME": str(home), "COLUMNS": "160", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED, *arguments], capture_output=True, text=True, timeout=120, env=env, check=False
+    )
+
+
+def test_help_of_every_verb(tmp_path):
+    for verb in ("predict", "list", "info", "convert", "download"):
+        result = run(verb, "--help", home=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "Usage" in result.stdout
+
+
+def test_a_real_prediction(tmp_path):
+    photo = sorted(EXAMPLES.glob("*.jpg"))[0]
+    result = run("predict", str(photo), "--format", "json", home=tmp_path)
+    assert result.returncode == 0, result.stderr
+    line = json.loads(result.stdout)
+    assert line["path"] == str(photo)
+    assert 0 < line["pred_score"] <= 1
+    assert line["top_k"][0]["class"] == line["pred_class"]
+
+
+def test_list_and_info(tmp_path):
+    assert "efficientformerv2_s0" in run("list", home=tmp_path).stdout
+    assert json.loads(run("info", "L1", "--json", home=tmp_path).stdout)["params"] == 12_289_928
+
+
+@pytest.mark.parametrize("arguments", [("predict", "x.jpg", "--model", "l1"), ("convert", "l1", "out.onnx")])
+def test_what_needs_torch_names_the_extra(tmp_path, arguments):
+    result = run(*arguments, home=tmp_path, EFFICIENTFORMER_OFFLINE="1")
+    assert result.returncode == 1
+    assert "pip install 'efficientformer[torch]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_importing_the_package_imports_no_library():
+    code = "import sys, efficientformer; print([m for m in ('numpy', 'PIL', 'rich', 'torch') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

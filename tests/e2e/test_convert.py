@@ -1,0 +1,159 @@
+"""``convert``, checkpoints in ``predict``, ``get_model``: weights of every layout, from file to label."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from efficientformer import Classifier, get_model
+from efficientformer.export import onnx as onnx_module
+from efficientformer.export.onnx import export_onnx
+from efficientformer.models.network import EfficientFormer
+from efficientformer.spec.errors import CheckpointError, ExportError
+from efficientformer.spec.manifest import Manifest
+from efficientformer.spec.preprocess import PreprocessSpec
+from efficientformer.spec.variants import v1_spec
+from efficientformer.weights.checkpoint import load_checkpoint, save_foreign, save_native
+from efficientformer.weights.pretrained import build
+from tests.unit.test_fold import randomised
+from tests.unit.test_models import TINY
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SPEC = v1_spec((16, 24, 32, 48), (1, 1, 2, 2), 1, input_size=64, num_classes=7)
+LABELS = tuple("abcdefg")
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    return Manifest(SPEC, PreprocessSpec(input_size=(64, 64), resize_size=70), LABELS, {}, {"source": "test"})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomised(SPEC)
+
+
+@pytest.fixture
+def native(tmp_path, model, manifest):
+    save_native(tmp_path / "net.safetensors", model.state_dict(), manifest)
+    return tmp_path / "net.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("layout", "suffix"), [("timm", ".safetensors"), ("snap", ".pth"), ("mmpretrain", ".pth"), ("transformers", ".bin")]
+)
+def test_round_trip_through_every_layout(cli, native, model, tmp_path, layout, suffix):
+    there, back = tmp_path / f"there{suffix}", tmp_path / "back.safetensors"
+    code, out, err = cli("convert", native, there, "--to", layout)
+    assert code == 0, err
+    assert out.strip() == str(there)
+    assert load_checkpoint(there).layout == layout
+    assert cli("convert", there, back)[0] == 0
+    state = load_checkpoint(back).state
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert load_checkpoint(back).spec == SPEC
+
+
+def test_exported_file_needs_nothing_beside_it(cli, native, model, manifest, tmp_path):
+    target = tmp_path / "net.onnx"
+    code, _, err = cli("convert", native, target)
+    assert code == 0, err
+    assert "compared with torch" in err
+    classify = Classifier(str(target))
+    assert classify.manifest == manifest
+    photo = EXAMPLES / "cat.jpg"
+    from efficientformer.runtime.image import decode, preprocess
+
+    images = torch.from_numpy(preprocess(decode(photo), manifest.preprocess)[None])
+    expected = model(images).softmax(1)[0].detach().numpy()
+    np.testing.assert_allclose(classify(photo).scores, expected, atol=1e-4)
+
+
+def test_half_storage_halves_the_file(cli, native, tmp_path):
+    for name, options in (("full.onnx", ()), ("half.onnx", ("--half",))):
+        assert cli("convert", native, tmp_path / name, *options)[0] == 0
+    assert (tmp_path / "half.onnx").stat().st_size < 0.75 * (tmp_path / "full.onnx").stat().st_size
+    np.testing.assert_allclose(
+        Classifier(str(tmp_path / "half.onnx"))(EXAMPLES / "cat.jpg").scores,
+        Classifier(str(tmp_path / "full.onnx"))(EXAMPLES / "cat.jpg").scores,
+        atol=0.02,
+    )
+
+
+def test_nothing_is_overwritten_and_mistakes_are_usage_errors(cli, native, tmp_path):
+    target = tmp_path / "there.onnx"
+    target.write_text("mine")
+    code, _, err = cli("convert", native, target)
+    assert (code, target.read_text()) == (2, "mine")
+    assert "--force" in err
+    assert cli("convert", native, target, "--force")[0] == 0
+    assert cli("convert", native, tmp_path / "x.pth", "--to", "snap", "--half")[0] == 2
+    assert cli("convert", native, tmp_path / "x.pth", "--to", "keras")[0] == 2
+    assert cli("convert", native, tmp_path / "x.safetensors", "--model", "efficientformer_l1")[0] == 1
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_predicting_with_a_checkpoint_builds_once(cli, native, model, tmp_path, monkeypatch):
+    foreign = tmp_path / "theirs.pth"
+    save_foreign(foreign, model.state_dict(), SPEC, "snap")
+    calls = []
+    real = onnx_module.export_onnx
+    monkeypatch.setattr(onnx_module, "export_onnx", lambda *a, **k: calls.append(1) or real(*a, **k))
+    for _ in range(2):
+        code, out, err = cli("predict", EXAMPLES / "cat.jpg", "--checkpoint", foreign, "-f", "json")
+        assert code == 0, err
+        assert json.loads(out)["pred_class"] in {str(i) for i in range(7)}  # a foreign file names no classes
+    assert len(calls) == 1
+    _, out, _ = cli("predict", EXAMPLES / "cat.jpg", "--model", native, "-f", "json")
+    assert json.loads(out)["pred_class"] in LABELS
+
+
+def test_a_file_that_differs_from_its_network_gets_no_name(model, manifest, tmp_path, monkeypatch):
+    """Export another network than the one it is compared with: the comparison must notice, and leave nothing."""
+    other = randomised(SPEC, seed=1)
+    real = onnx_module.fold
+    monkeypatch.setattr(onnx_module, "fold", lambda _: real(other))
+    with pytest.raises(ExportError, match="differs"):
+        export_onnx(model, manifest, tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["no MB3D at all", "MB3D in stage 3", "v2 with every part", "stage without blocks"])
+def test_slimmed_networks_export(name, tmp_path):
+    spec = TINY[name]
+    manifest = Manifest(spec, PreprocessSpec(input_size=spec.input_size, resize_size=max(spec.input_size)))
+    agreement = export_onnx(randomised(spec), manifest, tmp_path / "net.onnx")
+    assert agreement.pictures >= 3
+    assert agreement.max_difference < 1e-3
+
+
+def test_get_model_says_what_it_changes(native, model):
+    same = get_model("efficientformer_cifar10", pretrained=False)
+    assert not same.training
+    loaded = get_model(str(native))
+    images = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(loaded(images), model(images))
+    with pytest.warns(UserWarning, match="(?i)table"):
+        larger = get_model(str(native), input_size=96)
+    assert larger(torch.rand(1, 3, 96, 96)).shape == (1, 7)
+    with pytest.warns(UserWarning, match="(?i)head"):
+        assert get_model(str(native), num_classes=3)(images).shape == (1, 3)
+    with pytest.warns(UserWarning, match="distillation head"):
+        single = get_model(str(native), distilled=False)
+    torch.testing.assert_close(single(images), model(images, return_heads=True)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_model(SPEC, pretrained=native)
+    with pytest.raises(CheckpointError, match="another network"):
+        get_model("efficientformer_l1", pretrained=native)
+    with pytest.raises(CheckpointError):
+        get_model(str(native), in_chans=1)
+
+
+def test_build_without_weights_is_random():
+    first, second = build(SPEC, None), build(SPEC, None)
+    assert isinstance(first, EfficientFormer)
+    assert not torch.equal(first.head.weight, second.head.weight)

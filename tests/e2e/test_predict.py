@@ -1,0 +1,178 @@
+"""``efficientformer predict`` as a user runs it."""
+
+import csv
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientformer import Classifier, Failed, inference_model
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PHOTOS = sorted(EXAMPLES.glob("*.jpg"))
+
+
+@pytest.fixture
+def photo(tmp_path):
+    return Path(shutil.copy(EXAMPLES / "cat.jpg", tmp_path / "my cat.jpg"))
+
+
+def lines(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_the_examples_are_classified_rightly(cli):
+    """Each example is named after the class it shows: cat.jpg, bird2.jpg ..."""
+    code, out, err = cli("predict", EXAMPLES, "--format", "json")
+    assert code == 0
+    assert len(PHOTOS) >= 5
+    found = {Path(line["path"]).stem: line["pred_class"] for line in lines(out)}
+    assert found == {path.stem: path.stem.rstrip("0123456789") for path in PHOTOS}
+    assert "efficientformer_cifar10" in err
+    assert "efficientformer_l1" in err
+
+
+def test_table_names_every_picture_and_its_class(cli):
+    code, out, _ = cli("predict", EXAMPLES)
+    assert code == 0
+    for path in PHOTOS:
+        row = next(line for line in out.splitlines() if path.name in line)
+        assert path.stem.rstrip("0123456789") in row
+        assert "%" in row
+
+
+def test_json_line_has_the_promised_fields(cli, photo):
+    _, out, _ = cli("predict", photo, "-f", "json", "--top-k", "2", "-q")
+    (line,) = lines(out)
+    assert list(line) == ["path", "pred_label", "pred_score", "pred_class", "top_k"]
+    assert line["path"] == str(photo)
+    assert line["top_k"][0]["class"] == line["pred_class"] == "cat"
+    assert len(line["top_k"]) == 2
+    assert line["top_k"][0]["score"] >= line["top_k"][1]["score"]
+
+
+def test_csv_has_a_row_per_picture(cli, photo, tmp_path):
+    (tmp_path / "bad, name.png").write_bytes(b"no picture")
+    code, out, _ = cli("predict", tmp_path, "-f", "csv", "-k", "2")
+    assert code == 1
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [Path(row["path"]).name for row in rows] == ["bad, name.png", "my cat.jpg"]
+    assert rows[0]["error"]
+    assert not rows[0]["pred_class"]
+    assert rows[1]["pred_class"] == "cat"
+    assert float(rows[1]["pred_score"]) > float(rows[1]["score_2"])
+
+
+def test_bad_inputs_are_named_and_the_rest_goes_on(cli, photo, tmp_path):
+    files = {"empty.jpg": b"", "text.png": b"hello", "cut.jpg": photo.read_bytes()[:5000]}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "folder").mkdir()
+    inputs = [*(tmp_path / name for name in files), tmp_path / "folder", tmp_path / "missing.jpg", photo, "/dev/zero"]
+    code, out, err = cli("predict", *inputs, "-f", "json", "--batch-size", "2")
+    assert code == 1
+    results = {line["path"]: line for line in lines(out)}
+    assert [path for path, line in results.items() if "pred_class" in line] == [str(photo)]
+    for path, line in results.items():
+        if "error" in line:
+            assert f"skipped {path}" in err
+    assert "6 of 7 inputs were skipped" in err
+    assert "Traceback" not in err
+
+
+def test_globs_and_standard_input(cli, photo, tmp_path, monkeypatch):
+    _, out, _ = cli("predict", f"{tmp_path}/*.jpg", "-f", "json")
+    assert [line["pred_class"] for line in lines(out)] == ["cat"]
+
+    class Stdin:
+        buffer = io.BytesIO(photo.read_bytes())
+
+    monkeypatch.setattr(sys, "stdin", Stdin)
+    _, out, _ = cli("predict", "-", "-f", "json")
+    assert lines(out)[0]["path"] == "-"
+    assert lines(out)[0]["pred_class"] == "cat"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "INPUT"),
+        (("x.jpg", "--format", "xml"), "xml"),
+        (("x.jpg", "--top-k", "0"), "top-k"),
+        (("x.jpg", "--engine", "tensorrt"), "onnxruntime"),
+        (("x.jpg", "--model", "resnet50"), "efficientformer_l1"),
+        (("x.jpg", "--output", "/nowhere/at/all.json"), "Cannot write"),
+        (("x.jpg", "--nonsense"), "nonsense"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_what_is_right(cli, arguments, says):
+    code, _, err = cli("predict", *arguments)
+    assert code == 2
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_output_file_is_written_whole(cli, photo, tmp_path):
+    target = tmp_path / "labels.jsonl"
+    code, out, _ = cli("predict", photo, "-f", "json", "-o", target)
+    assert (code, out) == (0, "")
+    assert lines(target.read_text())[0]["pred_class"] == "cat"
+    before = target.read_text()
+    code, _, _ = cli("predict", photo, "-o", target, "--model", tmp_path / "missing.onnx")
+    assert code == 1
+    assert target.read_text() == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
+
+
+def test_annotated_copies(cli, photo, tmp_path):
+    twin = tmp_path / "sub" / photo.name
+    twin.parent.mkdir()
+    shutil.copy(photo, twin)
+    code, _, _ = cli("predict", photo, twin, "--annotate", tmp_path / "out")
+    assert code == 0
+    copies = sorted((tmp_path / "out").iterdir())
+    assert [copy.name for copy in copies] == ["my cat_label.jpg", "my cat_label_2.jpg"]
+    with Image.open(photo) as original, Image.open(copies[0]) as copy:
+        assert copy.width == original.width
+        assert copy.height > original.height
+        bar = np.asarray(copy)[original.height + 2 :]
+        assert bar.max() > 200  # something is written in the dark bar
+
+
+def test_a_name_with_markup_or_strange_bytes_is_printed_plainly(cli, photo, tmp_path):
+    odd = tmp_path / "[bold]x\x1b[31m.jpg"
+    shutil.copy(photo, odd)
+    code, out, _ = cli("predict", odd)
+    assert code == 0
+    assert "[bold]x\\x1b[31m.jpg" in out
+    assert "\x1b[31m" not in out
+
+
+def test_python_interface_agrees_with_the_command(cli, photo):
+    _, out, _ = cli("predict", photo, "-f", "json")
+    (line,) = lines(out)
+    classify = Classifier()
+    with Image.open(photo) as image:
+        for source in (photo, str(photo), photo.read_bytes(), image, np.asarray(image)):
+            prediction = classify(source)
+            assert prediction.name == line["pred_class"]
+            assert prediction.score == pytest.approx(line["pred_score"], abs=1e-6)
+    result = inference_model("efficientformer_cifar10", photo)
+    assert set(result) == {"pred_label", "pred_score", "pred_class", "pred_scores"}
+    assert result["pred_scores"].shape == (10,)
+    assert result["pred_scores"].sum() == pytest.approx(1, abs=1e-5)
+    assert result["pred_scores"].argmax() == result["pred_label"] == line["pred_label"]
+
+
+def test_batches_give_what_single_pictures_give(photo):
+    classify = Classifier()
+    outcomes = list(classify.predict([*PHOTOS, b"broken", *PHOTOS], batch_size=4))
+    assert isinstance(outcomes[len(PHOTOS)], Failed)
+    del outcomes[len(PHOTOS)]
+    for path, outcome in zip([*PHOTOS, *PHOTOS], outcomes, strict=True):
+        np.testing.assert_allclose(outcome.scores, classify(path).scores, atol=1e-6)
