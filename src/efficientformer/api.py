@@ -12,7 +12,7 @@ from efficientformer.runtime.classifier import FileClassifier
 from efficientformer.runtime.image import Source
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import missing_extra
-from efficientformer.spec.zoo import EMBEDDED, resolve
+from efficientformer.spec.zoo import resolve
 
 if TYPE_CHECKING:
     from efficientformer.models.network import EfficientFormer
@@ -41,7 +41,7 @@ class Classifier(FileClassifier):
 
     def __init__(
         self,
-        model: str = EMBEDDED,
+        model: str = "",
         *,
         checkpoint: str | Path | None = None,
         engine: str = "auto",

@@ -13,11 +13,16 @@ from efficientformer.export import onnx as onnx_module
 from efficientformer.export.onnx import export_onnx
 from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.errors import CheckpointError, ExportError
+from efficientformer.spec.labels import label_names
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import v1_spec
+from efficientformer.spec.zoo import TIMM_PREPROCESS, resolve
+from efficientformer.weights.cache import Cache
 from efficientformer.weights.checkpoint import load_checkpoint, save_foreign, save_native
 from efficientformer.weights.pretrained import build
+from tests.contract.test_torch_free import run_without_torch
+from tests.parity.regimes import random_state
 from tests.unit.test_fold import randomised
 from tests.unit.test_models import TINY
 
@@ -107,8 +112,28 @@ def test_predicting_with_a_checkpoint_builds_once(cli, native, model, tmp_path, 
         assert code == 0, err
         assert json.loads(out)["pred_class"] in {str(i) for i in range(7)}  # a foreign file names no classes
     assert len(calls) == 1
+    assert Classifier(checkpoint=foreign)(EXAMPLES / "cat.jpg").manifest.labels == ()
     _, out, _ = cli("predict", EXAMPLES / "cat.jpg", "--model", native, "-f", "json")
     assert json.loads(out)["pred_class"] in LABELS
+
+
+def test_a_zoo_name_is_built_once_from_weights_put_by_hand_and_then_needs_no_torch(cli):
+    card = resolve("s0").card
+    source = card.source("timm")
+    weights = Cache().path(card.name, source)
+    weights.parent.mkdir(parents=True)
+    save_foreign(weights, random_state(card.spec, 0), card.spec, "timm")
+    photo = EXAMPLES / "dog.jpg"
+    code, out, err = cli("predict", photo, "--model", "S0", "-f", "json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["pred_class"] == label_names("imagenet1k")[found["pred_label"]]
+    manifest = Classifier("efficientformerv2_s0.snap_dist_in1k").manifest
+    assert manifest.preprocess == TIMM_PREPROCESS
+    assert manifest.metrics["published_top1"] == source.top1
+    assert manifest.provenance["source"] == "timm"
+    again = run_without_torch("predict", photo, "--model", "efficientformerv2_s0", "-f", "json")
+    assert json.loads(again.stdout) == found, again.stderr
 
 
 def test_a_file_that_differs_from_its_network_gets_no_name(model, manifest, tmp_path, monkeypatch):

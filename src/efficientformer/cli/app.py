@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -53,6 +54,9 @@ for _name, _verb in (
 def main() -> None:
     """Run the command line; what a user can cause ends with one message and an exit code, not with a traceback."""
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be text in any encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except EfficientFormerError as error:

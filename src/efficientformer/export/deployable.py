@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from efficientformer.spec.errors import CheckpointError, missing_extra
 from efficientformer.spec.zoo import EMBEDDED, ModelCard, WeightsSource, resolve
-from efficientformer.weights.cache import Cache, Progress, cache_root
+from efficientformer.weights.cache import Cache, Progress, cache_root, writing_to
+
+if TYPE_CHECKING:
+    from efficientformer.spec.manifest import Manifest
+    from efficientformer.weights.checkpoint import Checkpoint
 
 FORMAT = 1  # raised when the exporter changes what it writes, so that older cached files are built again
 SUFFIX = ".onnx"
 
 
 def deployable(
-    model: str = EMBEDDED,
+    model: str = "",
     *,
     checkpoint: str | Path | None = None,
     offline: bool | None = None,
@@ -26,7 +31,8 @@ def deployable(
     """Return an exported file for a network, building it from its weights if there is none yet.
 
     Args:
-        model: A zoo name or alias, a weights file of any layout, or an exported file.
+        model: A zoo name or alias, a weights file of any layout, or an exported file; without it and without a
+            checkpoint, the network shipped in the package.
         checkpoint: A weights file or exported file to use instead of the zoo's weights.
         offline: Forbid (True) or allow (False) connections; None asks the environment.
         progress: Told how a download goes.
@@ -40,7 +46,7 @@ def deployable(
         model, checkpoint = "", model
     if checkpoint is not None:
         return _from_file(model, Path(checkpoint))
-    found = resolve(model)
+    found = resolve(model or EMBEDDED)
     if found.card.name == EMBEDDED:
         return embedded_file()
     ready = _built_before(found.card, found.source)
@@ -70,7 +76,11 @@ def _from_file(model: str, file: Path) -> Path:
     identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{model}"
     target = _folder() / "files" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}{SUFFIX}"
     if not target.exists():
-        _build(model or str(file), file, target)
+        _require_torch(str(file))
+        from efficientformer.weights.pretrained import load_named
+
+        checkpoint, manifest = load_named(model or str(file), file)
+        _export(checkpoint, manifest, target)
     return target
 
 
@@ -96,22 +106,22 @@ def _build_named(
     card: ModelCard, source: WeightsSource | None, offline: bool | None, progress: Progress | None
 ) -> Path:
     _require_torch(card.name)
-    from efficientformer.weights.pretrained import find_weights
+    from efficientformer.weights.pretrained import load_published
 
-    weights, taken = find_weights(card, source, offline=offline, progress=progress)
+    checkpoint, manifest = load_published(card, source, offline=offline, progress=progress)
+    taken = card.source(manifest.provenance["source"])
     assert taken is not None
     target = _target(card, taken)
-    _build(taken.alias or card.name, weights, target)
+    _export(checkpoint, manifest, target)
     return target
 
 
-def _build(model: str, weights: Path, target: Path) -> None:
-    _require_torch(model)
+def _export(checkpoint: Checkpoint, manifest: Manifest, target: Path) -> None:
     from efficientformer.export.onnx import export_onnx
-    from efficientformer.weights.pretrained import build, load_named
+    from efficientformer.weights.pretrained import build
 
-    checkpoint, manifest = load_named(model, weights)
-    export_onnx(build(manifest.spec, checkpoint), manifest, target)
+    with writing_to(target.parent):
+        export_onnx(build(manifest.spec, checkpoint), manifest, target)
 
 
 def _require_torch(model: str) -> None:

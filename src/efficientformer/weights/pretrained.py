@@ -74,7 +74,29 @@ def find_weights(
     return path, card.source(path.parent.name)  # the cache keeps each source in a folder of its name
 
 
-def describe(checkpoint: Checkpoint, path: Path, card: ModelCard | None, source: WeightsSource | None) -> Manifest:
+def load_published(
+    card: ModelCard,
+    source: WeightsSource | None = None,
+    *,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+    ema: bool | None = None,
+) -> tuple[Checkpoint, Manifest]:
+    """Read a card's own weights, downloading them if need be, with the preprocessing and figures of their source.
+
+    Raises:
+        DownloadError: If no source delivers.
+        CheckpointError: If the file is damaged or holds another network.
+    """
+    path, taken = find_weights(card, source, offline=offline, progress=progress)
+    checkpoint = load_checkpoint(path, ema=ema)
+    _check_same_network(checkpoint, card, path)
+    return checkpoint, describe(checkpoint, path, card, taken)
+
+
+def describe(
+    checkpoint: Checkpoint, path: Path, card: ModelCard | None = None, source: WeightsSource | None = None
+) -> Manifest:
     """Return the manifest of a checkpoint: its own, or what its card, layout and shapes say.
 
     Args:
@@ -123,23 +145,21 @@ def load_named(
         CheckpointError: If the file holds another network.
         DownloadError: If no source delivers.
     """
-    card = source = None
-    if isinstance(model, str) and Path(model).is_file():
-        path = Path(model)
-    elif pretrained is True:
-        if isinstance(model, ArchSpec):
+    if isinstance(model, ArchSpec):
+        if pretrained is True:
             raise UsageError("A spec has no published weights", hint="Give a file: pretrained='FILE'")
-        found = resolve(model)
-        card = found.card
-        path, source = find_weights(card, found.source, offline=offline, progress=progress)
+        path, card = Path(str(pretrained)), None
+    elif Path(model).is_file():
+        path, card = Path(model), None
     else:
-        path = Path(str(pretrained))
-    spec = model if isinstance(model, ArchSpec) else None
-    checkpoint = load_checkpoint(path, ema=ema, spec=spec)
-    if isinstance(model, str) and not Path(model).is_file():
-        card = card or resolve(model).card
+        found = resolve(model)
+        if pretrained is True:
+            return load_published(found.card, found.source, offline=offline, progress=progress, ema=ema)
+        path, card = Path(str(pretrained)), found.card
+    checkpoint = load_checkpoint(path, ema=ema, spec=model if isinstance(model, ArchSpec) else None)
+    if card is not None:
         _check_same_network(checkpoint, card, path)
-    return checkpoint, describe(checkpoint, path, card, source)
+    return checkpoint, describe(checkpoint, path)
 
 
 def build(
