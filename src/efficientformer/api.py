@@ -33,7 +33,7 @@ class Classifier(FileClassifier):
     Raises:
         EfficientFormerError: Of the kind that says what is wrong: an unknown name, missing weights, a damaged file.
 
-    Example:
+    Examples:
         >>> classify = Classifier()
         >>> classify("cat.jpg").name
         'cat'
