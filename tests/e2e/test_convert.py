@@ -99,6 +99,19 @@ def test_nothing_is_overwritten_and_mistakes_are_usage_errors(cli, native, tmp_p
     assert cli("convert", native, tmp_path / "x.pth", "--to", "keras")[0] == 2
     assert cli("convert", native, tmp_path / "x.safetensors", "--model", "efficientformer_l1")[0] == 1
     assert not (tmp_path / "x.safetensors").exists()
+    code, _, err = cli("convert", tmp_path / "nothing.pth", tmp_path / "x.onnx")
+    assert code == 2
+    assert "There is no file" in err
+
+
+def test_another_input_size_takes_tables_and_preprocessing_along_but_no_figures(cli, tmp_path):
+    target = tmp_path / "48.onnx"
+    code, _, err = cli("convert", "efficientformer_cifar10", target, "--input-size", "48")
+    assert code == 0, err
+    assert "resampled" in err
+    manifest = Classifier(str(target)).manifest
+    assert manifest.spec.input_size == manifest.preprocess.input_size == (48, 48)
+    assert manifest.metrics == {}
 
 
 def test_predicting_with_a_checkpoint_builds_once(cli, native, model, tmp_path, monkeypatch):

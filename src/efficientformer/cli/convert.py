@@ -81,7 +81,8 @@ def _write(
     if input_size is not None:
         spec = manifest.spec.with_input_size(input_size)
         preprocess = manifest.preprocess.with_input_size(input_size)
-        manifest = dataclasses.replace(manifest, spec=spec, preprocess=preprocess)
+        # figures measured at the old size say nothing of the new one
+        manifest = dataclasses.replace(manifest, spec=spec, preprocess=preprocess, metrics={})
     network = build(manifest.spec, checkpoint)
     if to is Layout.ONNX:
         from efficientformer.export.onnx import export_onnx

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from efficientformer.spec.errors import CheckpointError, missing_extra
-from efficientformer.spec.zoo import EMBEDDED, ModelCard, WeightsSource, resolve
+from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, ModelCard, WeightsSource, resolve
 from efficientformer.weights.cache import Cache, Progress, cache_root, writing_to
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def embedded_file() -> Path:
 
 def _is_file(name: str) -> bool:
     """Whether a model name is a file: one that exists, or one that is plainly meant as a path."""
-    return Path(name).is_file() or Path(name).suffix in {SUFFIX, ".safetensors", ".pth", ".pt", ".bin"}
+    return Path(name).is_file() or name.endswith(FILE_SUFFIXES)
 
 
 def _from_file(model: str, file: Path) -> Path:

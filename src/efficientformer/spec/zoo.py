@@ -14,6 +14,7 @@ from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import VARIANTS
 
 EMBEDDED = "efficientformer_cifar10"
+FILE_SUFFIXES = (".onnx", ".safetensors", ".pth", ".pt", ".bin")  # a name that ends so is meant as a path
 
 # Evaluation preprocessing of each project, the one its published figures belong to. They differ in the short edge,
 # in EXIF handling and in the rounding of the crop.
@@ -174,6 +175,8 @@ def resolve(name: str) -> Resolved:
         names |= {alias.lower(): card for alias in (*card.aliases, card.name)}
     if wanted in names:
         return Resolved(names[wanted], None)
+    if name.lower().endswith(FILE_SUFFIXES):
+        raise UnknownModelError(f"There is no file {name!r}, and no model of that name", hint="Check the path")
     close = nearest(wanted, names)
     known = ", ".join(card.name for card in cards())
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
