@@ -1,7 +1,8 @@
 """Run mmpretrain's and transformers' networks on the parity weights and keep their outputs: ``make parity``.
 
-The two need libraries of their own that do not live beside ours, so the tests compare with this file. Weights and
-images are made from seeds by ``regimes.py``, and reach the peers through our own writers of their layouts.
+The two need libraries of their own that do not live beside ours, so the tests compare with this file. It holds what
+they compute in double precision, which both of our precisions are held against. Weights and images are made from
+seeds by ``regimes.py``, and reach the peers through our own writers of their layouts.
 """
 
 from __future__ import annotations
@@ -80,10 +81,10 @@ def main() -> None:
     for name in NAMES:
         for regime in REGIMES:
             for seed in SEEDS:
-                state = random_state(VARIANTS[name], seed, regime)
+                state = random_state(VARIANTS[name], seed, regime, torch.float64)
                 for peer, run in (("mmpretrain", run_mmpretrain), ("transformers", run_transformers)):
                     with torch.inference_mode():
-                        outputs = run(name, state, images(seed, torch.float32))
+                        outputs = run(name, state, images(seed, torch.float64))
                     for key, value in outputs.items():
                         golden[f"{peer}/{name}/{regime}/{seed}/{key}"] = value[0].numpy()
                     print(peer, name, regime, seed, "logits std", float(outputs["logits"].std()), flush=True)
