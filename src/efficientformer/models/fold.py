@@ -20,7 +20,7 @@ from efficientformer.models.network import EfficientFormer, pool
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import ExportError
 
-TOLERANCE = 1e-7  # of the largest logit, in float64: folding reorders sums and nothing else
+TOLERANCE = 1e-9  # of the largest logit, in float64: folding reorders sums and nothing else
 
 
 class DeployedEfficientFormer(nn.Module):
@@ -110,9 +110,9 @@ def _fold_attention(attention: OffsetAttention) -> None:
         weight[:, : attention.key_dim] *= attention.scale
         bias[:, : attention.key_dim] *= attention.scale
     elif isinstance(attention, MapAttention):
-        _scale_output(attention.q, torch.tensor(attention.scale))
+        _scale_output(attention.q, attention.scale)
     elif isinstance(attention, DownsampleAttention):
-        _scale_output(attention.q.proj, torch.tensor(attention.scale))
+        _scale_output(attention.q.proj, attention.scale)
     attention.register_buffer("gathered_bias", attention.bias())
     del attention.attention_biases, attention.offset_index
     attention.__class__ = _DEPLOY_CLASS[type(attention)]
@@ -145,7 +145,7 @@ def _absorb_norm(norm: nn.LayerNorm, linear: nn.Linear) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=norm.eps, elementwise_affine=False)
 
 
-def _scale_output(layer: ConvNorm, scale: Tensor) -> None:
+def _scale_output(layer: ConvNorm, scale: Tensor | float) -> None:
     """Multiply a ConvNorm's output: its norm's factors are linear in it."""
     layer.norm.weight.mul_(scale)
     layer.norm.bias.mul_(scale)
