@@ -73,6 +73,14 @@ class ExportError(EfficientFormerError):
     """An exported network that differs from the one it was made from."""
 
 
+class DataError(EfficientFormerError):
+    """A data set that is missing, empty, of no known layout, or does not fit the network."""
+
+
+class TrainingError(EfficientFormerError):
+    """A training run that cannot go on: a loss that is no number, a full disk, a killed worker, another recipe."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Return the entries of ``known`` that look most like ``name``, best first."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.4)

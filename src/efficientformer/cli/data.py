@@ -1,0 +1,142 @@
+"""``efficientformer data``: look at a data set before it is used."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from efficientformer.data.check import DataReport, Group
+
+SHOWN = 10  # findings of a kind; the report and --json have more
+
+data_app = typer.Typer(no_args_is_help=True, help="Look at a data set before it is used.")
+
+
+@data_app.command("check")
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The data set: folders, tar shards or idx files.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON with every finding.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots and pictures.")] = None,
+    no_near: Annotated[bool, typer.Option("--no-near", help="Look for exact copies only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress; print only what is wrong.")] = False,
+) -> None:
+    """Find damaged pictures, copies, leaks and contradictions. Exits 0 if nothing is wrong, 1 if something is."""
+    from efficientformer.data.check import check as check_data
+
+    if report is not None:
+        _check_target(report)
+    with _progress(quiet) as progress:
+        result = check_data(folder, near=not no_near, progress=progress)
+    if report is not None:
+        from efficientformer.data.check_page import write_page
+
+        write_page(result, report)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        _print(result, quiet)
+        if report is not None and not quiet:
+            typer.echo(f"Report: {report}", err=True)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+def _check_target(report: Path) -> None:
+    """Refuse a report that cannot be written before hours were spent on it."""
+    from efficientformer.spec.errors import UsageError, missing_extra
+
+    if report.is_dir() or not report.absolute().parent.is_dir():
+        raise UsageError(f"Cannot write {report}", expected="a file in a folder that exists")
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib as _  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("report", "An HTML report", error) from error
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Give a bar on standard error; None if quiet, or if that is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("reading pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print(result: DataReport, quiet: bool) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    if not quiet:
+        _print_facts(console, result)
+    _print_list(console, "unreadable", [f"{each.picture}: {each.reason}" for each in result.corrupt])
+    _print_list(console, "classes without training pictures", list(result.unknown_classes))
+    wrong = [group for group in result.groups if group.verdict]
+    _print_list(console, "copies that leak or contradict", [_line(group) for group in wrong])
+    if not quiet:
+        other = [group for group in result.groups if not group.verdict]
+        _print_list(console, "other copies", [_line(group) for group in other], limit=3)
+        _print_list(console, "odd sizes", [f"{each.picture}: {each.reason}" for each in result.odd], limit=3)
+        _print_list(console, "notes", list(result.notes))
+        console.print(
+            "\n[green]Nothing is wrong.[/green]" if result.ok else "\n[red]Something is wrong: see above.[/red]"
+        )
+
+
+def _line(group: Group) -> str:
+    pictures = " = ".join(f"{each} ({each.label})" for each in group.pictures[:3])
+    more = f" and {len(group.pictures) - 3} more" if len(group.pictures) > 3 else ""
+    return f"{group.verdict or 'copy'} [{group.kind}] {pictures}{more}"
+
+
+def _print_facts(console: Console, result: DataReport) -> None:
+    from rich.table import Table
+
+    (low_w, low_h), (high_w, high_h) = result.sizes
+    console.print(f"{result.path}: {result.pictures:,} pictures", markup=False)
+    console.print(
+        f"sizes {low_w} x {low_h} to {high_w} x {high_h}; " + ", ".join(f"{n:,} {f}" for f, n in result.forms)
+    )
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("split", "pictures", "classes", "largest", "smallest", "ratio", "below 10"):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for each in result.balances:
+        counts = [count for _, count in each.classes]
+        row = (each.pictures, len(counts), max(counts), min(counts))
+        table.add_row(each.split, *(f"{value:,}" for value in row), f"{each.ratio:.1f}", str(len(each.small)))
+    console.print()
+    console.print(table)
+    console.print()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("copies", "groups", "leaks", "contradictions"):
+        table.add_column(heading, justify="left" if heading == "copies" else "right")
+    for kind, title in (("bytes", "same file"), ("pixels", "same pixels"), ("near", "look alike")):
+        groups = [group for group in result.groups if group.kind == kind]
+        leaks, clashes = sum(group.leak for group in groups), sum(group.contradiction for group in groups)
+        table.add_row(title, *(f"{value:,}" for value in (len(groups), leaks, clashes)))
+    console.print(table)
+
+
+def _print_list(console: Console, title: str, lines: list[str], limit: int = SHOWN) -> None:
+    """Print the first of many findings; names are not trusted to be fit for a terminal."""
+    if not lines:
+        return
+    console.print(f"\n[bold]{title}[/bold]: {len(lines):,}")
+    for line in lines[:limit]:
+        console.print(f"  {line if line.isprintable() else ascii(line)}", markup=False)
+    if len(lines) > limit:
+        console.print(f"  ... and {len(lines) - limit:,} more; --json names all of them")

@@ -1,0 +1,178 @@
+"""Augmentation. Per picture, by timm on Pillow images; per batch, vectorised. All of it is a function of seeds.
+
+Shapes: B batch, C channels, H and W the input, P the padding.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from efficientformer.data.draws import Seeds, uniforms
+from efficientformer.spec.errors import SpecError, missing_extra
+from efficientformer.spec.preprocess import PreprocessSpec
+
+ERASE_AREA = (0.02, 1 / 3)  # share of the picture, and aspect ratio, of an erased rectangle (paper's recipe; timm's)
+ERASE_RATIO = (0.3, 1 / 0.3)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training pictures; the fields of the recipe that say so.
+
+    Attributes:
+        crop: ``rrc`` or ``pad``.
+        crop_scale: Area range of a random resized crop.
+        padding: Border for ``pad``.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        randaugment: timm's policy string.
+        color_jitter: Colour jitter where there is no RandAugment.
+        interpolation: Filter of the random resized crop.
+        erasing: Probability of an erased rectangle.
+        cutout: Side of the grey square cut out of every other picture.
+    """
+
+    crop: str
+    crop_scale: tuple[float, float]
+    padding: int
+    hflip: float
+    vflip: float
+    randaugment: str
+    color_jitter: float
+    interpolation: str
+    erasing: float
+    cutout: int
+
+    def __post_init__(self) -> None:
+        if self.crop == "pad" and self.randaugment:
+            raise SpecError("RandAugment works on decoded pictures, one by one", hint="Set crop to rrc")
+
+
+class Transform(Protocol):
+    """Turns a decoded picture into a uint8 array (C, H, W)."""
+
+    def __call__(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Transform."""
+
+
+class SampleAugment:
+    """The part done per picture, in worker processes: random resized crop, flips, RandAugment or colour jitter.
+
+    Args:
+        augmentation: What to do.
+        preprocess: Mode, size and mean of the input.
+
+    Raises:
+        MissingExtraError: If timm is not installed.
+        SpecError: If timm knows no such RandAugment policy.
+    """
+
+    def __init__(self, augmentation: Augmentation, preprocess: PreprocessSpec) -> None:
+        try:
+            from timm.data.transforms_factory import transforms_imagenet_train
+        except ImportError as error:
+            raise missing_extra("train", "Training", error) from error
+        grey = preprocess.mode == "L"
+        try:
+            self._transform: Transform = transforms_imagenet_train(
+                preprocess.input_size,
+                scale=augmentation.crop_scale,
+                hflip=augmentation.hflip,
+                vflip=augmentation.vflip,
+                color_jitter=0.0 if grey else augmentation.color_jitter,
+                auto_augment=augmentation.randaugment or None,
+                interpolation=augmentation.interpolation,
+                mean=preprocess.mean,
+                std=preprocess.std,
+                use_prefetcher=True,  # uint8 out; normalising and erasing are done per batch
+            )
+        except (AssertionError, ValueError, KeyError) as error:
+            raise SpecError(f"timm knows no such policy: {augmentation.randaugment!r}", found=str(error)) from error
+
+    def __call__(self, image: Image.Image, seed: int) -> npt.NDArray[np.uint8]:
+        """Return (C, H, W) uint8; the same for the same seed in any process."""
+        random.seed(seed)  # timm draws from all three global generators
+        np.random.seed(seed % (1 << 32))
+        torch.manual_seed(seed % (1 << 63))
+        pixels = np.asarray(self._transform(image))
+        return pixels if pixels.ndim == 3 else pixels[None]
+
+
+def pad_images(images: Tensor, padding: int) -> Tensor:
+    """Return uint8 images (N, C, H, W) with a reflected border, (N, C, H + 2P, W + 2P)."""
+    if padding == 0:
+        return images
+    return torch.cat([F.pad(part.float(), (padding,) * 4, mode="reflect").byte() for part in torch.split(images, 4096)])
+
+
+def shift_flip(padded: Tensor, seeds: Seeds, augmentation: Augmentation) -> Tensor:
+    """Cut a randomly shifted window out of each padded image, and flip some: (B, C, H + 2P, W + 2P) to (B, C, H, W)."""
+    count, channels = padded.shape[:2]
+    span = 2 * augmentation.padding
+    height, width = padded.shape[2] - span, padded.shape[3] - span
+    u = torch.from_numpy(uniforms(seeds, 4))  # (4, B)
+    top, left = (u[:2] * (span + 1)).long()
+    rows = top[:, None] + torch.arange(height)  # (B, H)
+    columns = left[:, None] + torch.arange(width)  # (B, W)
+    rows = torch.where((u[2] < augmentation.vflip)[:, None], rows.flip(1), rows)
+    columns = torch.where((u[3] < augmentation.hflip)[:, None], columns.flip(1), columns)
+    batch, channel = torch.arange(count)[:, None, None, None], torch.arange(channels)[None, :, None, None]
+    return padded[batch, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class Normaliser:
+    """The part done per batch, last: uint8 to normalised floats, then cutout and erasing.
+
+    Args:
+        preprocess: Mean and standard deviation.
+        augmentation: What is cut out; None for nothing.
+    """
+
+    def __init__(self, preprocess: PreprocessSpec, augmentation: Augmentation | None) -> None:
+        self._mean = torch.tensor(preprocess.mean)[:, None, None] * 255
+        self._scale = 1 / (torch.tensor(preprocess.std)[:, None, None] * 255)
+        self._augmentation = augmentation
+
+    def __call__(self, images: Tensor, seeds: Seeds, *, cut: bool) -> Tensor:
+        """Return (B, C, H, W) float32 in channels-last order; ``cut`` says whether anything is cut out."""
+        x = images.to(torch.float32, memory_format=torch.channels_last)
+        x.sub_(self._mean).mul_(self._scale)
+        if cut and self._augmentation is not None:
+            if self._augmentation.cutout:
+                cut_squares(x, seeds, self._augmentation.cutout)
+            if self._augmentation.erasing:
+                erase(x, seeds, self._augmentation.erasing)
+        return x
+
+
+def cut_squares(images: Tensor, seeds: Seeds, side: int) -> None:
+    """Set a square of ``side`` pixels to the mean in half of the normalised images (B, C, H, W), in place."""
+    height, width = images.shape[2:]
+    u = torch.from_numpy(uniforms(seeds, 7)[4:])  # (3, B); the first four are spent on shift and flip
+    top, left = (u[0] * max(1, height - side + 1)).long(), (u[1] * max(1, width - side + 1)).long()
+    y, x = torch.arange(height), torch.arange(width)
+    in_rows = (y >= top[:, None]) & (y < top[:, None] + side) & (u[2] < 0.5)[:, None]  # (B, H)
+    in_columns = (x >= left[:, None]) & (x < left[:, None] + side)  # (B, W)
+    images.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)
+
+
+def erase(images: Tensor, seeds: Seeds, probability: float) -> None:
+    """Fill a random rectangle of some normalised images (B, C, H, W) with noise, in place (random erasing)."""
+    height, width = images.shape[2:]
+    u = uniforms(seeds, 12)[7:]  # (5, B)
+    for i in np.flatnonzero(u[0] < probability):
+        area = (ERASE_AREA[0] + u[1, i] * (ERASE_AREA[1] - ERASE_AREA[0])) * height * width
+        ratio = float(np.exp(np.log(ERASE_RATIO[0]) + u[2, i] * np.log(ERASE_RATIO[1] / ERASE_RATIO[0])))
+        h, w = min(height, round((area * ratio) ** 0.5)), min(width, round((area / ratio) ** 0.5))
+        top, left = int(u[3, i] * (height - h + 1)), int(u[4, i] * (width - w + 1))
+        rng = torch.Generator().manual_seed(int(seeds[i]) % (1 << 63))
+        images[i, :, top : top + h, left : left + w] = torch.randn(images.shape[1], h, w, generator=rng)

@@ -1,0 +1,297 @@
+"""Training batches: drawn by plan, read, augmented, normalised ahead of the step that needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from efficientformer.data.augment import Augmentation, Normaliser, SampleAugment, pad_images, shift_flip
+from efficientformer.data.draws import DrawPlan, Draws
+from efficientformer.data.source import ImageSource, Subset
+from efficientformer.runtime.image import decode, resize_crop
+from efficientformer.spec.errors import DataError, ImageError
+from efficientformer.spec.preprocess import PreprocessSpec
+
+AHEAD = 3  # finished batches that wait for the training step
+MAX_UNREADABLE = 100  # unreadable pictures in a row, after which the data set is to blame
+MEMORY_BYTES = 8 << 30  # decoded pictures that `pad` may keep
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on.
+
+    Attributes:
+        images: (B, C, H, W) float32, normalised, channels last.
+        labels: (B,) int64.
+        draws: Which pictures these are.
+        cut: Whether cutout and erasing were on.
+    """
+
+    images: Tensor
+    labels: Tensor
+    draws: Draws
+    cut: bool
+
+
+class Loader(ABC):
+    """Yields the batches of steps ``start`` to ``stop``, prepared ahead in a thread.
+
+    Args:
+        plan: Which pictures each step sees.
+        labels: Label of every picture, (N,).
+        normaliser: The last step of augmentation.
+        cut_until: Step from which on nothing is cut out any more.
+
+    Attributes:
+        skipped: Name and reason of every picture that could not be read so far.
+    """
+
+    skipped: dict[str, str]
+
+    def __init__(self, plan: DrawPlan, labels: npt.NDArray[np.int64], normaliser: Normaliser, cut_until: int) -> None:
+        self.plan = plan
+        self._labels, self._normaliser, self._cut_until = torch.from_numpy(labels), normaliser, cut_until
+        self.skipped = {}
+
+    @abstractmethod
+    def _pixels(self, steps: range) -> Iterator[tuple[Tensor, Draws]]:
+        """Yield uint8 images (B, C, H, W) and what they are, step by step."""
+
+    def batches(self, start: int, stop: int) -> Generator[Batch]:
+        """Yield the batches of the steps from ``start`` up to but not including ``stop``.
+
+        Raises:
+            DataError: If a worker process died.
+        """
+        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
+        stopped = threading.Event()
+
+        def put(item: Batch | BaseException | None) -> None:
+            while not stopped.is_set():
+                with contextlib.suppress(queue.Full):
+                    ready.put(item, timeout=0.2)
+                    return
+
+        def produce() -> None:
+            try:
+                for pixels, draws in self._pixels(range(start, stop)):
+                    cut = draws.step < self._cut_until
+                    images = self._normaliser(pixels, draws.seeds, cut=cut)
+                    put(Batch(images, self._labels[draws.indices], draws, cut))
+                    if stopped.is_set():
+                        return
+                put(None)
+            except BaseException as error:  # handed on to the training thread
+                put(error)
+
+        thread = threading.Thread(target=produce, name="batches", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise _explain(item)
+                yield item
+        finally:
+            stopped.set()
+            thread.join()
+
+
+class MemoryLoader(Loader):
+    """Batches of fixed-size pictures that are decoded once and stay in memory: shifted, flipped, all at once.
+
+    Args:
+        images: Every picture, (N, C, H, W) uint8, as ``decode_all`` returns them.
+        plan: Which pictures each step sees.
+        labels: Label of every picture, (N,).
+        augmentation: What is done to them.
+        preprocess: Normalisation.
+        cut_until: Step from which on nothing is cut out any more.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        plan: DrawPlan,
+        labels: npt.NDArray[np.int64],
+        augmentation: Augmentation,
+        preprocess: PreprocessSpec,
+        cut_until: int,
+    ) -> None:
+        super().__init__(plan, labels, Normaliser(preprocess, augmentation), cut_until)
+        self._padded, self._augmentation = pad_images(images, augmentation.padding), augmentation
+
+    def _pixels(self, steps: range) -> Iterator[tuple[Tensor, Draws]]:
+        for step in steps:
+            draws = self.plan.draws(step)
+            yield shift_flip(self._padded[torch.from_numpy(draws.indices)], draws.seeds, self._augmentation), draws
+
+
+class WorkerLoader(Loader):
+    """Batches of pictures that are read and augmented one by one in worker processes, every time they are drawn.
+
+    An unreadable picture is replaced by the next one of the data set, and listed in ``skipped``.
+
+    Args:
+        source: The pictures.
+        plan: Which pictures each step sees.
+        augmentation: What is done to them.
+        preprocess: Mode, size and normalisation of the input.
+        cut_until: Step from which on nothing is cut out any more.
+        workers: Worker processes, at least one: timm's augmentation draws from global generators, which the training
+            thread must have for itself.
+
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        plan: DrawPlan,
+        augmentation: Augmentation,
+        preprocess: PreprocessSpec,
+        cut_until: int,
+        workers: int,
+    ) -> None:
+        super().__init__(plan, source.labels, Normaliser(preprocess, augmentation), cut_until)
+        self._samples = _Samples(source, SampleAugment(augmentation, preprocess), preprocess)
+        self._workers = max(1, workers)
+
+    def _pixels(self, steps: range) -> Iterator[tuple[Tensor, Draws]]:
+        methods = multiprocessing.get_all_start_methods()
+        loader = DataLoader(
+            self._samples,
+            batch_sampler=_Keys(self.plan, steps),
+            num_workers=self._workers,
+            collate_fn=_collate,
+            prefetch_factor=4,
+            multiprocessing_context="forkserver" if "forkserver" in methods else "spawn",
+            generator=torch.Generator(),  # else it draws from the training thread's
+        )
+        for step, (pixels, indices, failures) in zip(steps, loader, strict=True):
+            self.skipped |= failures
+            yield pixels, dataclasses.replace(self.plan.draws(step), indices=indices)
+
+
+class _Keys:
+    """The (index, seed) pairs of each step, made when they are needed."""
+
+    def __init__(self, plan: DrawPlan, steps: range) -> None:
+        self._plan, self._steps = plan, steps
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self._steps:
+            draws = self._plan.draws(step)
+            yield list(zip(draws.indices.tolist(), draws.seeds.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """An augmented picture (C, H, W), its number, and why others before it were passed over."""
+
+    pixels: npt.NDArray[np.uint8]
+    index: int
+    failures: dict[str, str]
+
+
+class _Samples(Dataset[_Sample]):
+    """Augmented pictures by (index, seed)."""
+
+    def __init__(self, source: ImageSource, augment: SampleAugment, preprocess: PreprocessSpec) -> None:
+        self._source, self._augment, self._preprocess = source, augment, preprocess
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, key: tuple[int, int]) -> _Sample:
+        index, seed = key
+        failures: dict[str, str] = {}
+        for attempt in range(MAX_UNREADABLE):
+            candidate = (index + attempt) % len(self._source)
+            try:
+                return _Sample(self._augment(read_image(self._source, candidate, self._preprocess), seed),
+                               candidate, failures)  # fmt: skip
+            except ImageError as error:
+                failures[self._source.name(candidate)] = str(error)
+        found = next(iter(failures.values()))
+        raise DataError(f"{MAX_UNREADABLE} pictures in a row cannot be read", found=found, hint="Check the data set")
+
+
+def _collate(samples: Sequence[_Sample]) -> tuple[Tensor, npt.NDArray[np.int64], dict[str, str]]:
+    failures = {name: reason for sample in samples for name, reason in sample.failures.items()}
+    indices = np.array([sample.index for sample in samples], np.int64)
+    return torch.from_numpy(np.stack([sample.pixels for sample in samples])), indices, failures
+
+
+def read_image(source: ImageSource, index: int, preprocess: PreprocessSpec) -> Image.Image:
+    """Decode one picture of a source as the network's preprocessing asks.
+
+    Raises:
+        ImageError: If it cannot be read.
+    """
+    data, name = source.read(index), source.name(index)
+    return decode(data, mode=preprocess.mode, exif=preprocess.exif, name=name)
+
+
+def _explain(error: BaseException) -> BaseException:
+    """Return an error of ours for what ends a worker process from outside."""
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and "exited" in str(error):
+        hint = "It was killed, most often for lack of memory: use fewer workers, then resume"
+        return DataError("A process that prepares pictures died", found=str(error), hint=hint)
+    return error
+
+
+def decode_all(
+    source: ImageSource, preprocess: PreprocessSpec, workers: int
+) -> tuple[Tensor, ImageSource, list[tuple[str, str]]]:
+    """Decode every picture to the input's size, to be kept in memory.
+
+    Returns:
+        The pictures (N, C, H, W) uint8, the source of just those, and name and reason of each that cannot be decoded.
+
+    Raises:
+        DataError: If they would take more than 8 GiB.
+    """
+    height, width = preprocess.input_size
+    shape = (len(source), len(preprocess.mean), height, width)
+    if np.prod(shape, dtype=np.int64) > MEMORY_BYTES:
+        raise DataError(
+            "Too many pictures to keep them in memory",
+            expected=f"at most {MEMORY_BYTES >> 30} GiB decoded",
+            found=f"{np.prod(shape, dtype=np.int64) / (1 << 30):.1f} GiB",
+            hint="Set crop to rrc, which reads them anew each time",
+        )
+    images = torch.empty(shape, dtype=torch.uint8)
+
+    def load(index: int) -> str:
+        try:
+            image = read_image(source, index, preprocess)
+            pixels = np.asarray(resize_crop(image, preprocess)).reshape(height, width, -1)  # (H, W, C)
+        except ImageError as error:
+            return str(error)
+        images[index] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        return ""
+
+    with ThreadPool(max(1, workers)) as pool:
+        outcomes = pool.map(load, range(len(source)), chunksize=64)
+    skipped = [(source.name(i), reason) for i, reason in enumerate(outcomes) if reason]
+    if skipped:
+        good = [i for i, reason in enumerate(outcomes) if not reason]
+        return images[good], Subset(source, good), skipped
+    return images, source, []

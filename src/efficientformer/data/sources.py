@@ -1,0 +1,264 @@
+"""Which layout a folder has, found by looking into it, and the source that reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from efficientformer.data.align import Relabelled, describe_strangers, match_classes
+from efficientformer.data.folders import (
+    Folder,
+    list_folder,
+    open_class_folders,
+    open_synset_files,
+    synset_files,
+)
+from efficientformer.data.idx import idx_parts, open_idx
+from efficientformer.data.imagenet import is_validation, open_validation
+from efficientformer.data.listing import counted
+from efficientformer.data.shards import open_shards
+from efficientformer.data.source import ImageSource, Subset
+from efficientformer.spec.errors import DataError, UsageError
+
+LAYOUTS = "class folders (DIR/CLASS/picture.jpg), train/ and val/ of these, tar shards, or the idx files of MNIST"
+WHOLE = "all"  # the name of the one part of a data set that is not split
+
+Opener = Callable[[], ImageSource]
+
+_ALIASES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+_FALLBACK = {"val": "test", "test": "val"}  # either serves for evaluation
+_NESTED = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "FashionMNIST/raw", "MNIST/raw", "raw")
+_SHARD = re.compile(r"(?:.*[-_.])?(train|val|validation|valid|test)[-_.].*\.tar", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a training needs of a data set.
+
+    Attributes:
+        train: The pictures to learn from.
+        val: The pictures to measure on, with the same classes.
+        note: Where the two come from.
+    """
+
+    train: ImageSource
+    val: ImageSource
+    note: str
+
+
+def open_source(path: str | os.PathLike[str], split: str | None = None) -> ImageSource:
+    """Open a data set, or one part of it.
+
+    The layout is found by looking: class folders (ImageNet's synsets get its class names), ImageNet as published,
+    tar shards, idx files.
+
+    Args:
+        path: The folder.
+        split: ``train``, ``val`` or ``test``; the last two stand in for each other where only one exists. None for a
+            data set that is not split.
+
+    Returns:
+        The pictures; they are listed, not read.
+
+    Raises:
+        DataError: If there is no such data set, its layout is unknown, or it has not this part.
+        UsageError: If ``split`` is none of the three.
+    """
+    if split is not None and split not in _ALIASES:
+        raise UsageError("Unknown split", expected=f"one of {', '.join(_ALIASES)}", found=repr(split))
+    parts = find_parts(path)
+    if split is None and len(parts) == 1:
+        return next(iter(parts.values()))()
+    for name in (split, _FALLBACK.get(split or "")):
+        if name in parts:
+            return parts[name]()
+    named = f"the parts {', '.join(parts)}" if WHOLE not in parts else "one set that is not split"
+    raise DataError(
+        f"Cannot choose a part of {os.fspath(path)!r}",
+        expected=f"a part {split!r}" if split else "one set",
+        found=named,
+        hint="Name no split, or a folder that has it" if WHOLE in parts else f"Name one of: {', '.join(parts)}",
+    )
+
+
+def open_splits(path: str | os.PathLike[str], val_fraction: float = 0.1, seed: int = 0) -> Splits:
+    """Open a data set for training.
+
+    Its own training and validation (or test) parts are used where it has them. Of a data set that is not split a part
+    is set aside: the same pictures on every machine, from every class that has two or more.
+
+    Args:
+        path: The folder.
+        val_fraction: Part of the pictures to set aside if the data set is not split, above 0 and below 1.
+        seed: Which ones.
+
+    Returns:
+        Both parts, with the same classes.
+
+    Raises:
+        DataError: As ``open_source``; or if the validation part has classes that the training part has not.
+        UsageError: If ``val_fraction`` is not between 0 and 1.
+    """
+    if not 0 < val_fraction < 1:
+        raise UsageError("Illegal val_fraction", expected="a number above 0 and below 1", found=repr(val_fraction))
+    parts = find_parts(path)
+    held_out = next((name for name in ("val", "test") if name in parts), None)
+    if "train" in parts and held_out:
+        train = parts["train"]()
+        return Splits(train, _like(parts[held_out](), train), f"train and {held_out} as the data set has them")
+    name = "train" if "train" in parts else next(iter(parts))
+    source = parts[name]()
+    train_indices, val_indices = split_indices(source, val_fraction, seed)
+    if not len(val_indices):
+        found = f"{counted(len(source), 'picture')} in {counted(len(source.classes), 'class', 'classes')}"
+        raise DataError("Too few pictures to set any aside", expected="a class with two pictures or more", found=found)
+    whole = "the one set" if name == WHOLE else f"the part {name!r}, the only one"
+    note = f"{counted(len(val_indices), 'picture')} of {len(source):,} set aside from {whole} (seed {seed})"
+    return Splits(Subset(source, train_indices), Subset(source, val_indices), note)
+
+
+def split_indices(
+    source: ImageSource, val_fraction: float, seed: int
+) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    """Divide a source class by class; both parts keep its order.
+
+    A picture's place follows from the hash of its name, so neither the machine nor the order of listing matters, and
+    a few new pictures leave the others where they were.
+
+    Returns:
+        The indices for training and for validation.
+    """
+    ranks = np.empty(len(source), np.uint64)
+    for index in range(len(source)):
+        text = f"{seed}:{source.name(index)}".encode("utf-8", "surrogateescape")
+        ranks[index] = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+    order = np.lexsort((ranks, source.labels))
+    held_out = np.zeros(len(source), bool)
+    starts = np.searchsorted(source.labels[order], np.arange(len(source.classes) + 1))
+    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        count = end - start
+        if count >= 2:
+            held_out[order[start : start + min(max(round(count * val_fraction), 1), count - 1)]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def find_parts(path: str | os.PathLike[str]) -> dict[str, Opener]:
+    """Return the parts of a data set, ``train``, ``val`` and ``test`` or only ``all``, each with what opens it.
+
+    Raises:
+        DataError: If there is no such folder, or its layout is unknown.
+    """
+    root = Path(path)
+    try:
+        exists, is_folder = root.exists(), root.is_dir()
+    except (OSError, ValueError) as error:  # a name that the system refuses
+        raise DataError(f"Cannot open {os.fspath(path)!r}", expected="a folder", found=str(error)) from error
+    if not is_folder:
+        found = "a file" if exists else "nothing there"
+        hint = "Unpack archives first; for tar shards name the folder that holds them" if exists else "Check the path"
+        raise DataError(f"No data set at {str(root)!r}", expected=f"a folder with {LAYOUTS}", found=found, hint=hint)
+    folder = list_folder(root)
+    return _parts(folder) or _nested_parts(root) or {WHOLE: partial(_open_whole, folder)}
+
+
+def _nested_parts(root: Path) -> dict[str, Opener]:
+    """Return the parts that lie deeper, where an archive or torchvision puts them."""
+    for nested in _NESTED:
+        if (root / nested).is_dir():
+            parts = _parts(list_folder(root / nested))
+            if parts:
+                return parts
+    return {}
+
+
+def _parts(folder: Folder) -> dict[str, Opener]:
+    """Return the parts a folder is split into, if it is."""
+    idx = idx_parts(folder)
+    if idx:
+        return {name: partial(open_idx, folder, name) for name in idx}
+    return _split_shards(folder) or _split_folders(folder)
+
+
+def _split_shards(folder: Folder) -> dict[str, Opener]:
+    """Return the parts of tar shards whose names say where they belong; other shards are left out then."""
+    groups: dict[str, list[Path]] = {}
+    for name in folder.files:
+        match = _SHARD.fullmatch(name)
+        if match:
+            groups.setdefault(_part_of(match[1].lower()), []).append(folder.path / name)
+    return {part: partial(open_shards, groups[part]) for part in _ALIASES if part in groups}
+
+
+def _split_folders(folder: Folder) -> dict[str, Opener]:
+    """Return the parts that subfolders named train, val or test hold.
+
+    A class may have such a name too: then its folder, or a folder beside it, holds pictures.
+    """
+    known = {alias for aliases in _ALIASES.values() for alias in aliases}
+    if known.isdisjoint(folder.folders):
+        return {}
+    inner = {name: list_folder(folder.path / name) for name in folder.folders}
+    if any(each.pictures for name, each in inner.items() if name not in known):
+        return {}
+    parts: dict[str, Opener] = {}
+    for part, aliases in _ALIASES.items():
+        for alias in aliases:
+            # Loose pictures in val/ beside a good train/ are a mistake: opening that part says so.
+            mistaken = alias in inner and part == "val" and "train" in parts and bool(inner[alias].pictures)
+            if part not in parts and alias in inner and (mistaken or _can_be_set(inner[alias])):
+                parts[part] = partial(_open_whole, inner[alias])
+    return parts
+
+
+def _part_of(alias: str) -> str:
+    return next(part for part, aliases in _ALIASES.items() if alias in aliases)
+
+
+def _can_be_set(folder: Folder) -> bool:
+    """Tell whether a folder can be a labelled set of its own; the pictures of a test without labels are none."""
+    if folder.pictures:
+        return is_validation(folder) or synset_files(folder)
+    return bool(folder.folders) or any(name.endswith(".tar") for name in folder.files)
+
+
+def _open_whole(folder: Folder) -> ImageSource:
+    """Open a folder that is not split."""
+    shards = [folder.path / name for name in folder.files if name.endswith(".tar")]
+    if shards and not folder.pictures:
+        return open_shards(shards)
+    if is_validation(folder):
+        return open_validation(folder)
+    if folder.folders:
+        return open_class_folders(folder)
+    if synset_files(folder):
+        return open_synset_files(folder)
+    found = f"{counted(len(folder.pictures), 'picture')} and no folder" if folder.files else "an empty folder"
+    hint = "Sort the pictures into one folder for each class" if folder.pictures else "Check the path"
+    raise DataError(f"No data set in {str(folder.path)!r}", expected=LAYOUTS, found=found, hint=hint)
+
+
+def _like(source: ImageSource, train: ImageSource) -> ImageSource:
+    """Give the validation part the labels of the training part."""
+    if source.classes == train.classes:
+        missing = sorted(set(np.unique(source.labels).tolist()) - set(np.unique(train.labels).tolist()))
+        strangers = [source.classes[label] for label in missing]
+    else:
+        found = match_classes(source.classes, train.classes)
+        trained = set(np.unique(train.labels).tolist())
+        strangers = [source.classes[label] for label in np.unique(source.labels) if found[label] not in trained]
+    if strangers:
+        count = counted(len(strangers), "class", "classes")
+        raise DataError(
+            f"The validation part has {count} without a picture in the training part",
+            expected=f"some of the {len(train.classes):,} training classes",
+            found=describe_strangers(strangers, train.classes),
+            hint="Rename or remove these folders, or add training pictures",
+        )
+    return source if source.classes == train.classes else Relabelled(source, train.classes, found)

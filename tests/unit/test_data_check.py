@@ -1,0 +1,239 @@
+"""The check of a data set finds what is wrong with it, and nothing else."""
+
+import io
+import json
+import random
+import shutil
+from itertools import combinations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientformer.data import fingerprint
+from efficientformer.data.check import check
+from efficientformer.data.fingerprint import BANDS, FINGERPRINT, NEAR_BITS, near_pairs
+from efficientformer.spec.errors import DataError
+from efficientformer.spec.labels import synsets
+
+
+def scene(seed, size=(48, 40)):
+    """A picture with structure: coloured patches, enlarged."""
+    small = np.random.default_rng(seed).integers(0, 256, (7, 7, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def save(image, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    """Twelve different pictures in each class and part; nothing is wrong."""
+    seed = 0
+    for split, count in (("train", 12), ("val", 3)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                seed += 1
+                save(scene(seed), tmp_path / split / name / f"{i:02d}.png")
+    return tmp_path
+
+
+def shown(groups):
+    return [(g.kind, sorted(map(str, g.pictures)), g.leak, g.contradiction) for g in groups]
+
+
+def test_a_good_data_set(data_set):
+    seen = []
+    report = check(data_set, progress=lambda done, total: seen.append((done, total)))
+    assert report.ok
+    assert (report.corrupt, report.groups, report.odd, report.notes, report.unknown_classes) == ((), (), (), (), ())
+    assert report.pictures == 30
+    assert (report.sizes, report.forms) == (((48, 40), (48, 40)), (("PNG RGB", 30),))
+    assert seen[-1] == (30, 30)
+
+
+def test_unreadable_pictures(data_set):
+    (data_set / "train/cat/03.png").write_bytes(b"not a picture")
+    cut = data_set / "val/dog/01.png"
+    cut.write_bytes(cut.read_bytes()[:200])
+    report = check(data_set)
+    assert not report.ok
+    assert [str(each.picture) for each in report.corrupt] == ["train/cat/03.png", "val/dog/01.png"]
+    assert "not a picture" in report.corrupt[0].reason
+    assert report.pictures == 30
+
+
+def test_same_file_as_a_leak_and_as_a_contradiction(data_set):
+    train, val = data_set / "train", data_set / "val"
+    (train / "cat/copy.png").write_bytes((train / "cat/00.png").read_bytes())
+    (val / "dog/copy.png").write_bytes((train / "dog/01.png").read_bytes())
+    (train / "dog/copy.png").write_bytes((train / "cat/02.png").read_bytes())
+    report = check(data_set)
+    assert shown(report.groups) == [
+        ("bytes", ["train/dog/01.png", "val/dog/copy.png"], True, False),
+        ("bytes", ["train/cat/02.png", "train/dog/copy.png"], False, True),
+        ("bytes", ["train/cat/00.png", "train/cat/copy.png"], False, False),
+    ]
+    assert (len(report.leaks), len(report.contradictions), report.ok) == (1, 1, False)
+
+
+def test_superfluous_copies_alone_are_not_wrong(data_set):
+    (data_set / "train/cat/copy.png").write_bytes((data_set / "train/cat/00.png").read_bytes())
+    assert check(data_set).ok
+
+
+def test_same_pixels_in_another_file(data_set):
+    save(scene(1), data_set / "val/cat/again.bmp")
+    report = check(data_set, near=False)
+    assert shown(report.groups) == [("pixels", ["train/cat/00.png", "val/cat/again.bmp"], True, False)]
+
+
+@pytest.mark.parametrize("change", ["jpeg", "half", "brighter"])
+def test_look_alikes(data_set, change):
+    image = scene(5, (480, 400))
+    save(image, data_set / "train/cat/large.png")
+    if change == "half":
+        image = image.resize((240, 200), Image.Resampling.BICUBIC)
+    elif change == "brighter":
+        image = image.point(lambda value: min(255, value + 8))
+    save(image, data_set / "val/dog/alike.jpg", quality=60)
+    (data_set / "train/cat/04.png").unlink()  # seed 5 in small
+    report = check(data_set)
+    assert shown(report.groups) == [("near", ["train/cat/large.png", "val/dog/alike.jpg"], True, True)]
+    assert check(data_set, near=False).groups == ()
+
+
+def test_plain_pictures_are_not_look_alikes(data_set):
+    for value in range(5):
+        save(Image.new("RGB", (40, 40), (value, 0, 0)), data_set / f"train/cat/plain{value}.png")
+    assert check(data_set).groups == ()
+
+
+def test_recoloured_pictures_are_not_look_alikes(data_set):
+    save(scene(3).point(lambda value: value // 2 + 120), data_set / "val/cat/pale.png")
+    assert check(data_set).groups == ()
+
+
+def test_odd_sizes(data_set):
+    save(Image.new("RGB", (7, 30)), data_set / "train/cat/tiny.png")
+    save(Image.new("L", (400, 39)), data_set / "train/cat/strip.png")
+    report = check(data_set)
+    assert [(str(each.picture), each.reason) for each in report.odd] == [
+        ("train/cat/strip.png", "elongated: 400 x 39"),
+        ("train/cat/tiny.png", "tiny: 7 x 30"),
+    ]
+    assert report.ok
+    assert dict(report.forms)["PNG L"] == 1
+    assert report.sizes == ((7, 30), (400, 40))
+
+
+def test_balance(data_set):
+    for i in range(12):
+        save(scene(100 + i), data_set / f"train/dog/more{i}.png")
+    train, val = check(data_set).balances
+    assert train.classes == (("cat", 12), ("dog", 24))
+    assert (train.ratio, train.small) == (2.0, [])
+    assert (val.pictures, val.ratio, val.small) == (6, 1.0, ["cat", "dog"])
+
+
+def test_classes_only_in_the_validation_part(data_set):
+    save(scene(99), data_set / "val/fox/1.png")
+    report = check(data_set)
+    assert (report.unknown_classes, report.ok) == (("fox",), False)
+
+
+def test_some_of_imagenets_classes_against_all_of_them(tmp_path):
+    wnid = synsets()[7]
+    save(scene(1), tmp_path / f"train/{wnid}/1.png")
+    shutil.copy(save(scene(1), tmp_path / "x.jpg"), tmp_path / f"train/{wnid}/2.jpg")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "x.jpg").rename(tmp_path / "val/ILSVRC2012_val_00000001.JPEG")
+    (tmp_path / "LOC_val_solution.csv").write_text(f"ImageId,PredictionString\nILSVRC2012_val_00000001,{wnid} 1 2 3 4")
+    report = check(tmp_path, near=False)
+    assert (report.unknown_classes, report.contradictions, len(report.leaks)) == ((), (), 1)
+
+
+def test_a_set_that_is_not_split_and_its_notes(tmp_path):
+    save(scene(1), tmp_path / "cat/1.png")
+    (tmp_path / "cat/notes.txt").write_text("x")
+    report = check(tmp_path)
+    assert [str(each.split) for each in report.balances] == ["all"]
+    assert report.notes == ("all: 1 file left out: not a picture in a class folder",)
+
+
+def test_nothing_readable_and_nothing_there(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/1.png").write_bytes(b"")
+    report = check(tmp_path)
+    assert (len(report.corrupt), report.sizes) == (1, ((0, 0), (0, 0)))
+    with pytest.raises(DataError):
+        check(tmp_path / "missing")
+
+
+def test_the_report_is_json(data_set):
+    (data_set / "val/dog/copy.png").write_bytes((data_set / "train/dog/01.png").read_bytes())
+    found = json.loads(json.dumps(check(data_set).to_dict()))
+    assert (found["ok"], found["pictures"]) == (False, 31)
+    assert found["groups"][0] == {
+        "kind": "bytes",
+        "leak": True,
+        "contradiction": False,
+        "pictures": [{"picture": "train/dog/01.png", "class": "dog"}, {"picture": "val/dog/copy.png", "class": "dog"}],
+    }
+
+
+def test_fingerprints_of_a_picture_and_of_its_file(tmp_path):
+    """A set that gives decoded pictures (idx) is checked as one that gives files."""
+    out = np.zeros(2, FINGERPRINT)
+    image, buffer = scene(1), io.BytesIO()
+    image.save(buffer, "PNG")
+    assert fingerprint.take(image, "a", out[0:1].reshape(())) == "array RGB"
+    assert fingerprint.take(buffer.getvalue(), "b", out[1:2].reshape(())) == "PNG RGB"
+    assert out["pixels"][0] == out["pixels"][1]
+    assert out["file"][0] != out["file"][1]
+
+
+def prints(looks):
+    out = np.zeros(len(looks), FINGERPRINT)
+    out["look"] = np.array(looks, np.uint16).reshape(-1, BANDS)
+    return out
+
+
+def flipped(look, bits):
+    value = np.unpackbits(look.view(np.uint8))
+    value[bits] ^= 1
+    return np.packbits(value).view("<u2")
+
+
+def test_all_pairs_within_the_distance_are_found_and_none_beyond():
+    rng, choose = np.random.default_rng(0), random.Random(0)
+    looks, near = [], set()
+    for i in range(300):
+        look = rng.integers(0, 1 << 16, BANDS, dtype=np.uint16)
+        distance = i % (2 * NEAR_BITS)
+        looks += [look, flipped(look, choose.sample(range(256), distance))]
+        if distance <= NEAR_BITS:
+            near.add((2 * i, 2 * i + 1))
+    pairs, complete = near_pairs(prints(looks))
+    assert complete
+    assert set(map(tuple, pairs.tolist())) == near
+
+
+def test_two_equal_bands_are_enough_whichever_they_are():
+    rng, looks = np.random.default_rng(1), []
+    for kept in combinations(range(BANDS), 2):
+        look = rng.integers(0, 1 << 16, BANDS, dtype=np.uint16)
+        looks += [look, look ^ np.array([band not in kept for band in range(BANDS)], np.uint16)]
+    pairs, _ = near_pairs(prints(looks))
+    assert pairs.tolist() == [[i, i + 1] for i in range(0, len(looks), 2)]
+
+
+def test_a_crowd_of_equal_looks_costs_no_quadratic_time_and_is_told():
+    look = np.random.default_rng(0).integers(0, 1 << 16, BANDS, dtype=np.uint16)
+    pairs, complete = near_pairs(prints([look] * 1000))
+    assert not complete
+    assert len(pairs) == sum(1000 - shift for shift in range(1, fingerprint.MAX_BUCKET + 1))
+    assert near_pairs(prints([]))[0].shape == (0, 2)

@@ -1,0 +1,129 @@
+"""Loaders: the right pictures under the right labels, in the planned order, whatever goes wrong on the way."""
+
+import dataclasses
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from efficientformer.data.draws import DrawPlan
+from efficientformer.data.loader import MemoryLoader, WorkerLoader, decode_all
+from efficientformer.data.source import ImageSource
+from efficientformer.spec.errors import DataError, ImageError
+from efficientformer.spec.preprocess import PreprocessSpec
+from tests.unit.test_augment import PLAIN
+
+PREPROCESS = PreprocessSpec(input_size=(8, 8), resize_size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+WHOLE = dataclasses.replace(PLAIN, padding=0, crop_scale=(1.0, 1.0))
+
+
+class Flat(ImageSource):
+    """Picture i is filled with 4 * i; its label is i % 5. ``bad`` ones cannot be read, ``deadly`` ones kill."""
+
+    def __init__(self, count=40, bad=(), deadly=()):
+        self.classes, self.labels = tuple("abcde"), np.arange(count) % 5
+        self.bad, self.deadly = bad, deadly
+
+    def name(self, index):
+        return f"{index}.png"
+
+    def read(self, index):
+        if index in self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index in self.bad:
+            raise ImageError(f"Cannot read {index}")
+        return Image.new("RGB", (8, 8), (4 * index,) * 3)
+
+
+def memory(source, plan, cut_until=10**9):
+    images, source, skipped = decode_all(source, PREPROCESS, 2)
+    loader = MemoryLoader(images, plan(len(source)), source.labels, WHOLE, PREPROCESS, cut_until)
+    return loader, skipped
+
+
+def workers(source, plan, count=2):
+    return WorkerLoader(source, plan(len(source)), dataclasses.replace(WHOLE, crop="rrc"), PREPROCESS, 10**9, count)
+
+
+def plan(length):
+    return DrawPlan(length, 10, 0)
+
+
+def pictures_of(batch):
+    return (batch.images[:, 0, 0, 0] * 255 / 4).round().int().numpy()
+
+
+@pytest.mark.parametrize("kind", ["memory", "workers"])
+def test_pictures_come_as_drawn_with_their_labels(kind):
+    source = Flat()
+    loader = memory(source, plan)[0] if kind == "memory" else workers(source, plan)
+    batches = list(loader.batches(2, 9))
+    assert len(batches) == 7
+    for step, batch in zip(range(2, 9), batches, strict=True):
+        assert (batch.draws.indices == loader.plan.draws(step).indices).all()
+        assert (pictures_of(batch) == batch.draws.indices).all()
+        assert (batch.labels.numpy() == batch.draws.indices % 5).all()
+
+
+def test_unreadable_pictures_are_left_out_and_named():
+    loader, skipped = memory(Flat(bad=(3, 17)), plan)
+    assert [name for name, _ in skipped] == ["3.png", "17.png"]
+    drawn = {int(i) for batch in loader.batches(0, 3) for i in pictures_of(batch)}
+    assert drawn <= set(range(40)) - {3, 17}
+
+
+def test_workers_pass_over_unreadable_pictures_and_name_them():
+    loader = workers(Flat(bad=(3, 4, 39)), plan)
+    batches = list(loader.batches(0, 4))
+    assert set(loader.skipped) == {"3.png", "4.png", "39.png"}
+    for batch in batches:
+        assert (pictures_of(batch) == batch.draws.indices).all()
+        assert (batch.labels.numpy() == batch.draws.indices % 5).all()
+    assert sorted(i for b in batches for i in b.draws.indices.tolist()).count(5) == 3  # in place of 3 and 4
+
+
+def test_a_data_set_of_unreadable_pictures_ends_with_an_error():
+    with pytest.raises(DataError, match="in a row cannot be read"):
+        list(workers(Flat(bad=range(40)), plan).batches(0, 2))
+
+
+def test_a_killed_worker_is_an_error_that_says_so():
+    with pytest.raises(DataError, match="died"):
+        list(workers(Flat(deadly=(7,)), plan).batches(0, 4))
+
+
+def test_the_number_of_workers_changes_nothing():
+    augmentation = dataclasses.replace(PLAIN, crop="rrc", hflip=0.5, color_jitter=0.4, crop_scale=(0.2, 1.0))
+    found = []
+    for count in (1, 3):
+        loader = WorkerLoader(Flat(), plan(40), augmentation, PREPROCESS, 10**9, count)
+        found.append(torch.cat([batch.images for batch in loader.batches(0, 6)]))
+    assert torch.equal(*found)
+
+
+def test_a_loader_that_is_left_early_stops_its_thread():
+    import threading
+
+    loader = memory(Flat(), plan)[0]
+    batches = loader.batches(0, 1000)
+    next(batches)
+    batches.close()
+    assert not [t for t in threading.enumerate() if t.name == "batches"]
+
+
+def test_the_training_threads_random_numbers_are_left_alone():
+    loader = workers(Flat(), plan)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(loader.batches(0, 3))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_does_not_fit_into_memory_is_refused():
+    huge = PreprocessSpec(input_size=(4096, 4096), resize_size=4096)
+    with pytest.raises(DataError, match="GiB"):
+        decode_all(Flat(400), huge, 1)

@@ -1,0 +1,304 @@
+"""Layouts of data sets: each is recognised by its content, and its labels are the right ones."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientformer.data.align import align
+from efficientformer.data.listing import ListedSource, Names
+from efficientformer.data.sources import find_parts, open_source, open_splits, split_indices
+from efficientformer.spec.errors import DataError, ImageError, MissingExtraError, UsageError
+from efficientformer.spec.labels import label_names, synsets
+
+
+def encoded(seed=0, fmt="PNG"):
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 5, 3), dtype=np.uint8)).save(out, fmt)
+    return out.getvalue()
+
+
+PICTURE = encoded()
+
+
+def put(root, *paths, data=PICTURE):
+    for path in paths:
+        target = root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+
+
+class Listed(ListedSource):
+    """A source of names alone."""
+
+    def read(self, index):
+        return PICTURE
+
+
+def labelled(source):
+    return {source.name(i): source.classes[source.labels[i]] for i in range(len(source))}
+
+
+# --- class folders
+
+
+def test_class_folders(tmp_path):
+    put(tmp_path, "dog/1.jpg", "dog/deep/er/2.PNG", "cat/x.webp", ".hidden/a.jpg", "cat/.b.jpg")
+    put(tmp_path, "cat/notes.txt", "readme.md", "loose.jpg", "empty/nothing.txt")
+    source = open_source(tmp_path)
+    assert source.classes == ("cat", "dog")
+    assert labelled(source) == {"cat/x.webp": "cat", "dog/1.jpg": "dog", "dog/deep/er/2.PNG": "dog"}
+    assert source.labels.dtype == np.int64
+    assert source.read(0) == PICTURE
+    assert "4 files left out" in source.notes[0]
+    assert "'empty'" in source.notes[1]
+
+
+def test_links_are_followed_and_circles_end(tmp_path):
+    put(tmp_path, "elsewhere/1.jpg", "set/cat/2.jpg", "set/dog/3.jpg")
+    (tmp_path / "set/cat/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/cat/self").symlink_to(tmp_path / "set/cat")
+    source = open_source(tmp_path / "set")
+    assert set(labelled(source)) == {"cat/2.jpg", "cat/more/1.jpg", "dog/3.jpg"}
+
+
+def test_a_file_that_vanished_is_an_image_error(tmp_path):
+    put(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    source = open_source(tmp_path)
+    (tmp_path / "cat/1.jpg").unlink()
+    with pytest.raises(ImageError):
+        source.read(0)
+
+
+def test_names_of_any_bytes_survive():
+    names = ["a/ü.jpg", os.fsdecode(b"b/\xff.jpg"), "", "c"]
+    packed = Names(names)
+    assert [packed[i] for i in range(4)] == names
+    assert Listed(names, [0, 0, 0, 0], ["x"]).name(-1) == "c"
+    with pytest.raises(IndexError):
+        Listed(names, [0, 0, 0, 0], ["x"]).name(4)
+
+
+@pytest.mark.parametrize("alias", ["val", "validation", "valid", "test"])
+def test_subfolders_are_parts(tmp_path, alias):
+    put(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", f"{alias}/dog/3.jpg")
+    assert set(labelled(open_source(tmp_path, "train"))) == {"cat/1.jpg", "dog/2.jpg"}
+    assert set(labelled(open_source(tmp_path, "val"))) == {"dog/3.jpg"}
+    assert set(labelled(open_source(tmp_path, "test"))) == {"dog/3.jpg"}
+    with pytest.raises(DataError, match="Name one of: train, "):
+        open_source(tmp_path)
+
+
+def test_val_and_test_are_different_parts(tmp_path):
+    put(tmp_path, "train/cat/1.jpg", "val/cat/2.jpg", "test/cat/3.jpg")
+    assert list(find_parts(tmp_path)) == ["train", "val", "test"]
+    assert open_source(tmp_path, "test").name(0) == "cat/3.jpg"
+    assert open_splits(tmp_path).val.name(0) == "cat/2.jpg"
+
+
+def test_classes_named_like_parts(tmp_path):
+    put(tmp_path, "train/1.jpg", "car/2.jpg", "test/deep/3.jpg")
+    assert open_source(tmp_path).classes == ("car", "test", "train")
+
+
+def test_pictures_of_a_test_without_labels_are_left_out(tmp_path):
+    put(tmp_path, "train/cat/1.jpg", "train/cat/2.jpg", "test/1.jpg")
+    assert list(find_parts(tmp_path)) == ["train"]
+
+
+def test_loose_pictures_in_val_are_a_mistake(tmp_path):
+    put(tmp_path, "train/cat/1.jpg", "val/1.jpg")
+    with pytest.raises(DataError, match="Sort the pictures into one folder for each class"):
+        open_splits(tmp_path)
+
+
+def test_errors_say_what_was_expected(tmp_path):
+    put(tmp_path, "flat/1.jpg", "file.jpg", "other/a/x.txt")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("missing", "nothing there"),
+        ("file.jpg", "found a file"),
+        ("empty", "an empty folder"),
+        ("flat", "1 picture and no folder.*Sort the pictures"),
+        ("other", "DIR/CLASS/picture.jpg; found 1 folder and 1 other file"),
+        ("nul\0", "Cannot open|nothing there"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_source(tmp_path / name)
+    with pytest.raises(UsageError, match="train, val, test"):
+        open_source(tmp_path / "flat", "training")
+    put(tmp_path, "whole/cat/1.jpg")
+    with pytest.raises(DataError, match="one set that is not split"):
+        open_source(tmp_path / "whole", "val")
+
+
+# --- ImageNet
+
+
+def test_all_synsets_give_imagenets_labels(tmp_path):
+    for synset in synsets():
+        put(tmp_path, f"{synset}/{synset}_1.JPEG", data=b"")
+    source = open_source(tmp_path)
+    assert source.classes == label_names("imagenet1k")
+    assert source.labels.tolist() == list(range(1000))
+    put(tmp_path, "n99999999/1.jpg")
+    assert open_source(tmp_path).classes[-1] == "n99999999"
+
+
+def test_ilsvrc_tree_and_kaggles_solution(tmp_path):
+    root = tmp_path / "ILSVRC/Data/CLS-LOC"
+    put(root, f"train/{synsets()[7]}/a.JPEG", f"train/{synsets()[2]}/b.JPEG", "test/ILSVRC2012_test_00000001.JPEG")
+    put(root, "val/ILSVRC2012_val_00000001.JPEG", "val/ILSVRC2012_val_00000003.JPEG")
+    with pytest.raises(DataError, match=r"LOC_val_solution.csv, or ILSVRC2012_devkit_t12"):
+        open_source(tmp_path, "val")
+    rows = ["ImageId,PredictionString", f"ILSVRC2012_val_00000003,{synsets()[2]} 1 2 3 4 {synsets()[2]} 5 6 7 8"]
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(rows))
+    with pytest.raises(DataError, match=r"no label for 'ILSVRC2012_val_00000001.JPEG'"):
+        open_source(tmp_path, "val")
+    rows.append(f"ILSVRC2012_val_00000001,{synsets()[7]} 1 2 3 4")
+    (tmp_path / "LOC_val_solution.csv").write_text("\n".join(rows))
+    assert open_source(tmp_path, "val").labels.tolist() == [7, 2]
+    splits = open_splits(tmp_path)
+    assert splits.train.classes == (synsets()[2], synsets()[7])
+    assert splits.val.labels.tolist() == [1, 0]
+    (tmp_path / "LOC_val_solution.csv").write_text("ImageId\nILSVRC2012_val_00000001")
+    with pytest.raises(DataError, match="a row of another form"):
+        open_source(tmp_path, "val")
+
+
+def write_devkit(folder, truth):
+    io_ = pytest.importorskip("scipy.io")
+    folder.mkdir(parents=True)
+    wnids = sorted(synsets(), reverse=True)  # an order of its own, as the real one has
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
+    rows = [(i, wnid, "words") for i, wnid in enumerate(wnids, 1)] + [(1001, "n00001740", "entity")]
+    io_.savemat(folder / "meta.mat", {"synsets": np.array(rows, dtype=kinds)})
+    (folder / "ILSVRC2012_validation_ground_truth.txt").write_text("\n".join(map(str, truth)) + "\n")
+    return wnids
+
+
+def test_devkit(tmp_path, monkeypatch):
+    kit = tmp_path / "ILSVRC2012_devkit_t12/data"
+    wnids = write_devkit(kit, [490, 361, 1000])
+    put(tmp_path, *(f"val/ILSVRC2012_val_0000000{i}.JPEG" for i in (1, 2, 3)))
+    source = open_source(tmp_path / "val")
+    assert [synsets()[label] for label in source.labels] == [wnids[489], wnids[360], wnids[999]]
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n1001\n3")
+    with pytest.raises(DataError, match="'1001' in line 2"):
+        open_source(tmp_path / "val")
+    (kit / "meta.mat").write_bytes(b"\0" * 300)
+    with pytest.raises(DataError, match=r"meta.mat"):
+        open_source(tmp_path / "val")
+    monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
+    with pytest.raises(MissingExtraError, match=r"efficientformer\[train\]"):
+        open_source(tmp_path / "val")
+
+
+def test_synsets_in_file_names(tmp_path):
+    put(tmp_path, f"{synsets()[5]}_ray.JPEG", f"{synsets()[1]}_goldfish.JPEG")
+    source = align(open_source(tmp_path), label_names("imagenet1k"))
+    assert {source.name(i)[:9]: int(label) for i, label in enumerate(source.labels)} == {
+        synsets()[1]: 1,
+        synsets()[5]: 5,
+    }
+
+
+# --- splits
+
+
+def counted(source):
+    return np.bincount(source.labels, minlength=len(source.classes)).tolist()
+
+
+def test_splitting_is_stratified_disjoint_and_complete(tmp_path):
+    for name, count in (("a", 40), ("b", 20), ("c", 2), ("d", 1)):
+        put(tmp_path, *(f"{name}/{i}.jpg" for i in range(count)))
+    splits = open_splits(tmp_path, val_fraction=0.1, seed=3)
+    assert counted(splits.val) == [4, 2, 1, 0]
+    assert counted(splits.train) == [36, 18, 1, 1]
+    train, val = set(labelled(splits.train)), set(labelled(splits.val))
+    assert not train & val
+    assert len(train | val) == 63
+    assert "7 pictures of 63" in splits.note
+    again, other = open_splits(tmp_path, seed=3), open_splits(tmp_path, seed=4)
+    assert again.val.digest() == splits.val.digest() != other.val.digest()
+    assert counted(open_splits(tmp_path, val_fraction=0.99).train) == [1, 1, 1, 1]
+
+
+def test_splitting_does_not_depend_on_machine_or_listing():
+    names = [f"a/{i}.jpg" for i in range(10)]
+    _, val = split_indices(Listed(names, [0] * 10, ["a"]), 0.3, 0)
+    assert [names[i] for i in val] == ["a/0.jpg", "a/1.jpg", "a/3.jpg"]  # frozen: a change moves users' pictures
+    _, back = split_indices(Listed(names[::-1], [0] * 10, ["a"]), 0.3, 0)
+    assert {names[::-1][i] for i in back} == {names[i] for i in val}
+
+
+def test_validation_gets_the_labels_of_training(tmp_path):
+    put(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "train/c/3.jpg", "val/c/4.jpg", "val/B/5.jpg")
+    splits = open_splits(tmp_path)
+    assert splits.val.classes == splits.train.classes == ("a", "b", "c")
+    assert labelled(splits.val) == {"c/4.jpg": "c", "B/5.jpg": "b"}
+    assert splits.val.read(0) == PICTURE
+    put(tmp_path, "val/cc/6.jpg")
+    with pytest.raises(DataError, match=r"1 class without .* found 'cc' \(nearest: 'c'\)"):
+        open_splits(tmp_path)
+
+
+def test_too_little_to_split(tmp_path):
+    put(tmp_path, "a/1.jpg", "b/2.jpg")
+    with pytest.raises(DataError, match="a class with two pictures"):
+        open_splits(tmp_path)
+    for fraction in (0, 1, -1, float("nan")):
+        with pytest.raises(UsageError, match="val_fraction"):
+            open_splits(tmp_path, val_fraction=fraction)
+
+
+# --- align
+
+
+def listed(*classes):
+    return Listed([f"{i}.jpg" for i in range(len(classes))], range(len(classes)), classes)
+
+
+def aligned(source, labels):
+    return align(source, tuple(labels)).labels.tolist()
+
+
+def test_align_by_name_case_and_synset():
+    source = listed("cat", "dog")
+    assert align(source, ("cat", "dog")) is source
+    assert aligned(source, ("x", "dog", "cat")) == [2, 1]
+    assert aligned(listed("Dog", "CAT"), ("x", "dog", "cat")) == [1, 2]
+    assert aligned(listed(synsets()[999], synsets()[3]), label_names("imagenet1k")) == [999, 3]
+    assert aligned(listed("goldfish, Carassius auratus"), label_names("imagenet1k")) == [1]
+    assert align(listed("dog"), ("cat", "dog")).classes == ("cat", "dog")
+
+
+def test_align_never_gives_one_label_to_two_classes():
+    assert aligned(listed("Cat", "cat"), ("cat", "CAT", "Cat")) == [2, 0]
+    with pytest.raises(DataError, match="'Cat'"):
+        aligned(listed("Cat", "cat"), ("cat", "dog"))
+    with pytest.raises(DataError, match="'crane'"):  # two classes of ImageNet-1k have this name
+        aligned(listed("crane"), label_names("imagenet1k"))
+
+
+def test_align_names_what_does_not_fit():
+    with pytest.raises(DataError, match=r"'dogg' \(nearest: 'dog'\).*The number of classes is the same"):
+        aligned(listed("cat", "dogg"), ("cat", "dog"))
+    with pytest.raises(DataError, match="Rename the class folders") as caught:
+        aligned(listed(*(f"q{i}" for i in range(9))), ("cat", "dog"))
+    assert "and 4 more" in str(caught.value)
+
+
+def test_numbers_are_labels_where_no_class_has_such_a_name():
+    assert aligned(listed("0", "1"), ("cat", "dog", "frog")) == [0, 1]
+    assert aligned(listed("0", "1"), ("1", "0")) == [1, 0]
+    with pytest.raises(DataError):
+        aligned(listed("0", "1", "2"), ("cat", "dog"))
+
+
+def test_classes_without_pictures_need_no_counterpart():
+    source = Listed(["a"], [1], ["unknown", "dog"])
+    assert aligned(source, ("cat", "dog")) == [1]
