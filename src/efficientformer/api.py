@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efficientformer.export.deployable import deployable
 from efficientformer.runtime.classifier import FileClassifier
+from efficientformer.runtime.engines import ENGINES, open_engine
 from efficientformer.runtime.image import Source
 from efficientformer.spec.arch import ArchSpec
-from efficientformer.spec.errors import missing_extra
-from efficientformer.spec.zoo import resolve
+from efficientformer.spec.errors import UnknownModelError, UsageError, missing_extra
+from efficientformer.spec.fields import check_choice
+from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, resolve
 
 if TYPE_CHECKING:
+    from efficientformer.evaluation.evaluate import Predictor, Progress
+    from efficientformer.evaluation.result import Evaluation
     from efficientformer.models.network import EfficientFormer
+    from efficientformer.weights.cache import Progress as DownloadProgress
+
+_UNNAMED = "these weights do not name their classes: the data set's order of classes is taken for theirs"
+EVALUATION_ENGINES = ("auto", "torch", *ENGINES[1:])
 
 
 class Classifier(FileClassifier):
@@ -138,3 +148,156 @@ def get_model(
         layer_scale_init=layer_scale_init,
     )
     return network.eval()
+
+
+def evaluate_model(
+    model: str,
+    data: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    split: str | None = None,
+    engine: str = "auto",
+    precision: str = "fp32",
+    device: str = "auto",
+    batch_size: int = 64,
+    workers: int | None = None,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+    download_progress: DownloadProgress | None = None,
+) -> Evaluation:
+    """Measure a network on a labelled data set: top-1, top-5, loss, per-class figures, confusions, calibration.
+
+    Processes started by torchrun share the pictures; each returns the figures of the whole.
+
+    Args:
+        model: A zoo name or alias, mmpretrain's config (its name or path), a weights file of any layout, or an
+            exported file; empty for the network in the package.
+        data: A data set in any layout that ``efficientformer.data.sources.open_source`` knows, such as a folder with a
+            folder of pictures for each class.
+        checkpoint: A weights file to use instead of the zoo's weights.
+        split: Which part of the data: ``train``, ``val`` or ``test``; None takes val or test, whichever there is, or
+            else the whole.
+        engine: ``torch``, or the name of an engine for exported files; ``auto`` runs an exported file by its engine and
+            all else in torch, or without torch as an exported file too.
+        precision: ``fp32``, ``bf16`` or ``fp16``, in torch.
+        device: ``auto``, ``cpu``, ``cuda``, ..., in torch.
+        batch_size: Pictures per run of the network.
+        workers: Threads that decode; None takes one per CPU.
+        offline: Forbid (True) or allow (False) connections; None asks the environment.
+        progress: Told how many of this process's pictures are done, and how many there are.
+        download_progress: Told how a download goes.
+
+    Returns:
+        The figures, the worst mistakes and the pictures that could not be read.
+
+    Raises:
+        UsageError: If the arguments make no sense together.
+        DataError: If the data set is missing, empty, of no known layout, or of other classes than the network.
+        EfficientFormerError: Of the kind that says what is wrong with the network.
+
+    Examples:
+        >>> evaluation = evaluate_model("efficientformer_l1", "imagenet", device="cuda")
+        >>> evaluation.top1, evaluation.published.agrees
+        (80.5, True)
+    """
+    from efficientformer.data.align import align
+    from efficientformer.data.sources import open_source
+    from efficientformer.evaluation.distributed import join
+    from efficientformer.evaluation.evaluate import evaluate
+
+    name = _without_config(model)
+    part = _part(data, split)
+    source = open_source(data, part)
+    with join() as team:
+        with team.first_alone():
+            predictor = _predictor(name, checkpoint, engine, precision, device, offline, download_progress)
+        labels = predictor.manifest.labels
+        share = evaluate(
+            predictor,
+            align(source, labels) if labels else source,
+            batch_size=batch_size,
+            workers=workers,
+            rank=team.rank,
+            world=team.world,
+            progress=progress,
+            model=_called(name, checkpoint),
+            data=f"{data} ({part})" if part else str(data),
+            notes=(*getattr(source, "notes", ()), *(() if labels else (_UNNAMED,))),
+        )
+        return team.merged(share)
+
+
+def _part(data: str | Path, split: str | None) -> str | None:
+    """Return which part of a data set is measured: the one asked for, or its stand-in; None if it has no parts."""
+    from efficientformer.data.sources import find_parts
+
+    parts = find_parts(data)
+    choice = {"val": ("val", "test"), "test": ("test", "val"), None: ("val", "test", "train")}.get(split, ())
+    return next((name for name in choice if name in parts), split)
+
+
+def _predictor(
+    model: str,
+    checkpoint: str | Path | None,
+    engine: str,
+    precision: str,
+    device: str,
+    offline: bool | None,
+    progress: DownloadProgress | None,
+) -> Predictor:
+    """Open a network in torch, or as an exported file; which of the two is settled here and nowhere else."""
+    check_choice("engine", engine, EVALUATION_ENGINES)
+    if checkpoint is not None and Path(model).is_file():
+        raise UsageError("Two weights files", expected="a name and a weights file", found=f"{model} and {checkpoint}")
+    exported = str(checkpoint or model).endswith(".onnx")
+    if engine == "torch" and exported:
+        raise UsageError("An exported file does not run in torch", hint="Leave out --engine, or give its checkpoint")
+    if engine == "torch" or (engine == "auto" and not exported and find_spec("torch") is not None):
+        return _in_torch(model, checkpoint, precision, device, offline, progress)
+    if precision != "fp32" or device not in ("auto", "cpu"):
+        found = f"precision {precision}, device {device}"
+        raise UsageError("Only torch lets you choose precision and device", found=found, hint="Use --engine torch")
+    return open_engine(deployable(model, checkpoint=checkpoint, offline=offline, progress=progress), engine)
+
+
+def _in_torch(
+    model: str,
+    checkpoint: str | Path | None,
+    precision: str,
+    device: str,
+    offline: bool | None,
+    progress: DownloadProgress | None,
+) -> Predictor:
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("torch", "Running a network in torch", error) from error
+    from efficientformer.evaluation.torch_predictor import TorchPredictor
+    from efficientformer.weights.pretrained import build, load_named
+
+    name = model or str(checkpoint or EMBEDDED)
+    weights, manifest = load_named(name, checkpoint or True, offline=offline, progress=progress)
+    return TorchPredictor(build(manifest.spec, weights), manifest, device, precision)
+
+
+def _without_config(model: str) -> str:
+    """Return the network's name for mmpretrain's config, given as it was to tools/test.py: FOLDER/NAME.py."""
+    name = model.removesuffix(".py")
+    if model.endswith(FILE_SUFFIXES) or (name == model and Path(model).is_file()):
+        return model
+    try:
+        resolve(name or EMBEDDED)
+    except UnknownModelError:
+        return re.split(r"[\\/]", name)[-1]  # known or not: whoever resolves it says so
+    return name
+
+
+def _called(model: str, checkpoint: str | Path | None) -> str:
+    """Return what to call a network in results: its canonical name, and the weights it was given."""
+    weights = Path(checkpoint).name if checkpoint else ""
+    if model.endswith(FILE_SUFFIXES) or Path(model).is_file():
+        return Path(model).name
+    if weights and not model:
+        return weights
+    name = resolve(model or EMBEDDED).card.name
+    return f"{name} with {weights}" if weights else name

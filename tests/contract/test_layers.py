@@ -14,8 +14,14 @@ ALLOWED = {
     "models": {"spec"},
     "weights": {"spec", "models"},
     "export": {"spec", "models", "weights", "runtime"},
-    "cli": {"spec", "models", "weights", "runtime", "export"},
-}
+    "reporting": {"spec"},
+    "data": {"spec", "runtime", "reporting"},
+    "evaluation": {"spec", "runtime", "data", "reporting"},
+    "training": {"spec", "models", "weights", "runtime", "data", "evaluation", "reporting", "export"},
+    "cli": {
+        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training",
+    },
+}  # fmt: skip
 TORCH = {"torch", "torchvision", "timm", "onnx", "onnxscript"}
 TORCH_FREE = [*PACKAGE.glob("spec/**/*.py"), *PACKAGE.glob("runtime/**/*.py")]
 

@@ -30,7 +30,7 @@ def run_without_torch(*arguments):
 
 
 def test_help_of_every_verb():
-    for verb in ("predict", "list", "info", "convert", "download"):
+    for verb in ("predict", "test", "list", "info", "convert", "download"):
         result = run_without_torch(verb, "--help")
         assert result.returncode == 0, result.stderr
         assert "Usage" in result.stdout
@@ -44,6 +44,20 @@ def test_a_real_prediction():
     assert line["path"] == str(photo)
     assert 0 < line["pred_score"] <= 1
     assert line["top_k"][0]["class"] == line["pred_class"]
+
+
+def test_an_exported_file_is_measured(tmp_path):
+    for photo in EXAMPLES.glob("*.jpg"):
+        (tmp_path / photo.stem).mkdir()
+        (tmp_path / photo.stem / photo.name).write_bytes(photo.read_bytes())
+    exported = ROOT / "src" / "efficientformer" / "assets" / "efficientformer_cifar10.onnx"
+    for model in (exported, "efficientformer_cifar10"):
+        result = run_without_torch("test", model, "--data", tmp_path, "--json", "--report", tmp_path / "report.html")
+        assert result.returncode == 0, result.stderr
+        found = json.loads(result.stdout)
+        assert found["images"] == 8
+        assert "ONNX Runtime" in found["engine"]
+    assert "Worst" in (tmp_path / "report.html").read_text() or found["top1"] == 100
 
 
 def test_list_and_info():

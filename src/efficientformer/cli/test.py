@@ -1,0 +1,183 @@
+"""``efficientformer test``: measure a network on a labelled data set."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from efficientformer.runtime.engines import ENGINES
+from efficientformer.spec.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from efficientformer.evaluation.evaluate import Progress
+    from efficientformer.evaluation.result import Evaluation
+
+_MAX_CLASS_ROWS = 20
+_MAX_SKIPPED = 20
+
+
+def test(
+    model: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL [CHECKPOINT]", help="Zoo name, mmpretrain config, weights file or exported file; weights."
+        ),
+    ],
+    data: Annotated[Path, typer.Option(help="The data set: a folder of class folders, tar shards, ...")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
+    split: Annotated[str | None, typer.Option(help="train, val or test; by default val or test.")] = None,
+    engine: Annotated[str, typer.Option(help=f"Engine: auto, torch, {', '.join(ENGINES[1:])}.")] = "auto",
+    precision: Annotated[str, typer.Option(help="In torch: fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="In torch: auto, cpu, cuda, cuda:1, ...")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per run of the network.")] = 64,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode; by default one per CPU.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON object to a file.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+) -> None:
+    """Measure a network on labelled pictures. Exits 0, 1 if pictures were skipped, 2 for wrong usage."""
+    name, weights = _arguments(model, checkpoint)
+    _check_targets(output, report)
+    from efficientformer.api import evaluate_model
+    from efficientformer.evaluation.distributed import join
+    from efficientformer.weights.cache import terminal_progress
+
+    with join() as team:
+        silent = quiet or not team.first
+        with terminal_progress(quiet=silent) as downloading, _bar(silent) as progress:
+            evaluation = evaluate_model(
+                name,
+                data,
+                checkpoint=weights,
+                split=split,
+                engine=engine,
+                precision=precision,
+                device=device,
+                batch_size=batch_size,
+                workers=workers,
+                offline=offline or None,
+                progress=progress,
+                download_progress=downloading,
+            )
+    if not team.first:
+        return  # with 0, whatever was skipped: at another code torchrun would stop the first while it still writes
+    _deliver(evaluation, as_json, output, report, quiet)
+    if evaluation.skipped:
+        raise typer.Exit(1)
+
+
+def _arguments(model: list[str], checkpoint: Path | None) -> tuple[str, Path | None]:
+    """Return the network and its weights, which may stand second as in ``tools/test.py CONFIG CHECKPOINT``."""
+    if len(model) > 2:
+        raise UsageError("Too many arguments", expected="MODEL [CHECKPOINT]", found=" ".join(model))
+    if len(model) == 2 and checkpoint is not None:
+        raise UsageError("Two checkpoints", found=f"{model[1]} and {checkpoint}", hint="Leave one out")
+    return model[0], Path(model[1]) if len(model) == 2 else checkpoint
+
+
+def _check_targets(output: Path | None, report: Path | None) -> None:
+    """Find out now, not after hours of work, that a file cannot be written."""
+    for path in (output, report):
+        if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+            found = "a folder" if path.is_dir() else "no writable folder to put it in"
+            raise UsageError(f"Cannot write {path}", expected="a file in a writable folder", found=found)
+    if report is not None:
+        from efficientformer.evaluation.report import require_libraries
+
+        require_libraries()
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Progress | None]:
+    """Give a progress bar on standard error; None if quiet, or if that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("testing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("testing")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _deliver(evaluation: Evaluation, as_json: bool, output: Path | None, report: Path | None, quiet: bool) -> None:
+    if output is not None:
+        try:
+            output.write_text(evaluation.to_json() + "\n", "utf-8")
+        except OSError as error:
+            raise UsageError(f"Cannot write {output}", found=str(error)) from error
+    if report is not None:
+        from efficientformer.evaluation.report import write_report
+
+        write_report(evaluation, report)
+    if as_json:
+        typer.echo(evaluation.to_json())
+    else:
+        _print(evaluation)
+    for each in evaluation.skipped[:_MAX_SKIPPED]:
+        typer.secho(f"skipped {each.name}: {each.reason}", fg="yellow", err=True)
+    if evaluation.skipped:
+        total = evaluation.images + len(evaluation.skipped)
+        typer.echo(f"{len(evaluation.skipped):,} of {total:,} pictures were skipped", err=True)
+    if quiet:
+        return
+    for note in evaluation.notes:
+        typer.echo(f"note: {note}", err=True)
+    for path in (output, report):
+        if path is not None:
+            typer.echo(f"Wrote {path}", err=True)
+
+
+def _print(evaluation: Evaluation) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    result = evaluation.result
+    console.print(f"[bold]{evaluation.model}[/bold]", soft_wrap=True)
+    lines = {
+        "data": evaluation.data,
+        "engine": evaluation.engine,
+        "preprocess": evaluation.manifest.preprocess.describe(),
+        "images": f"{result.images:,} in {evaluation.seconds:.1f} s ({evaluation.images_per_s:,.0f} images/s)",
+        "top-1": f"{result.top1:.2f} %",
+        "top-5": f"{result.top5:.2f} %" if result.top5 is not None else "",
+        "loss": f"{result.loss:.4f}",
+        "calibration": f"error {result.calibration.ece:.2f} %, mean confidence "
+        f"{result.calibration.mean_confidence:.2f} %",
+        "published": evaluation.published.describe() if evaluation.published else "",
+    }
+    for name, text in lines.items():
+        if text:
+            console.print(f"  {name:<12} {text}", soft_wrap=True, markup=False)
+    if len(evaluation.classes) <= _MAX_CLASS_ROWS:
+        _print_classes(console, evaluation)
+
+
+def _print_classes(console: Console, evaluation: Evaluation) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("class")
+    for heading in ("images", "top-1", "precision", "F1"):
+        table.add_column(heading, justify="right")
+    per_class = evaluation.result.per_class
+    for index, name in enumerate(evaluation.classes):
+        figures = (float(column[index]) for column in (per_class.top1, per_class.precision, per_class.f1))
+        cells = ("-" if math.isnan(value) else f"{value:.2f}" for value in figures)
+        table.add_row(Text(name), f"{per_class.count[index]:,}", *cells)
+    console.print()
+    console.print(table)

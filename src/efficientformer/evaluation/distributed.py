@@ -1,0 +1,91 @@
+"""Several processes, started by torchrun, share one evaluation; a single process needs no torch for that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+
+from efficientformer.evaluation.result import Evaluation
+from efficientformer.spec.errors import UsageError, missing_extra
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of one run.
+
+    Attributes:
+        rank: Which of them this is.
+        world: How many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that speaks."""
+        return self.rank == 0
+
+    def merged(self, share: Evaluation) -> Evaluation:
+        """Return the evaluation of all processes together, in every one of them."""
+        if self.world == 1:
+            return share
+        from torch import distributed
+
+        shares: list[Evaluation | None] = [None] * self.world
+        distributed.all_gather_object(shares, share)
+        return reduce(Evaluation.merge, [each for each in shares if each is not None])
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Let the first process through before the others: what it downloads or builds is there for them."""
+        if self.world > 1 and not self.first:
+            self._meet()
+        yield
+        if self.world > 1 and self.first:
+            self._meet()
+
+    def _meet(self) -> None:
+        from torch import distributed
+
+        distributed.barrier()
+
+
+@contextmanager
+def join() -> Iterator[Team]:
+    """Give the processes this one works with: what torchrun's environment says, or just itself.
+
+    A process group that exists is used and kept; else one over gloo is made for the time being.
+
+    Raises:
+        UsageError: If the environment's numbers make no sense.
+        MissingExtraError: If there are several processes and torch is not installed.
+    """
+    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if not 0 <= rank < world:
+        raise UsageError("RANK and WORLD_SIZE disagree", expected="0 <= RANK < WORLD_SIZE", found=f"{rank} of {world}")
+    if world == 1:
+        yield Team()
+        return
+    try:
+        from torch import distributed
+    except ImportError as error:
+        raise missing_extra("torch", "Sharing the work among processes", error) from error
+    if distributed.is_initialized():
+        yield Team(distributed.get_rank(), distributed.get_world_size())
+        return
+    distributed.init_process_group("gloo")
+    try:
+        yield Team(rank, world)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    if text and not text.isdecimal():
+        raise UsageError(f"Illegal {variable} in the environment", expected="a whole number", found=repr(text))
+    return int(text) if text else default

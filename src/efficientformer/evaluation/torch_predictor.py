@@ -1,0 +1,109 @@
+"""A torch network as a predictor: arrays in, arrays out. Torch is imported when one is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from efficientformer.spec.errors import UsageError, missing_extra
+from efficientformer.spec.fields import check_choice
+from efficientformer.spec.manifest import Manifest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+class TorchPredictor:
+    """Runs a network in evaluation mode and leaves it in the mode it was in.
+
+    Args:
+        model: The network: images (B, C, H, W) to logits (B, num_classes). It is moved to the device.
+        manifest: What the network is.
+        device: ``auto`` takes a GPU if there is one (under torchrun, the process's own), else the CPU; or a torch
+            device such as ``cpu`` or ``cuda:1``.
+        precision: ``fp32`` (in full: no TF32), or autocast to ``bf16`` or ``fp16``.
+
+    Raises:
+        MissingExtraError: If torch is not installed.
+        UsageError: If there is no such precision or device.
+    """
+
+    def __init__(self, model: nn.Module, manifest: Manifest, device: str = "auto", precision: str = "fp32") -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise missing_extra("torch", "Running a network in torch", error) from error
+        check_choice("precision", precision, PRECISIONS)
+        self.manifest = manifest
+        self.device = _device(device)
+        try:
+            self._model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA is asked for it
+            found = str(error).strip().splitlines()[0]
+            raise UsageError(f"Cannot use the device {device!r}", expected="a device torch has", found=found) from error
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+        self.name = f"torch {torch.__version__} ({self.device}, {precision})"
+
+    def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return logits (N, num_classes) in float32 for preprocessed images (N, C, H, W)."""
+        import torch
+
+        with ExitStack() as stack:
+            stack.enter_context(_evaluating(self._model))
+            stack.enter_context(torch.inference_mode())
+            if self._dtype is not None:
+                stack.enter_context(torch.autocast(self.device.type, self._dtype))
+            elif self.device.type == "cuda":
+                stack.enter_context(_full_precision())
+            images = torch.from_numpy(batch).to(self.device, memory_format=torch.channels_last)
+            logits: npt.NDArray[np.float32] = self._model(images).float().cpu().numpy()
+            return logits
+
+
+def _device(wanted: str) -> torch.device:
+    import torch
+
+    if wanted == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        return torch.device(wanted)
+    except RuntimeError as error:
+        raise UsageError(f"Unknown device {wanted!r}", expected="auto, cpu, cuda, cuda:1, ...") from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and afterwards each back into its own: parts may have been frozen."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Keep matrix products and convolutions from TF32, which torch allows in convolutions unless told otherwise."""
+    import torch
+
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]  # set at run time
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision

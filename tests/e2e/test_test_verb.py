@@ -1,0 +1,195 @@
+"""``efficientformer test`` as a user runs it, on a small folder of pictures, with the network in the package."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import efficientformer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ASSETS = Path(str(files("efficientformer") / "assets"))
+ONNX, CHECKPOINT = ASSETS / "efficientformer_cifar10.onnx", ASSETS / "efficientformer_cifar10.safetensors"
+CROPS = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data set with a val and a train part; val holds crops of the example photographs in a folder a class."""
+    root = tmp_path_factory.mktemp("data")
+    for photo in sorted(EXAMPLES.glob("*.jpg")):
+        image = Image.open(photo).convert("RGB")
+        side = min(image.size)
+        folder = root / "val" / photo.stem
+        folder.mkdir(parents=True)
+        for index in range(CROPS):
+            left = (image.width - side) * index // CROPS
+            image.crop((left, 0, left + side, side - 8 * index)).resize((64, 64)).save(folder / f"{index}.png")
+    for name in ("cat", "dog"):
+        (root / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(root / "train" / name / "black.png")
+    return root
+
+
+@pytest.fixture
+def damaged(data):
+    """The same with a file that is no picture, for one test."""
+    path = data / "val" / "cat" / "broken.jpg"
+    path.write_bytes(b"no picture")
+    yield path
+    path.unlink()
+
+
+def images(data):
+    return len(list(data.glob("val/*/*.png")))
+
+
+def result(cli, *arguments):
+    code, out, err = cli("test", *arguments, "--json", "--quiet")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_the_exported_file_and_the_checkpoint_agree(cli, data):
+    exported = result(cli, ONNX, "--data", data)
+    checkpoint = result(cli, CHECKPOINT, "--data", data)
+    named = result(cli, "efficientformer_cifar10", "--data", data, "--batch-size", 5, "--workers", 1)
+    assert "ONNX Runtime" in exported["engine"]
+    assert checkpoint["engine"].startswith("torch")
+    assert exported["images"] == checkpoint["images"] == images(data) == 24
+    for other in (checkpoint, named):
+        assert other["confusion"] == exported["confusion"]
+        assert other["loss"] == pytest.approx(exported["loss"], abs=1e-3)
+    assert exported["top1"] > 60  # photographs of just these things
+    assert exported["data"].endswith("(val)")
+    assert (named["model"], checkpoint["model"]) == ("efficientformer_cifar10", CHECKPOINT.name)
+
+
+def test_the_figures_are_those_of_predict(cli, data):
+    code, out, _ = cli("predict", data / "val", "--model", ONNX, "--format", "json")
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    right = np.mean([line["pred_class"] == Path(line["path"]).parent.name for line in lines])
+    assert result(cli, ONNX, "--data", data)["top1"] == pytest.approx(100 * right)
+
+
+def test_a_damaged_picture_is_named_and_the_exit_code_is_1(cli, data, damaged, tmp_path):
+    output, report = tmp_path / "result.json", tmp_path / "report.html"
+    code, out, err = cli("test", ONNX, "--data", data, "--output", output, "--report", report)
+    assert code == 1
+    assert "skipped cat/broken.jpg" in err
+    assert "1 of 25 pictures were skipped" in err
+    saved = json.loads(output.read_text())
+    assert saved["images"] == 24
+    assert saved["skipped_list"][0]["name"] == "cat/broken.jpg"
+    page = report.read_text()
+    assert "cat/broken.jpg" in page
+    assert f"{saved['top1']:.2f} %" in page
+    assert f"{saved['top1']:.2f} %" in out
+    assert "automobile" in out  # the table of classes
+    assert "{" not in out
+
+
+def test_the_part_of_the_data(cli, data):
+    assert result(cli, ONNX, "--data", data, "--split", "train")["images"] == 2
+    assert result(cli, ONNX, "--data", data / "train")["images"] == 2
+    assert result(cli, ONNX, "--data", data, "--split", "test")["data"].endswith("(val)")
+    code, _, err = cli("test", ONNX, "--data", data, "--split", "night")
+    assert code == 2
+    assert "train, val, test" in err
+
+
+@pytest.mark.parametrize("folder", ["", "configs/efficientformer/"])
+@pytest.mark.parametrize("ending", ["", ".py"])
+def test_called_as_the_old_tool(cli, data, folder, ending):
+    config = f"{folder}efficientformer_cifar10{ending}"
+    found = result(cli, config, CHECKPOINT, "--data", data, "--engine", "torch")
+    assert found["model"] == f"efficientformer_cifar10 with {CHECKPOINT.name}"
+    code, _, err = cli("test", f"{folder}efficientformer-l1_8xb128_in1k{ending}", CHECKPOINT, "--data", data)
+    assert code == 1
+    assert "holds another network than efficientformer_l1" in err  # so the config's name was understood
+
+
+def test_a_config_that_exists_is_no_weights_file(cli, data, tmp_path, monkeypatch):
+    (tmp_path / "efficientformer_cifar10.py").write_text("model = dict()")
+    monkeypatch.chdir(tmp_path)
+    assert result(cli, "efficientformer_cifar10.py", ONNX, "--data", data)["images"] == 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("efficientformer_cifar11",), "efficientformer_cifar10"),
+        ((ONNX, "--engine", "torch"), "does not run in torch"),
+        ((ONNX, "--precision", "bf16"), "Only torch"),
+        ((ONNX, "--device", "cuda"), "Only torch"),
+        ((ONNX, "--engine", "abacus"), "'onnxruntime'"),
+        ((CHECKPOINT, "--precision", "int4"), "'bf16'"),
+        ((CHECKPOINT, CHECKPOINT), "Two weights files"),
+        ((ONNX, CHECKPOINT, "--checkpoint", CHECKPOINT), "Two checkpoints"),
+        ((ONNX, CHECKPOINT, CHECKPOINT), "Too many arguments"),
+        ((ONNX, "--report", "/no/such/folder/report.html"), "Cannot write"),
+        ((ONNX, "--output", "."), "a folder"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_why(cli, data, arguments, message):
+    code, out, err = cli("test", *arguments, "--data", data)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_data_of_other_classes(cli, tmp_path):
+    for name in ("cat", "unicorn"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "a.png")
+    code, _, err = cli("test", ONNX, "--data", tmp_path)
+    assert code == 1
+    assert "unicorn" in err
+
+
+def test_weights_without_class_names_are_noted(cli, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    save_file(load_file(CHECKPOINT), tmp_path / "bare.safetensors")
+    for name in efficientformer.Classifier().manifest.labels:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "data" / name / "a.png")
+    note = "do not name their classes"
+    code, _, err = cli("test", tmp_path / "bare.safetensors", "--data", tmp_path / "data")
+    assert code == 0, err
+    assert note in err
+    assert note not in cli("test", CHECKPOINT, "--data", tmp_path / "data")[2]
+
+
+def test_from_python(data):
+    seen = []
+    found = efficientformer.evaluate_model(
+        "", data, engine="onnxruntime", batch_size=10, progress=lambda *at: seen.append(at)
+    )
+    assert found.images == 24
+    assert seen == [(10, 24), (20, 24), (24, 24)]
+    assert found.result.confusion.sum() == 24
+
+
+def test_two_processes_give_the_figures_of_one(cli, data, damaged, tmp_path):
+    output = tmp_path / "shared.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["efficientformer", "test", str(ONNX), "--data", str(data), "--output", str(output), "--batch-size", "4"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
+    assert run.stdout.count("images/s)") == 1, run.stderr  # the first speaks, and it alone
+    assert run.stderr.count("skipped cat/broken.jpg") == 1
+    shared = json.loads(output.read_text())
+    code, out, _ = cli("test", ONNX, "--data", data, "--json", "--quiet")
+    alone = json.loads(out)
+    assert code == 1
+    for key in ("confusion", "images", "skipped_list", "top1", "top5", "per_class"):
+        assert shared[key] == alone[key], key
+    assert shared["loss"] == pytest.approx(alone["loss"], abs=1e-6)
+    assert [each["name"] for each in shared["worst"]] == [each["name"] for each in alone["worst"]]
