@@ -38,7 +38,7 @@ parity: ## Compare with mmpretrain and transformers live, in an environment of t
 	@PYTHONPATH=src .venv-parity/bin/python tests/parity/make_golden.py
 
 accuracy: $(DEV) ## Measure the network in the package on CIFAR-10's test images: make accuracy DATA=cifar10
-	@$(BIN)/python recipes/cifar10.py --data $(DATA) --evaluate
+	@$(BIN)/efficientformer test efficientformer_cifar10 --data $(DATA)
 
 bench: $(BASE)   ## Measure cold start and memory of prediction
 	@$(BIN)/python benchmarks/cold_start.py

@@ -9,12 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efficientformer.api import Classifier, get_model, inference_model
+    from efficientformer.api import Classifier, evaluate_model, get_model, inference_model
     from efficientformer.runtime.classifier import Failed, Prediction
     from efficientformer.spec.arch import ArchSpec
     from efficientformer.spec.errors import EfficientFormerError
     from efficientformer.spec.preprocess import PreprocessSpec
     from efficientformer.spec.zoo import list_models
+    from efficientformer.training.recipe import Recipe, load_recipe
+    from efficientformer.training.run import train
 
 __version__ = "0.1.0"
 
@@ -25,9 +27,13 @@ _ROOMS = {
     "Failed": "runtime.classifier",
     "Prediction": "runtime.classifier",
     "PreprocessSpec": "spec.preprocess",
+    "Recipe": "training.recipe",
+    "evaluate_model": "api",
     "get_model": "api",
     "inference_model": "api",
     "list_models": "spec.zoo",
+    "load_recipe": "training.recipe",
+    "train": "training.run",
 }
 
 __all__ = [  # noqa: PLE0604, RUF100 (names load lazily)
@@ -37,17 +43,29 @@ __all__ = [  # noqa: PLE0604, RUF100 (names load lazily)
     "Failed",
     "Prediction",
     "PreprocessSpec",
+    "Recipe",
     "__version__",
+    "evaluate_model",
     "get_model",
     "inference_model",
     "list_models",
+    "load_recipe",
+    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (whatever the room holds)
     if name not in _ROOMS:
         raise AttributeError(f"module 'efficientformer' has no attribute {name!r}")
-    return getattr(import_module(f"efficientformer.{_ROOMS[name]}"), name)
+    try:
+        room = import_module(f"efficientformer.{_ROOMS[name]}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("efficientformer"):
+            raise
+        from efficientformer.spec.errors import missing_extra
+
+        raise missing_extra("train", f"efficientformer.{name}", error) from error
+    return getattr(room, name)
 
 
 def __dir__() -> list[str]:

@@ -10,10 +10,13 @@ import warnings
 import typer
 
 from efficientformer.cli.convert import convert
+from efficientformer.cli.data import data_app
 from efficientformer.cli.download import download
 from efficientformer.cli.info import info
 from efficientformer.cli.listing import list_
 from efficientformer.cli.predict import predict
+from efficientformer.cli.test import test
+from efficientformer.cli.train import train
 from efficientformer.spec.errors import EfficientFormerError
 
 app = typer.Typer(
@@ -43,12 +46,15 @@ def _options(
 
 for _name, _verb in (
     ("predict", predict),
+    ("test", test),
     ("list", list_),
     ("info", info),
     ("convert", convert),
+    ("train", train),
     ("download", download),
 ):
     app.command(_name)(_verb)
+app.add_typer(data_app, name="data")
 
 
 def main() -> None:

@@ -1,0 +1,69 @@
+"""``efficientformer train``: from a folder of pictures, or by a recipe, to a network with figures and a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from efficientformer.training.recipe import Recipe
+
+
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Recipe file (.py or .json); by default one that fine-tunes.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Data set: class folders, ImageNet, tar shards, idx files.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; by default runs/NAME.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.")] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="Zoo name or weights file to start from.")] = "",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the pictures.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures per step, over all devices.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Decides order, augmentation, first weights.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other field of the recipe; repeatable.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    show: Annotated[bool, typer.Option("--show", help="Print the recipe and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+) -> None:
+    """Train or fine-tune. Ctrl-C saves and says how to go on; torchrun spreads it over devices and nodes."""
+    from efficientformer.spec.errors import UsageError, missing_extra
+
+    if device not in ("auto", "cpu"):
+        raise UsageError("Unknown device", expected="auto or cpu", found=repr(device))
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("train", "Training", error) from error
+    given = {"model": model or None, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if resume is not None and (recipe is not None or output is not None or changes or settings):
+        raise UsageError("A resumed run keeps its recipe and folder", hint="Give --resume, and --data if it has moved")
+    chosen = _recipe(recipe, changes, settings or [])
+    if show:
+        _print(chosen)
+        return
+    from efficientformer.training.run import train as run
+
+    outcome = run(chosen, data, output, resume=resume, device=device, quiet=quiet)
+    if not outcome.finished:
+        raise typer.Exit(130)
+    if outcome.evaluation is not None:
+        typer.echo(outcome.folder)
+
+
+def _recipe(file: Path | None, changes: dict[str, Any], settings: list[str]) -> Recipe:
+    from efficientformer.training.recipe import Recipe, load_recipe, override
+
+    recipe = Recipe() if file is None else load_recipe(file)
+    return override(recipe.with_changes(**changes), settings)
+
+
+def _print(recipe: Recipe) -> None:
+    import json
+
+    typer.echo(json.dumps(recipe.to_dict(), indent=2))

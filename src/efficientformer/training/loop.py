@@ -1,0 +1,269 @@
+"""The training loop.
+
+Every random number is a function of the seed and the step, so a run that goes on from a checkpoint computes what the
+uninterrupted one would have computed, to the last bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from efficientformer.data.draws import Draws, mix
+from efficientformer.data.loader import Batch, Loader
+from efficientformer.models.network import EfficientFormer
+from efficientformer.spec.errors import TrainingError
+from efficientformer.training.optim import clip_gradients, learning_rate, set_learning_rate
+from efficientformer.training.recipe import Recipe
+from efficientformer.training.state import Progress, RunFolder
+from efficientformer.training.task import Task
+from efficientformer.training.watch import Watch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from timm.utils.model_ema import ModelEmaV3
+
+LOG_EVERY = 50  # steps between lines of the metrics, and between looks at the loss
+AGREE_EVERY = 10  # steps between the processes' agreeing to stop
+
+
+class Shell(nn.Module):
+    """Holds the network for Accelerate, which patches what it is given; the network itself stays as it is."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the network's own)
+        """Call the network."""
+        return self.network(*args, **kwargs)
+
+
+@dataclass
+class Run:
+    """Everything a run is made of.
+
+    Attributes:
+        recipe: How to train.
+        model: The network.
+        shell: The same, as Accelerate prepared it.
+        optimizer: The optimiser, as Accelerate prepared it.
+        average: The averaged network, if any.
+        loader: The batches.
+        task: The loss.
+        accelerator: Devices and processes.
+        still: BatchNorms that keep their statistics.
+        folder: Where everything is kept.
+        stop: Says whether somebody wants the run to end.
+        progress: Where the run stands.
+        watch: Where everything is told.
+        evaluate: Called after an epoch with the network to measure; returns figures for the metrics.
+    """
+
+    recipe: Recipe
+    model: EfficientFormer
+    shell: nn.Module
+    optimizer: Any
+    average: ModelEmaV3 | None
+    loader: Loader
+    task: Task
+    accelerator: Accelerator
+    still: list[nn.Module]
+    folder: RunFolder
+    stop: Callable[[], bool]
+    progress: Progress = field(default_factory=Progress)
+    watch: Watch = field(init=False)
+    evaluate: Callable[[nn.Module], dict[str, float | None]] = field(init=False)
+    _losses: list[Tensor] = field(default_factory=list)
+    _hits: list[Tensor] = field(default_factory=list)
+    _saved_at: int = -1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return self.loader.plan.steps_per_epoch
+
+    @property
+    def average_from(self) -> int:
+        """Step from which on weights are averaged."""
+        recipe = self.recipe
+        return (recipe.epochs - recipe.ema_epochs) * self.steps_per_epoch if recipe.ema_epochs else 0
+
+    @property
+    def measured(self) -> nn.Module:
+        """The network whose accuracy counts: the averaged one, once there is one."""
+        averaged = self.average is not None and self.progress.step > self.average_from
+        return self.average.module if averaged and self.average is not None else self.model
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What the state of the run consists of."""
+        average = self.average.module if self.average is not None else None
+        return {"model": self.model, "average": average, "optimizer": self.optimizer, "scaler": self.accelerator.scaler}
+
+    def train(self) -> bool:
+        """Train to the end, or until somebody wants it to end; everything is saved then.
+
+        Returns:
+            Whether it was trained to the end.
+
+        Raises:
+            TrainingError: If a loss is no number, or a checkpoint cannot be written; the message names the step.
+        """
+        total = self.recipe.epochs * self.steps_per_epoch
+        began, seconds = time.monotonic(), self.progress.seconds
+        batches = self.loader.batches(self.progress.step, total)
+        with ExitStack() as stack:
+            stack.callback(batches.close)
+            for batch in batches:
+                self._step(batch)
+                self.progress.step += 1
+                self.progress.seconds = seconds + time.monotonic() - began
+                finished = self._after_step()
+                if finished or self._agree_to_stop():
+                    self._save()
+                    return finished
+        return True
+
+    def _step(self, batch: Batch) -> None:
+        """Train on one batch."""
+        recipe, step = self.recipe, self.progress.step
+        seed_everything(recipe.seed, step, self.accelerator.process_index)
+        self._set_modes()
+        set_learning_rate(self.optimizer, learning_rate(recipe, step, self.steps_per_epoch))
+        loss, correct = torch.zeros((), device=self.accelerator.device), None
+        for part, last in split(_to_device(batch, self.accelerator.device), recipe.accumulate):
+            with nullcontext() if last else self.accelerator.no_sync(self.shell):
+                said = self.task(self.shell, part)
+                self.accelerator.backward(said.total / recipe.accumulate)
+            loss += said.total.detach() / recipe.accumulate
+            correct = said.correct if correct is None else correct + said.correct
+        if recipe.clip != "none":
+            self.accelerator.unscale_gradients()
+            clip_gradients(self.model, recipe)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None and step >= self.average_from:
+            if step == self.average_from:
+                self.average.set(self.model)
+            self.average.update(self.model, step=step - self.average_from + 1)
+        assert correct is not None
+        self._losses.append(loss)
+        self._hits.append(correct)
+
+    def _set_modes(self) -> None:
+        self.shell.train()
+        for module in self.still:
+            module.eval()
+
+    def _after_step(self) -> bool:
+        """Log, evaluate, save where it is time; return whether training is over."""
+        step, recipe = self.progress.step, self.recipe
+        end_of_epoch = step % self.steps_per_epoch == 0
+        epoch = (step - 1) // self.steps_per_epoch
+        figures: dict[str, Any] = {}
+        if end_of_epoch or step % LOG_EVERY == 0:
+            figures = self._read_losses()
+        last = step == recipe.epochs * self.steps_per_epoch
+        if end_of_epoch and (last or (epoch + 1) % recipe.eval_every == 0):
+            self._check_weights()
+            figures |= self.evaluate(self.measured)
+        best = self.progress.best_top1
+        self.watch.step(step, epoch, recipe.epochs, figures.get("loss"), best if best >= 0 else None)
+        if figures and self.accelerator.is_main_process:
+            figures = {"step": step, "epoch": epoch + 1, **figures, "images_per_s": round(self.watch.images_per_s, 1)}
+            self.folder.log_metrics(figures)
+            self.watch.scalars(figures, step)
+        if end_of_epoch or (recipe.save_every and step % recipe.save_every == 0):
+            self._save()
+        patience = recipe.early_stopping
+        return last or bool(patience and end_of_epoch and self.progress.evaluations_since_best >= patience)
+
+    def _read_losses(self) -> dict[str, Any]:
+        """Look at the losses since the last look (the device is waited for only here), averaged over processes.
+
+        Raises:
+            TrainingError: If one is no number.
+        """
+        losses = torch.stack(self._losses)
+        hits = torch.stack(self._hits).float()
+        if self.accelerator.num_processes > 1:
+            losses = self.accelerator.reduce(losses, "mean")
+            hits = self.accelerator.reduce(hits, "mean")
+        first = self.progress.step - len(self._losses)
+        pictures = self.recipe.batch_size / self.accelerator.num_processes
+        self._losses, self._hits = [], []
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            raise TrainingError(
+                f"The loss of step {first + int(bad[0])} is no number",
+                found=str(float(losses[int(bad[0])])),
+                hint="The checkpoint before it stands. Lower the learning rate, clip gradients, or use bf16 or fp32",
+            )
+        rate = learning_rate(self.recipe, self.progress.step - 1, self.steps_per_epoch)
+        return {"loss": float(losses.mean()), "train_top1": 100 * float(hits.mean()) / pictures, "lr": rate}
+
+    def _check_weights(self) -> None:
+        """Raise TrainingError if a weight is no number, before it is measured or saved as good."""
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise TrainingError(
+                    f"The weights are no numbers after step {self.progress.step - 1}",
+                    found=f"NaN or infinity in {name}",
+                    hint="The checkpoint before it stands. Lower the learning rate, clip gradients, or use fp32",
+                )
+
+    def _agree_to_stop(self) -> bool:
+        """Return whether any process was asked to stop; all learn it at the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.stop()
+        if self.progress.step % AGREE_EVERY:
+            return False
+        wish = torch.tensor(float(self.stop()), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(wish, "sum") > 0)
+
+    def _save(self) -> None:
+        """Write the state, once per step, after looking at what would go into it."""
+        if self._saved_at == self.progress.step:
+            return
+        if self._losses:
+            self._read_losses()
+        self._check_weights()
+        if self.accelerator.is_main_process:
+            self.folder.save_state(self.parts, self.progress)
+        self._saved_at = self.progress.step
+        self.accelerator.wait_for_everyone()
+
+
+def seed_everything(seed: int, step: int, process: int) -> None:
+    """Set every global generator from the seed, the step and the process: nothing is carried from step to step."""
+    value = int(mix(mix(seed, step), process))
+    random.seed(value)
+    np.random.seed(value % (1 << 32))
+    torch.manual_seed(value % (1 << 63))
+
+
+def split(batch: Batch, parts: int) -> Iterator[tuple[Batch, bool]]:
+    """Yield a batch in equal parts, each with whether it is the last one."""
+    size = len(batch.labels) // parts
+    for index in range(parts):
+        chosen = slice(index * size, (index + 1) * size)
+        draws = Draws(
+            batch.draws.indices[chosen], batch.draws.seeds[chosen], batch.draws.views[chosen], batch.draws.step
+        )
+        yield Batch(batch.images[chosen], batch.labels[chosen], draws, batch.cut), index == parts - 1
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    if device.type == "cpu":
+        return batch
+    images, labels = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (batch.images, batch.labels))
+    return Batch(images, labels, batch.draws, batch.cut)

@@ -1,0 +1,218 @@
+"""Teachers for distillation: any timm network, any checkpoint of ours, and their logits kept on disk.
+
+Shapes: B batch, K classes, N training pictures, V views.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efficientformer.data.loader import Batch
+from efficientformer.models.fold import fold
+from efficientformer.spec.errors import TrainingError, UsageError, missing_extra
+from efficientformer.spec.manifest import Manifest
+from efficientformer.spec.preprocess import PreprocessSpec
+from efficientformer.training.recipe import Recipe
+from efficientformer.weights.pretrained import build, load_named
+
+TIMM = "timm:"
+
+
+class Teacher:
+    """A network that says what it thinks of the student's training pictures.
+
+    Args:
+        network: Images (B, C, h, w) to logits (B, K), in evaluation mode.
+        identity: Which weights these are.
+        student: How the student's pictures are normalised.
+        mean: What the teacher's are normalised with.
+        std: The same.
+        input_size: Height and width the teacher wants; None takes any.
+        order: Class of the teacher for each of the student's; None if they agree.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        identity: str,
+        student: PreprocessSpec,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        input_size: tuple[int, int] | None,
+        order: list[int] | None = None,
+    ) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.identity = identity
+        mine, theirs = (torch.tensor(v)[:, None, None] for v in (student.std, std))
+        shift = torch.tensor(student.mean)[:, None, None] - torch.tensor(mean)[:, None, None]
+        self._scale, self._offset = mine / theirs, shift / theirs  # (x * std + mean - mean') / std'
+        self._renormalise = (student.mean, student.std) != (mean, std)
+        self._size, self._order = input_size, order
+
+    def to(self, device: torch.device) -> Teacher:
+        """Move everything to a device."""
+        self.network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._scale, self._offset = self._scale.to(device), self._offset.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return logits (B, K) for the pictures of a batch, in the order of the student's classes."""
+        x = batch.images
+        if self._renormalise:
+            x = x * self._scale + self._offset
+        if self._size is not None and x.shape[-2:] != self._size:
+            x = F.interpolate(x, self._size, mode="bicubic", antialias=True)
+        logits: Tensor = self.network(x)
+        logits = logits.float()
+        return logits if self._order is None else logits[:, self._order]
+
+
+class CachedTeacher:
+    """A teacher that sees each view of a picture once; what it said is kept in a folder, in half precision.
+
+    Args:
+        teacher: The teacher.
+        folder: Where its logits go: N x V x K values of two bytes.
+        identity: Which pictures and augmentation these are; a folder made for others is refused.
+        shape: (2 V, N, K): every view with and without what is cut out.
+
+    Raises:
+        TrainingError: If the folder belongs to another teacher, data set or augmentation, or cannot be written.
+    """
+
+    def __init__(self, teacher: Teacher, folder: Path, identity: str, shape: tuple[int, int, int]) -> None:
+        self._teacher = teacher
+        self._half_views = shape[0] // 2
+        note = {"identity": hashlib.sha256(f"{teacher.identity}|{identity}".encode()).hexdigest(), "shape": list(shape)}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._claim(folder / "teacher.json", note)
+            self._logits = _memory_map(folder / "logits.f16", np.dtype(np.float16), shape)
+            self._known = _memory_map(folder / "known.u8", np.dtype(np.uint8), shape[:2])
+        except OSError as error:
+            raise TrainingError(f"Cannot keep the teacher's logits in {folder}", found=str(error)) from error
+
+    @staticmethod
+    def _claim(path: Path, note: dict[str, Any]) -> None:
+        if not path.exists():
+            path.write_text(json.dumps(note))
+        elif json.loads(path.read_text()) != note:
+            raise TrainingError(
+                f"{path.parent} holds the logits of another teacher, data set, augmentation or seed",
+                hint="Choose another folder for teacher_cache, or remove this one",
+            )
+
+    @property
+    def identity(self) -> str:
+        """Which weights these are."""
+        return self._teacher.identity
+
+    def to(self, device: torch.device) -> CachedTeacher:
+        """Move the teacher to a device."""
+        self._teacher.to(device)
+        return self
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return logits (B, K) for the pictures of a batch: those kept, or the teacher's, which are then kept."""
+        views = batch.draws.views + (0 if batch.cut else self._half_views)
+        rows = batch.draws.indices
+        if not self._known[views, rows].all():
+            # rounded before it is used, so that a run which finds them on disk computes the same
+            self._logits[views, rows] = self._teacher(batch).cpu().numpy().astype(np.float16)
+            self._known[views, rows] = 1
+        return torch.from_numpy(self._logits[views, rows].astype(np.float32)).to(batch.images.device)
+
+
+def open_teacher(recipe: Recipe, student: Manifest, data_digest: str, pictures: int) -> Teacher | CachedTeacher | None:
+    """Open the recipe's teacher.
+
+    Args:
+        recipe: Says which.
+        student: The student's classes and normalisation.
+        data_digest: Which training pictures these are.
+        pictures: How many.
+
+    Raises:
+        UsageError: If the teacher knows other classes.
+        CheckpointError, DownloadError: If its weights cannot be read or fetched.
+    """
+    if not recipe.teacher or recipe.distillation == "none":
+        return None
+    teacher = _open_timm(recipe, student) if recipe.teacher.startswith(TIMM) else _open_ours(recipe.teacher, student)
+    if not recipe.teacher_cache:
+        return teacher
+    fields = ("seed", "views", "crop", "crop_scale", "padding", "hflip", "vflip", "randaugment", "color_jitter",
+              "interpolation", "erasing", "cutout")  # fmt: skip
+    augmentation = json.dumps([getattr(recipe, name) for name in fields])
+    identity = f"{data_digest}|{augmentation}|{json.dumps(student.preprocess.to_dict())}"
+    shape = (2 * recipe.views, pictures, student.spec.num_classes)
+    return CachedTeacher(teacher, Path(recipe.teacher_cache), identity, shape)
+
+
+def _open_ours(name: str, student: Manifest) -> Teacher:
+    checkpoint, manifest = load_named(name, True)
+    _check_classes(name, len(student.labels) or student.spec.num_classes, manifest.spec.num_classes)
+    order = None
+    if student.labels and manifest.labels and student.labels != manifest.labels:
+        if set(student.labels) != set(manifest.labels):
+            other = sorted(set(student.labels) - set(manifest.labels))
+            raise UsageError(f"The teacher {name} knows other classes", found=f"no {', '.join(other[:5])}")
+        order = [manifest.labels.index(label) for label in student.labels]
+    network = fold(build(dataclasses.replace(manifest.spec), checkpoint).eval())
+    preprocess = manifest.preprocess
+    return Teacher(
+        network, checkpoint.sha256, student.preprocess, preprocess.mean, preprocess.std, manifest.spec.input_size, order
+    )
+
+
+def _open_timm(recipe: Recipe, student: Manifest) -> Teacher:
+    try:
+        import timm
+    except ImportError as error:
+        raise missing_extra("train", "A timm teacher", error) from error
+    name = recipe.teacher.removeprefix(TIMM)
+    weights: dict[str, Any] = (
+        {"checkpoint_path": recipe.teacher_weights} if recipe.teacher_weights else {"pretrained": True}
+    )
+    extra: dict[str, Any] = {"num_classes": student.spec.num_classes} if recipe.teacher_weights else {}
+    try:
+        network = timm.create_model(name, **weights, **extra)
+    except Exception as error:  # timm, huggingface_hub and torch.load each raise their own
+        hint = "Put the weights into a file and name it with teacher_weights"
+        raise TrainingError(f"timm cannot make the teacher {name!r}", found=str(error)[:300], hint=hint) from error
+    _check_classes(recipe.teacher, student.spec.num_classes, int(str(network.num_classes)))
+    config = timm.data.resolve_model_data_config(network)
+    size = (int(config["input_size"][1]), int(config["input_size"][2]))
+    identity = f"{name}|{_digest(network)}"
+    return Teacher(network, identity, student.preprocess, tuple(config["mean"]), tuple(config["std"]), size)
+
+
+def _check_classes(name: str, expected: int, found: int) -> None:
+    if found != expected:
+        raise UsageError(f"The teacher {name} knows other classes", expected=f"{expected}", found=f"{found}")
+
+
+def _digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _memory_map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    """Open an array on disk, zeros at first; several processes may write different rows of it."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    with path.open("ab") as file:
+        if file.tell() < size:
+            file.truncate(size)
+    return np.memmap(path, dtype, "r+", shape=shape)

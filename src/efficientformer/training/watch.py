@@ -1,0 +1,106 @@
+"""What a person sees of a run while it goes on: one progress line, a log file, TensorBoard."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from efficientformer.spec.errors import missing_extra
+
+LINE_EVERY_S = 30.0  # between lines where no terminal can redraw one
+
+
+class Watch:
+    """Tells how a run goes, on standard error and in its folder; a quiet one only writes the log.
+
+    Args:
+        folder: The run folder; None in processes that say nothing.
+        total: Steps of the whole run.
+        first: Step the run starts or goes on from.
+        images_per_step: Pictures of a step over all processes.
+        quiet: Say nothing on the terminal.
+
+    Raises:
+        MissingExtraError: If tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path | None, total: int, first: int, images_per_step: int, *, quiet: bool) -> None:
+        self._total, self._images_per_step, self._quiet = total, images_per_step, quiet or folder is None
+        self._began, self._first, self._said = time.monotonic(), first, time.monotonic()
+        self._log = self._events = self._bar = None
+        if folder is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise missing_extra("train", "Training", error) from error
+            self._log = (folder / "train.log").open("a", encoding="utf-8")
+            self._events = SummaryWriter(folder / "tensorboard", purge_step=first)
+        if not self._quiet and sys.stderr.isatty():
+            self._bar, self._task = self._open_bar(first)
+
+    def _open_bar(self, first: int) -> tuple[Any, Any]:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
+        )  # fmt: skip
+        task = bar.add_task("training", total=self._total, completed=first)
+        bar.start()
+        return bar, task
+
+    @property
+    def images_per_s(self) -> float:
+        """Pictures a second since this part of the run began, evaluations included."""
+        return self._done / max(1e-9, time.monotonic() - self._began)
+
+    _done = 0
+
+    def step(self, step: int, epoch: int, epochs: int, loss: float | None, top1: float | None) -> None:
+        """Take note of a step done; ``loss`` and ``top1`` are the newest known, if any."""
+        self._done = (step - self._first) * self._images_per_step
+        text = f"epoch {epoch + 1}/{epochs}  {self.images_per_s:,.0f} images/s"
+        text += f"  loss {loss:.3f}" if loss is not None else ""
+        text += f"  val top-1 {top1:.2f} %" if top1 is not None else ""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif not self._quiet and time.monotonic() - self._said > LINE_EVERY_S:
+            self._said = time.monotonic()
+            left = (self._total - step) / max(1, step - self._first) * (self._said - self._began)
+            sys.stderr.write(f"{text}  step {step}/{self._total}  {_duration(left)} left\n")
+
+    def note(self, text: str) -> None:
+        """Say one line and log it."""
+        if self._log is not None:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+            self._log.flush()
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif not self._quiet:
+            sys.stderr.write(f"{text}\n")
+
+    def scalars(self, values: Mapping[str, float | int | None], step: int) -> None:
+        """Add values to TensorBoard."""
+        if self._events is not None:
+            for name, value in values.items():
+                if value is not None and name not in ("step", "epoch"):
+                    self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Finish the line and the files."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._events is not None:
+            self._events.close()
+        if self._log is not None:
+            self._log.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

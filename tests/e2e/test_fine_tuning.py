@@ -1,0 +1,217 @@
+"""Fine-tuning from the weights of a network, and distillation from a teacher."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from efficientformer import Classifier, get_model
+from efficientformer.spec.errors import TrainingError, UsageError
+from efficientformer.spec.zoo import EMBEDDED
+from efficientformer.training.recipe import Recipe
+from efficientformer.training.run import train
+from efficientformer.training.setup import prepare
+from efficientformer.training.teacher import CachedTeacher
+from tests.e2e.test_train import SHORT, TINY, losses
+from tests.pictures import write_folders
+
+TUNE = Recipe(epochs=1, batch_size=8, workers=1, precision="fp32", ema_decay=0.0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("data"), per_class=12)
+
+
+def test_one_command_without_a_single_required_option_but_the_data(data, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("train", "--data", data, "--epochs", 2, "--set", "workers=1")
+    assert code == 0, err
+    folder = tmp_path / out.strip()
+    assert folder == tmp_path / "runs" / f"{EMBEDDED}-{data.name}", "small pictures: the small network"
+    assert (folder / "report.html").exists()
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert (recipe["model"], recipe["crop"], recipe["batch_size"]) == (EMBEDDED, "pad", 30)
+    assert "heads are new (3 classes)" in err
+    assert "Best epoch" in err
+    code, out, _ = cli("predict", data / "red" / "000.png", "--model", folder / "best.safetensors", "-f", "json")
+    assert code == 0
+    assert json.loads(out)["pred_class"] in ("blue", "green", "red")
+    assert cli("train", "--data", data, "--epochs", 1)[1].strip().endswith("-2"), "never the same folder twice"
+
+
+def test_large_pictures_take_the_large_network(tmp_path):
+    data = write_folders(tmp_path / "data", per_class=4, size=80)
+    prepared = prepare(TUNE.with_changes(pretrained=False), data, 0, 1)
+    assert prepared.recipe.model == "efficientformer_l1"
+    assert prepared.recipe.crop == "rrc"
+    assert prepared.manifest.preprocess.input_size == (224, 224)
+
+
+def test_the_body_starts_from_the_weights_and_the_head_anew(data):
+    prepared = prepare(TUNE, data, 0, 1)
+    original = get_model(EMBEDDED, pretrained=True).state_dict()
+    found = prepared.model.state_dict()
+    assert all(torch.equal(found[k], original[k]) for k in found if not k.startswith("head"))
+    assert found["head.weight"].shape[0] == 3
+    assert not torch.equal(found["head.weight"], original["head.weight"][:3])
+
+
+def test_the_head_stays_where_the_classes_are_the_same(tmp_path):
+    labels = Classifier().manifest.labels
+    source = write_folders(tmp_path / "rgb", per_class=3)
+    for label in labels:
+        shutil.copytree(source / "red", tmp_path / "ten" / label)
+    prepared = prepare(TUNE, tmp_path / "ten", 0, 1)
+    original = get_model(EMBEDDED, pretrained=True).state_dict()
+    assert torch.equal(prepared.model.state_dict()["head.weight"], original["head.weight"])
+    (tmp_path / "ten" / "airplane").rename(tmp_path / "ten" / "aeroplane")
+    renamed = prepare(TUNE, tmp_path / "ten", 0, 1)
+    assert not torch.equal(renamed.model.state_dict()["head.weight"], original["head.weight"]), "other classes"
+
+
+def test_frozen_parts_and_their_statistics_stay(data, tmp_path):
+    train(TUNE.with_changes(freeze=["body"]), data, tmp_path / "run")
+    original = get_model(EMBEDDED, pretrained=True).state_dict()
+    found = load_file(tmp_path / "run" / "last.safetensors")
+    moved = {
+        name.split(".")[0]
+        for name in original
+        if not name.startswith("head") and not torch.equal(found[name], original[name])
+    }
+    assert moved == {"norm"}
+
+
+def test_frozen_statistics_with_learning_weights(data, tmp_path):
+    train(TUNE.with_changes(norm="frozen"), data, tmp_path / "run")
+    original = get_model(EMBEDDED, pretrained=True).state_dict()
+    found = load_file(tmp_path / "run" / "last.safetensors")
+    for name in original:
+        if name.endswith(("running_mean", "running_var")):
+            assert torch.equal(found[name], original[name]), name
+    assert not torch.equal(found["stem.conv1.conv.weight"], original["stem.conv1.conv.weight"])
+
+
+def test_another_input_size(data, tmp_path):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what the weights lose is told as a note, not as a warning
+        prepared = prepare(TUNE.with_changes(input_size=64), data, 0, 1)
+    assert prepared.manifest.spec.input_size == prepared.manifest.preprocess.input_size == (64, 64)
+    assert any("resampled" in note for note in prepared.notes)
+
+
+def test_a_checkpoint_of_a_run_can_be_the_next_runs_start_and_teacher(data, tmp_path):
+    first = train(SHORT, data, tmp_path / "first").folder / "best.safetensors"
+    again = prepare(TUNE.with_changes(model=str(first)), data, 0, 1)
+    assert torch.equal(again.model.state_dict()["head.weight"], load_file(first)["head.weight"])
+    assert again.manifest.provenance["started_from"]
+    taught = train(SHORT.with_changes(teacher=str(first), distillation="soft"), data, tmp_path / "taught")
+    assert losses(taught.folder)[-1]["loss"] != losses(tmp_path / "first")[-1]["loss"]
+
+
+@pytest.fixture(scope="module")
+def teacher(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    train(TINY.with_changes(epochs=4, mixup=0.0, cutout=0, seed=5), data, folder)
+    return str(folder / "best.safetensors")
+
+
+def curve(recipe, data, folder):
+    return [line["loss"] for line in losses(train(recipe, data, folder).folder)]
+
+
+def test_each_setting_of_distillation_counts(data, tmp_path, teacher):
+    base = SHORT.with_changes(teacher=teacher, distillation="soft")
+    changes = [{}, {"distillation": "hard"}, {"distill_alpha": 0.9}, {"distill_temperature": 4.0}, {"teacher": ""}]
+    curves = [tuple(curve(base.with_changes(**c), data, tmp_path / str(i))) for i, c in enumerate(changes)]
+    assert len(set(curves)) == len(changes)
+
+
+def test_a_cached_teacher_is_asked_once_for_each_view_and_changes_nothing(data, tmp_path, teacher, monkeypatch):
+    from efficientformer.training import teacher as room
+
+    asked = []
+    call = room.Teacher.__call__
+    monkeypatch.setattr(room.Teacher, "__call__", lambda self, b: asked.append(len(b.labels)) or call(self, b))
+    base = SHORT.with_changes(
+        teacher=teacher, distillation="soft", views=2, epochs=6, cutout=4, refine_epochs=2, batch_size=6, seed=1
+    )
+    live = curve(base, data, tmp_path / "live")
+    calls_live = sum(asked)
+    asked.clear()
+    cached = base.with_changes(teacher_cache=str(tmp_path / "cache"))
+    first = curve(cached, data, tmp_path / "first")
+    assert sum(asked) < calls_live
+    assert first == pytest.approx(live, rel=2e-3), "half precision is all that differs"
+    asked.clear()
+    assert curve(cached, data, tmp_path / "second") == first, "what is on disk is what was used"
+    assert not asked
+    with pytest.raises(TrainingError, match="another teacher, data set, augmentation"):
+        train(cached.with_changes(padding=1), data, tmp_path / "third")
+
+
+def test_a_timm_teacher_from_a_file(data, tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model("mobilenetv3_small_050", num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "teacher.pth")
+    recipe = SHORT.with_changes(teacher="timm:mobilenetv3_small_050", teacher_weights=str(tmp_path / "teacher.pth"))
+    assert all(np.isfinite(curve(recipe, data, tmp_path / "run")))
+    with pytest.raises(TrainingError, match="timm cannot make the teacher"):
+        train(recipe.with_changes(teacher="timm:no_such_network"), data, tmp_path / "none")
+    with pytest.raises(TrainingError, match="teacher_weights"):
+        train(recipe.with_changes(teacher_weights=str(tmp_path / "missing.pth")), data, tmp_path / "missing")
+
+
+def test_a_teacher_of_other_classes_is_refused(data, tmp_path):
+    with pytest.raises(UsageError, match="knows other classes"):
+        train(SHORT.with_changes(teacher=EMBEDDED), data, tmp_path / "run")
+
+
+def test_a_teacher_sees_the_student_s_pictures_in_its_own_normalisation_and_size():
+    from efficientformer.data.draws import Draws
+    from efficientformer.data.loader import Batch
+    from efficientformer.spec.preprocess import PreprocessSpec
+    from efficientformer.training.teacher import Teacher
+
+    seen = {}
+
+    class Spy(torch.nn.Module):
+        def forward(self, x):
+            seen["x"] = x
+            return torch.arange(6.0).reshape(2, 3)
+
+    student = PreprocessSpec(input_size=(8, 8), resize_size=8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
+    teacher = Teacher(Spy(), "spy", student, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), (16, 16), order=[2, 0, 1])
+    pixels = torch.full((2, 3, 8, 8), 0.75)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (student.mean, student.std))
+    draws = Draws(np.arange(2), np.zeros(2, np.uint64), np.zeros(2, np.int64), 0)
+    said = teacher(Batch((pixels - mean) / std, torch.zeros(2).long(), draws, True))
+    assert seen["x"].shape == (2, 3, 16, 16)
+    assert torch.allclose(seen["x"], torch.ones(1), atol=1e-5)  # (0.75 - 0.5) / 0.25
+    assert said.tolist() == [[2, 0, 1], [5, 3, 4]]
+
+
+def test_the_cache_tells_views_with_and_without_cutout_apart(tmp_path):
+    from efficientformer.data.draws import Draws
+    from efficientformer.data.loader import Batch
+
+    class Counting:
+        identity = "x"
+        calls = 0
+
+        def __call__(self, batch):
+            self.calls += 1
+            return torch.full((len(batch.labels), 3), float(self.calls))
+
+    teacher = Counting()
+    cache = CachedTeacher(teacher, tmp_path, "data", (2, 4, 3))
+    draws = Draws(np.array([1, 3]), np.zeros(2, np.uint64), np.zeros(2, np.int64), 0)
+    batch = {cut: Batch(torch.zeros(2, 3, 4, 4), torch.zeros(2), draws, cut) for cut in (True, False)}
+    assert [float(cache(batch[cut])[0, 0]) for cut in (True, False, True, False)] == [1, 2, 1, 2]

@@ -1,0 +1,282 @@
+"""Training as a user meets it: one command to a report, resumed to the last bit, on one process or two."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from efficientformer import Classifier
+from efficientformer.spec.errors import TrainingError, UsageError
+from efficientformer.spec.variants import v1_spec, v2_spec
+from efficientformer.training import loop
+from efficientformer.training.recipe import Recipe
+from efficientformer.training.run import train
+from efficientformer.training.state import RunFolder
+from tests.pictures import write_folders
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden_loss.json"
+SPEC = v2_spec(
+    (8, 8, 16, 16), ((2,), (2,), (2, 2), (2,)), 1, input_size=16, num_classes=3, stem_stride=1, stage3_stride=1
+)
+TINY = Recipe(
+    model="efficientformer_cifar10", pretrained=False, spec=SPEC.to_dict(), epochs=3, batch_size=8, lr=3e-3,
+    layer_decay=1.0, layer_scale_init=0.1, drop_path=0.1, precision="fp32", crop="pad", padding=2, cutout=4,
+    mixup=0.5, mix_prob=0.5, refine_epochs=1, ema_decay=0.9, warmup_epochs=0.5, workers=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = write_folders(tmp_path_factory.mktemp("data"), per_class=16)
+    for index in range(10, 16):
+        (root / "red" / f"{index:03d}.png").unlink()  # classes of different size
+    return root
+
+
+def weights(folder):
+    return {name: load_file(folder / f"{name}.safetensors") for name in ("best", "last")}
+
+
+def same(a, b):
+    return all(torch.equal(a[name][key], b[name][key]) for name in a for key in a[name])
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    return train(TINY, data, folder)
+
+
+def losses(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_a_person_needs(finished):
+    folder = finished.folder
+    assert finished.finished
+    names = {"recipe.json", "data.json", "state.pt", "best.safetensors", "last.safetensors", "metrics.jsonl",
+             "train.log", "curves.png", "report.html", "README.md", "tensorboard"}  # fmt: skip
+    assert names == {path.name for path in folder.iterdir()}
+    assert any((folder / "tensorboard").iterdir())
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png") > 3
+    assert "Confusions" in page
+    card = (folder / "README.md").read_text()
+    assert f"Top-1 {finished.evaluation.top1:.2f} %" in card
+    assert "blue, green, red" in card
+
+
+def test_it_learns_and_its_checkpoint_is_a_model_like_any_other(data, tmp_path):
+    outcome = train(TINY.with_changes(epochs=16, mixup=0.0, cutout=0, drop_path=0.0, lr=1e-2), data, tmp_path / "run")
+    assert outcome.evaluation.top1 > 80
+    assert losses(outcome.folder)[-1]["loss"] < losses(outcome.folder)[0]["loss"]
+    classify = Classifier(str(outcome.folder / "best.safetensors"))
+    assert classify.manifest.labels == ("blue", "green", "red")
+    assert classify.manifest.metrics["top1"] == pytest.approx(outcome.evaluation.top1, abs=1e-3)
+    assert classify(data / "red" / "000.png").name == "red"
+
+
+@pytest.mark.parametrize("at", [1, 4, 7, 11])
+def test_a_run_that_stops_at_any_step_goes_on_to_the_same_bits(finished, data, tmp_path, monkeypatch, at):
+    monkeypatch.setattr(loop.Run, "_agree_to_stop", lambda run: run.progress.step == at)
+    folder = tmp_path / "run"
+    assert not train(TINY, data, folder).finished
+    monkeypatch.undo()
+    assert train(resume=folder).finished
+    assert same(weights(folder), weights(finished.folder))
+    assert [line["step"] for line in losses(folder)] == [line["step"] for line in losses(finished.folder)]
+    assert [line["loss"] for line in losses(folder)][-1] == losses(finished.folder)[-1]["loss"]
+
+
+def test_a_killed_process_goes_on_to_the_same_bits(finished, data, tmp_path):
+    """SIGKILL in the middle of a step: state.pt is of an earlier one, metrics.jsonl may be ahead of it."""
+    folder = tmp_path / "run"
+    script = (
+        "import os, sys; from efficientformer.training import loop; from efficientformer.training.run import train\n"
+        "from efficientformer.training.recipe import load_recipe\n"
+        "step = loop.Run._step\n"
+        "def deadly(run, batch):\n    step(run, batch)\n    run.progress.step == 7 and os.kill(os.getpid(), 9)\n"
+        "loop.Run._step = deadly\n"
+        "train(load_recipe(sys.argv[1]), sys.argv[2], sys.argv[3])\n"
+    )
+    (tmp_path / "recipe.json").write_text(json.dumps(TINY.with_changes(save_every=3).to_dict()))
+    command = [sys.executable, "-c", script, tmp_path / "recipe.json", data, folder]
+    assert subprocess.run(command, check=False).returncode == -9
+    assert torch.load(folder / "state.pt", weights_only=True)["progress"]["step"] == 6
+    assert train(resume=folder).finished
+    assert same(weights(folder), weights(finished.folder))
+
+
+def test_the_loss_curve_is_the_golden_one(data, tmp_path):
+    """Twelve steps in double-checked conditions; a change of order, augmentation, optimiser or loss shows here."""
+    recipe = TINY.with_changes(epochs=2, refine_epochs=0, opt="sgd", lr=0.1, drop_path=0.0)
+    train(recipe, data, tmp_path / "run")
+    found = [(line["loss"], line["val_loss"]) for line in losses(tmp_path / "run")]
+    expected = json.loads(GOLDEN.read_text())
+    assert found == [pytest.approx(pair, rel=2e-4) for pair in expected]
+
+
+@pytest.mark.parametrize("norm", ["sync", "frozen"])
+def test_two_processes_train_as_one(data, tmp_path, norm):
+    """The same global batch over gloo: every loss agrees within rounding."""
+    recipe = TINY.with_changes(
+        norm=norm, mixup=0.0, drop_path=0.0, opt="sgd", lr=0.05, ema_decay=0.0, accumulate=1, val_fraction=0.25
+    )
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    one = train(recipe, data, tmp_path / "one")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "efficientformer"]
+    options = ["--data", data, "--output", tmp_path / "two", "--device", "cpu", "--quiet"]
+    command = [*launcher, "train", tmp_path / "recipe.json", *options]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    assert one.finished
+    for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        for key in ("loss", "train_top1", "val_loss", "val_top1"):
+            assert b[key] == pytest.approx(a[key], rel=1e-4), key
+
+
+def test_accumulated_parts_train_as_the_whole_batch(data, tmp_path):
+    recipe = TINY.with_changes(norm="frozen", mixup=0.0, drop_path=0.0, opt="sgd", lr=0.05, epochs=2, refine_epochs=0)
+    curves = []
+    for parts in (1, 4):
+        train(recipe.with_changes(accumulate=parts), data, tmp_path / str(parts))
+        curves.append([line["loss"] for line in losses(tmp_path / str(parts))])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_names_its_step_and_leaves_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+    step = loop.Run._step
+
+    def poisoned(run, batch):
+        if run.progress.step == 6:
+            batch.images.fill_(float("inf"))
+        step(run, batch)
+
+    monkeypatch.setattr(loop.Run, "_step", poisoned)
+    with pytest.raises(TrainingError, match="step 6 is no number"):
+        train(TINY, data, tmp_path / "run")
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["progress"]["step"] == 4
+    assert all(t.isfinite().all() for t in state["parts"]["model"].values())
+
+
+def test_a_full_disk_names_the_step_and_leaves_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+    from efficientformer.training import state
+
+    save, calls = torch.save, []
+
+    def full(obj, file):
+        calls.append(1)
+        if len(calls) == 2:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(obj, file)
+
+    monkeypatch.setattr(state.torch, "save", full)
+    with pytest.raises(TrainingError, match=r"step 8 could not be written.*No space left"):
+        train(TINY, data, tmp_path / "run")
+    monkeypatch.undo()
+    assert RunFolder(tmp_path / "run").path.joinpath("state.pt").stat().st_size > 1000
+    assert train(resume=tmp_path / "run").finished
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_the_damaged_state_of_a_run_is_an_error(data, tmp_path):
+    train(TINY.with_changes(epochs=1, refine_epochs=0), data, tmp_path / "run")
+    (tmp_path / "run" / "state.pt").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(TrainingError, match="cannot be resumed"):
+        train(resume=tmp_path / "run")
+
+
+def test_an_existing_run_is_not_overwritten(finished, data):
+    with pytest.raises(UsageError, match="holds a run already"):
+        train(TINY, data, finished.folder)
+
+
+def test_other_pictures_are_not_resumed_with(finished, tmp_path):
+    with pytest.raises(UsageError, match="other pictures"):
+        train(resume=finished.folder, data=write_folders(tmp_path / "other", per_class=9))
+
+
+def test_early_stopping(data, tmp_path, monkeypatch):
+    recipe = TINY.with_changes(epochs=30, early_stopping=2, lr=0.0, warmup_lr=0.0, ema_decay=0.0, mixup=0.0)
+    outcome = train(recipe, data, tmp_path / "run")
+    assert outcome.finished
+    assert losses(tmp_path / "run")[-1]["epoch"] < 6
+
+
+def test_unreadable_pictures_are_named_and_left_out(tmp_path):
+    data = write_folders(tmp_path / "data", per_class=10)
+    (data / "red" / "bad.png").write_bytes(b"no picture")
+    train(TINY.with_changes(epochs=1, refine_epochs=0), data, tmp_path / "run")
+    log = (tmp_path / "run" / "train.log").read_text()
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "bad.png" in log + report
+
+
+SHORT = TINY.with_changes(epochs=2, refine_epochs=0, mixup=0.0, drop_path=0.0, cutout=0)
+RRC = SHORT.with_changes(crop="rrc", color_jitter=0.0)
+UNSEEN = {
+    "workers": "changes the speed only (test_loader: the number of workers changes nothing)",
+    "compile": "changes the speed only; needs a compiler",
+    "grad_checkpointing": "saves memory only (tests/unit/test_models.py)",
+    "channels_last": "changes the speed only",
+    "save_every": "test_a_killed_process_goes_on_to_the_same_bits",
+    "early_stopping": "test_early_stopping",
+    "norm": "test_two_processes_train_as_one",
+    "accumulate": "test_accumulated_parts_train_as_the_whole_batch",
+    "teacher": "tests/e2e/test_fine_tuning.py", "teacher_weights": "tests/e2e/test_fine_tuning.py",
+    "teacher_cache": "tests/e2e/test_fine_tuning.py", "distillation": "tests/e2e/test_fine_tuning.py",
+    "distill_alpha": "tests/e2e/test_fine_tuning.py", "distill_temperature": "tests/e2e/test_fine_tuning.py",
+    "model": "tests/e2e/test_fine_tuning.py", "pretrained": "tests/e2e/test_fine_tuning.py",
+    "input_size": "tests/e2e/test_fine_tuning.py",
+}  # fmt: skip
+BASES = {
+    "crop_scale": RRC, "randaugment": RRC, "color_jitter": RRC, "interpolation": RRC, "vflip": RRC,
+    "clip_value": SHORT.with_changes(clip="norm", clip_value=1e-3),
+    "mix_prob": SHORT.with_changes(mixup=1.0), "refine_epochs": SHORT.with_changes(cutout=8),
+    "ema_epochs": SHORT.with_changes(ema_decay=0.9),
+}  # fmt: skip
+CHANGES = {
+    "spec": v1_spec((8, 8, 16, 16), (1, 1, 1, 1), 1, input_size=16, num_classes=3, stem_stride=1).to_dict(),
+    "epochs": 1, "batch_size": 4, "opt": "sgd", "opt_args": {"betas": [0.5, 0.6]}, "lr": 1e-3, "lr_batch": 64,
+    "weight_decay": 0.5, "layer_decay": 0.5, "schedule": "linear", "warmup_epochs": 1, "warmup_lr": 1e-3,
+    "min_lr": 1e-3, "clip": "agc", "clip_value": 1e-4, "drop_path": 0.5, "head_dropout": 0.5, "layer_scale_init": 1.0,
+    "label_smoothing": 0.0, "class_weights": "balanced", "crop": "rrc", "crop_scale": [0.1, 0.2], "padding": 1,
+    "hflip": 0.0, "vflip": 1.0, "randaugment": "rand-m9-inc1", "color_jitter": 0.9, "interpolation": "nearest",
+    "erasing": 1.0, "cutout": 8, "mixup": 1.0, "cutmix": 1.0, "mix_prob": 0.01, "refine_epochs": 2, "repeats": 3,
+    "views": 1, "ema_decay": 0.5, "ema_epochs": 1, "precision": "bf16", "freeze": ["stem"], "val_fraction": 0.5,
+    "eval_every": 2, "seed": 1,
+}  # fmt: skip
+FIELDS = sorted(CHANGES)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_of_the_recipe_changes_something(name, data, tmp_path, seen_before):
+    """No setting is swallowed: each one, set to another value, changes the weights or the figures."""
+    base = BASES.get(name, SHORT)
+    key = json.dumps(base.to_dict())
+    if key not in seen_before:
+        seen_before[key] = seen(train(base, data, tmp_path / "base").folder)
+    changed = train(base.with_changes(**{name: CHANGES[name]}), data, tmp_path / "changed")
+    assert seen(changed.folder) != seen_before[key]
+
+
+@pytest.fixture(scope="module")
+def seen_before():
+    """What runs of recipes left behind, so that a recipe to compare with runs once."""
+    return {}
+
+
+def seen(folder):
+    lines = [{k: v for k, v in line.items() if k != "images_per_s"} for line in losses(folder)]
+    return lines, {k: v.double().sum().item() for k, v in load_file(folder / "last.safetensors").items()}
+
+
+def test_every_field_is_compared_or_said_to_be_unseen():
+    assert {field.name for field in dataclasses.fields(Recipe)} == set(CHANGES) | set(UNSEEN)

@@ -1,0 +1,213 @@
+"""Data sets packed into files: tar shards and idx."""
+
+import gzip
+import io
+import json
+import pickle
+import struct
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+
+from efficientformer.data.sources import open_source, open_splits
+from efficientformer.runtime.image import decode
+from efficientformer.spec.errors import DataError, ImageError
+from tests.unit.test_sources import PICTURE, encoded, labelled, put
+
+# --- tar shards
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_shards(tmp_path):
+    pictures = [encoded(i) for i in range(4)]
+    write_tar(
+        tmp_path / "a.tar", [("0.png", pictures[0]), ("0.cls", b"2\n"), ("d/1.cls", b"0"), ("d/1.jpg", pictures[1])]
+    )
+    meta = json.dumps({"label": 1, "other": [1]}).encode()
+    write_tar(tmp_path / "b.tar", [("x.y/2.webp", pictures[2]), ("x.y/2.json", meta), ("x.y/2.txt", b"caption")])
+    source = open_source(tmp_path)
+    assert labelled(source) == {"a.tar/0": "2", "a.tar/d/1": "0", "b.tar/x.y/2": "1"}
+    assert [source.read(i) for i in range(3)] == pictures[:3]
+    assert "1 file in the tar files left out" in source.notes
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.read(2) == pictures[2]
+    (tmp_path / "classes.txt").write_text("cat\ndog\nfrog\n")
+    assert open_source(tmp_path).classes == ("cat", "dog", "frog")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(DataError, match="expected 0 to 1; found 2"):
+        open_source(tmp_path)
+
+
+def test_shards_by_split(tmp_path):
+    write_tar(
+        tmp_path / "imagenet-train-0000.tar", [("0.png", PICTURE), ("0.cls", b"0"), ("1.png", PICTURE), ("1.cls", b"1")]
+    )
+    write_tar(tmp_path / "imagenet-validation-0000.tar", [("2.png", PICTURE), ("2.cls", b"1")])
+    splits = open_splits(tmp_path)
+    assert (len(splits.train), splits.val.labels.tolist()) == (2, [1])
+    assert open_source(tmp_path, "val").name(0) == "imagenet-validation-0000.tar/2"
+
+
+def test_shards_are_read_by_many_threads(tmp_path):
+    pictures = [encoded(i) for i in range(20)]
+    write_tar(tmp_path / "a.tar", [m for i, p in enumerate(pictures) for m in ((f"{i}.png", p), (f"{i}.cls", b"0"))])
+    source = open_source(tmp_path)
+    wrong = []
+
+    def work():
+        wrong.extend(i for _ in range(20) for i in range(20) if source.read(i) != pictures[i])
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("0.png", PICTURE)], "No label for 'a.tar/0'"),
+        ([("0.png", PICTURE), ("0.cls", b"-1")], "a label as an ascii number"),
+        ([("0.png", PICTURE), ("0.cls", b"cat")], "a label as an ascii number"),
+        ([("0.png", PICTURE), ("0.cls", b"99999999")], "below 65,536"),
+        ([("0.png", PICTURE), ("0.json", b"[" * 9999)], "under .label."),
+        ([("0.png", PICTURE), ("0.json", b'{"label": true}')], "under .label."),
+        ([("0.png", PICTURE), ("0.jpg", PICTURE), ("0.cls", b"0")], "a second '0.jpg'"),
+        ([("0.txt", b"text")], "No pictures in the tar files"),
+    ],
+)
+def test_bad_samples(tmp_path, members, message):
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path)
+
+
+def test_hostile_tars(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("0.png", PICTURE), ("0.cls", b"0"), ("1.png", PICTURE), ("1.cls", b"0")])
+    good = path.read_bytes()
+    path.write_bytes(good[:512] + good[512 : 512 + len(PICTURE) // 2])
+    with pytest.raises(DataError, match="a plain, whole tar file"):
+        open_source(tmp_path)
+    damaged = bytearray(good)
+    third = good.index(b"1.png")
+    damaged[third : third + 300] = b"\xff" * 300  # tarfile itself stops here without a word
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=f"no valid header at byte {third:,}"):
+        open_source(tmp_path)
+    path.write_bytes(b"no tar at all" * 100)
+    with pytest.raises(DataError, match="a plain, whole tar file"):
+        open_source(tmp_path)
+    with tarfile.open(path, "w") as archive:
+        link = tarfile.TarInfo("0.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    with pytest.raises(DataError, match="a link, a device or sparse"):
+        open_source(tmp_path)
+    huge = tarfile.TarInfo("0.png")
+    huge.size = 1 << 40
+    path.write_bytes(huge.tobuf(tarfile.GNU_FORMAT) + b"x" * 2048)
+    with pytest.raises(DataError):
+        open_source(tmp_path)
+
+
+def test_a_shard_cut_after_listing_is_an_image_error(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("0.cls", b"0"), ("0.png", PICTURE)])
+    source = open_source(tmp_path)
+    with path.open("r+b") as file:
+        file.truncate(1600)
+    with pytest.raises(ImageError, match=f"{len(PICTURE)} bytes"):
+        source.read(0)
+
+
+# --- idx
+
+
+def write_idx(folder, prefix, labels, size=(28, 28), pack=False):
+    folder.mkdir(parents=True, exist_ok=True)
+    images = np.random.default_rng(len(labels)).integers(0, 256, (len(labels), *size), dtype=np.uint8)
+    for name, header, data in (
+        ("images-idx3-ubyte", struct.pack(">IIII", 0x803, len(labels), *size), images.tobytes()),
+        ("labels-idx1-ubyte", struct.pack(">II", 0x801, len(labels)), bytes(labels)),
+    ):
+        content = header + data
+        (folder / f"{prefix}-{name}{'.gz' * pack}").write_bytes(gzip.compress(content) if pack else content)
+    return images
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(
+    ("name", "ninth"), [("FashionMNIST/raw", "Ankle boot"), ("mnist", "9"), ("my-fashion", "Ankle boot")]
+)
+def test_idx(tmp_path, name, ninth, pack):
+    images = write_idx(tmp_path / name, "train", [9, 0, 3], pack=pack)
+    write_idx(tmp_path / name, "t10k", [1, 2], pack=pack)
+    source = open_source(tmp_path / name, "train")
+    assert (source.labels.tolist(), source.classes[9]) == ([9, 0, 3], ninth)
+    picture = source.read(1)
+    assert picture.mode == "L"
+    np.testing.assert_array_equal(np.asarray(decode(picture, mode="L")), images[1])
+    assert len(open_source(tmp_path / name, "val")) == 2
+    assert pickle.loads(pickle.dumps(source)).read(2).tobytes() == images[2].tobytes()
+
+
+def test_idx_below_the_root_and_with_many_classes(tmp_path):
+    write_idx(tmp_path / "MNIST/raw", "train", [11, 0])
+    assert open_source(tmp_path, "train").classes == tuple(map(str, range(12)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "a header that begins with 0x00000803"),
+        (struct.pack(">IIII", 0x801, 1, 1, 1), "a header that begins with"),
+        (struct.pack(">IIII", 0x803, 1 << 31, 1 << 31, 1 << 31), "a header that claims"),
+        (struct.pack(">IIII", 0x803, 3, 28, 28) + b"x" * 100, "2,352 bytes, as its header says; found 100"),
+        (struct.pack(">IIII", 0x803, 1, 2, 2) + b"x" * 5, "4 bytes, as its header says; found more"),
+        (struct.pack(">IIII", 0x803, 1, 2, 2) + b"x" * 4, "1 pictures and 3 labels"),
+        (struct.pack(">IIII", 0x803, 3, 0, 28), "are empty"),
+    ],
+)
+def test_hostile_idx(tmp_path, data, message):
+    write_idx(tmp_path, "train", [0, 1, 2])
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path)
+
+
+def test_idx_without_labels_or_with_broken_gzip(tmp_path):
+    write_idx(tmp_path, "train", [0, 1, 2], pack=True)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match="a readable idx file"):
+        open_source(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
+    write_idx(tmp_path / "x", "train", [1])
+    (tmp_path / "x/train-labels-idx1-ubyte").unlink()
+    with pytest.raises(DataError, match="train-labels-idx1-ubyte or"):
+        open_source(tmp_path / "x")
+
+
+def test_a_class_only_in_the_validation_part_of_idx_is_an_error(tmp_path):
+    write_idx(tmp_path, "train", [0, 1])
+    write_idx(tmp_path, "t10k", [1, 2])
+    with pytest.raises(DataError, match="found '2'"):
+        open_splits(tmp_path)
+
+
+def test_a_class_without_pictures_in_training_shards_is_an_error(tmp_path):
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    write_tar(tmp_path / "train/0.tar", [("0.png", PICTURE), ("0.cls", b"0")])
+    put(tmp_path, "val/dog/1.jpg")
+    with pytest.raises(DataError, match="found 'dog'"):
+        open_splits(tmp_path)

@@ -1,0 +1,101 @@
+"""The recipe: read as data, checked field by field, never executed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from efficientformer.spec.errors import SpecError, UsageError
+from efficientformer.spec.variants import VARIANTS
+from efficientformer.training.recipe import Recipe, load_recipe, override
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.py")), ids=lambda p: p.stem)
+def test_every_recipe_of_the_repository_loads(path):
+    recipe = load_recipe(path)
+    assert recipe.spec is not None or recipe.model in VARIANTS
+    assert path.name in path.read_text(), "the docstring shows the command"
+
+
+def test_there_is_a_recipe_for_every_published_network():
+    models = {load_recipe(path).model for path in RECIPES.glob("imagenet1k_*.py")}
+    assert models == {name for name in VARIANTS if not name.endswith("cifar10")}
+
+
+def test_round_trip_through_json(tmp_path):
+    recipe = Recipe(epochs=3, freeze=("stem",), opt_args={"betas": [0.9, 0.99]}, lr=1e-3)
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    assert load_recipe(tmp_path / "recipe.json") == recipe
+    assert load_recipe(tmp_path) == recipe  # a run folder
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("import os", "is code"),
+        ("epochs = open('/etc/passwd')", "is code"),
+        ("epochs = [].__class__", "is code"),
+        ("epochs = 3\nepochs = 4", "twice"),
+        ("epoch = 3", "Did you mean 'epochs'"),
+        ("epochs = '3'", "Illegal epochs"),
+        ("epochs = True", "Illegal epochs"),
+        ("epochs = 0", "from 1 to"),
+        ("lr = float('nan')", "is code"),
+        ("epochs = 3 if", "no valid Python"),
+        ("x: int = 3", "is code"),
+        ("a, b = 1, 2", "is code"),
+        ("clip = 'agx'", "one of 'none', 'agc'"),
+        ("crop_scale = (0.9, 0.1)", "low <= high"),
+        ("crop_scale = 3", "a list"),
+        ("freeze = 'stem'", "a list"),
+        ("batch_size = 10\naccumulate = 3", "multiple of accumulate"),
+        ("teacher_cache = 'x'", "unmixed views"),
+        ("teacher = 'L1'\ndistillation = 'none'", "without distillation"),
+        ("views = 2\nrepeats = 3", "exclude"),
+        ("opt_args = 3", "a mapping"),
+        ("spec = {}", "spec has no published weights"),
+    ],
+)
+def test_what_is_no_recipe_is_refused_with_the_reason(tmp_path, text, match):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=match) as caught:
+        load_recipe(path)
+    assert "mine.py" in str(caught.value)
+
+
+def test_nothing_in_a_recipe_is_executed(tmp_path):
+    path, trace = tmp_path / "evil.py", tmp_path / "trace"
+    path.write_text(f"epochs = 3\n__import__('pathlib').Path({str(trace)!r}).touch()\n")
+    with pytest.raises(SpecError):
+        load_recipe(path)
+    assert not trace.exists()
+
+
+def test_missing_and_oversized_files(tmp_path):
+    with pytest.raises(UsageError, match="Cannot read the recipe"):
+        load_recipe(tmp_path / "none.py")
+    (tmp_path / "big.py").write_bytes(b"#" * (1 << 20) + b"\nepochs = 3")
+    with pytest.raises(UsageError, match="too large"):
+        load_recipe(tmp_path / "big.py")
+    (tmp_path / "deep.py").write_text("epochs = " + "(" * 5000 + ")" * 5000)
+    with pytest.raises(SpecError):
+        load_recipe(tmp_path / "deep.py")
+
+
+def test_overrides_are_typed():
+    recipe = override(Recipe(), ["epochs=7", "randaugment=rand-m9", "pretrained=false", 'freeze=["stem"]', "lr=1"])
+    assert (recipe.epochs, recipe.randaugment, recipe.pretrained) == (7, "rand-m9", False)
+    assert recipe.freeze == ("stem",)
+    assert recipe.lr == 1.0
+    with pytest.raises(SpecError, match="NAME=VALUE"):
+        override(Recipe(), ["epochs"])
+    with pytest.raises(SpecError, match="batch_size"):
+        override(Recipe(), ["batchsize=3"])
+
+
+def test_learning_rate_scales_with_the_batch_where_asked():
+    assert Recipe(lr=1e-3, batch_size=512).scaled_lr == 1e-3
+    assert Recipe(lr=1e-3, lr_batch=1024, batch_size=512).scaled_lr == pytest.approx(5e-4)
