@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -280,3 +282,33 @@ def seen(folder):
 
 def test_every_field_is_compared_or_said_to_be_unseen():
     assert {field.name for field in dataclasses.fields(Recipe)} == set(CHANGES) | set(UNSEEN)
+
+
+def test_a_killed_worker_ends_the_run_with_an_error_that_names_the_step(data, tmp_path, monkeypatch):
+    from efficientformer.data import loader
+
+    def dying(self, steps):
+        yield from self._real(steps[:3])
+        raise RuntimeError("DataLoader worker (pid 4711) exited unexpectedly with signal 9")
+
+    monkeypatch.setattr(loader.MemoryLoader, "_real", loader.MemoryLoader._pixels, raising=False)
+    monkeypatch.setattr(loader.MemoryLoader, "_pixels", dying)
+    with pytest.raises(TrainingError, match=r"No batch for step 3.*died.*--resume"):
+        train(TINY, data, tmp_path / "run")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(finished, data, tmp_path):
+    folder = tmp_path / "run"
+    (tmp_path / "recipe.json").write_text(json.dumps(TINY.with_changes(epochs=2000).to_dict()))
+    command = [sys.executable, "-m", "efficientformer", "train", tmp_path / "recipe.json", "--data", data, "-o", folder]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (folder / "state.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert f"--resume {folder}" in err
+    assert "Traceback" not in err
+    step = torch.load(folder / "state.pt", weights_only=True)["progress"]["step"]
+    assert f"Stopped after step {step}" in err

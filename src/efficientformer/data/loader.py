@@ -88,6 +88,7 @@ class Loader(ABC):
                     return
 
         def produce() -> None:
+            torch.set_num_threads(1)  # of this thread's own pool: a second one would fight the training step's
             try:
                 for pixels, draws in self._pixels(range(start, stop)):
                     cut = draws.step < self._cut_until

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from efficientformer.data.draws import Draws, mix
 from efficientformer.data.loader import Batch, Loader
 from efficientformer.models.network import EfficientFormer
-from efficientformer.spec.errors import TrainingError
+from efficientformer.spec.errors import DataError, TrainingError
 from efficientformer.training.optim import clip_gradients, learning_rate, set_learning_rate
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.state import Progress, RunFolder
@@ -123,7 +123,7 @@ class Run:
         batches = self.loader.batches(self.progress.step, total)
         with ExitStack() as stack:
             stack.callback(batches.close)
-            for batch in batches:
+            for batch in self._naming_step(batches):
                 self._step(batch)
                 self.progress.step += 1
                 self.progress.seconds = seconds + time.monotonic() - began
@@ -132,6 +132,17 @@ class Run:
                     self._save()
                     return finished
         return True
+
+    def _naming_step(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass batches on; where there is none, for a dead worker or unreadable pictures, say at which step."""
+        try:
+            yield from batches
+        except DataError as error:
+            raise TrainingError(
+                f"No batch for step {self.progress.step}: {error.problem}",
+                found=error.found,
+                hint=f"{error.hint}. The last checkpoint stands: efficientformer train --resume {self.folder.path}",
+            ) from error
 
     def _step(self, batch: Batch) -> None:
         """Train on one batch."""
