@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from efficientformer.evaluation.distributed import Team, join
+from efficientformer.evaluation.distributed import Team
 from efficientformer.evaluation.evaluate import evaluate
 from efficientformer.evaluation.report import require_libraries
 from efficientformer.evaluation.result import Evaluation
@@ -87,7 +87,7 @@ def train(
     require_libraries()
     if resume is None and data is None:
         raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
-    with join(), _signals() as stop:  # torchrun's processes meet over gloo on CPUs; Accelerate finds the group there
+    with _process_group(), _signals() as stop:
         if resume is not None:
             folder = RunFolder(Path(resume))
             recipe, path = folder.recipe(), Path(folder.data()["path"] if data is None else data)
@@ -244,6 +244,17 @@ def _precision(recipe: Recipe, device: str) -> str:
     if torch.cuda.is_available() and device != "cpu":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+
+
+@contextmanager
+def _process_group() -> Iterator[None]:
+    """Leave the process group that Accelerate makes under torchrun (nccl on GPUs, gloo on CPUs), if it made one."""
+    before = torch.distributed.is_initialized()
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized() and not before:
+            torch.distributed.destroy_process_group()
 
 
 @contextmanager
