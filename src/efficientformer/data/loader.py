@@ -10,19 +10,19 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from efficientformer.data.augment import Augmentation, Normaliser, SampleAugment, pad_images, shift_flip
 from efficientformer.data.draws import DrawPlan, Draws
 from efficientformer.data.source import ImageSource, Subset
-from efficientformer.runtime.image import decode, resize_crop
+from efficientformer.runtime.image import resize_crop
 from efficientformer.spec.errors import DataError, ImageError
 from efficientformer.spec.preprocess import PreprocessSpec
 
@@ -172,19 +172,27 @@ class WorkerLoader(Loader):
         self._workers = max(1, workers)
 
     def _pixels(self, steps: range) -> Iterator[tuple[Tensor, Draws]]:
-        methods = multiprocessing.get_all_start_methods()
         loader = DataLoader(
             self._samples,
             batch_sampler=_Keys(self.plan, steps),
             num_workers=self._workers,
             collate_fn=_collate,
             prefetch_factor=4,
-            multiprocessing_context="forkserver" if "forkserver" in methods else "spawn",
+            multiprocessing_context=_context(),
             generator=torch.Generator(),  # else it draws from the training thread's
         )
         for step, (pixels, indices, failures) in zip(steps, loader, strict=True):
             self.skipped |= failures
             yield pixels, dataclasses.replace(self.plan.draws(step), indices=indices)
+
+
+def _context() -> BaseContext:
+    """Return how workers start: forked from a server that has the libraries loaded (this process has threads)."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "timm.data.transforms_factory"])
+    return context
 
 
 class _Keys:
@@ -226,7 +234,7 @@ class _Samples(Dataset[_Sample]):
         for attempt in range(MAX_UNREADABLE):
             candidate = (index + attempt) % len(self._source)
             try:
-                return _Sample(self._augment(read_image(self._source, candidate, self._preprocess), seed),
+                return _Sample(self._augment(self._source.image(candidate, self._preprocess), seed),
                                candidate, failures)  # fmt: skip
             except ImageError as error:
                 failures[self._source.name(candidate)] = str(error)
@@ -238,16 +246,6 @@ def _collate(samples: Sequence[_Sample]) -> tuple[Tensor, npt.NDArray[np.int64],
     failures = {name: reason for sample in samples for name, reason in sample.failures.items()}
     indices = np.array([sample.index for sample in samples], np.int64)
     return torch.from_numpy(np.stack([sample.pixels for sample in samples])), indices, failures
-
-
-def read_image(source: ImageSource, index: int, preprocess: PreprocessSpec) -> Image.Image:
-    """Decode one picture of a source as the network's preprocessing asks.
-
-    Raises:
-        ImageError: If it cannot be read.
-    """
-    data, name = source.read(index), source.name(index)
-    return decode(data, mode=preprocess.mode, exif=preprocess.exif, name=name)
 
 
 def _explain(error: BaseException) -> BaseException:
@@ -282,8 +280,8 @@ def decode_all(
 
     def load(index: int) -> str:
         try:
-            image = read_image(source, index, preprocess)
-            pixels = np.asarray(resize_crop(image, preprocess)).reshape(height, width, -1)  # (H, W, C)
+            image = resize_crop(source.image(index, preprocess), preprocess)
+            pixels = np.asarray(image).reshape(height, width, -1)  # (H, W, C)
         except ImageError as error:
             return str(error)
         images[index] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)

@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from efficientformer.runtime.image import decode
+from efficientformer.spec.preprocess import PreprocessSpec
+
 
 class ImageSource(ABC):
     """A data set of labelled pictures, addressed by number.
@@ -39,6 +42,14 @@ class ImageSource(ABC):
         Raises:
             ImageError: If it cannot be read.
         """
+
+    def image(self, index: int, preprocess: PreprocessSpec) -> Image.Image:
+        """Return a picture decoded as a network's preprocessing asks, at its own size.
+
+        Raises:
+            ImageError: If it cannot be read.
+        """
+        return decode(self.read(index), mode=preprocess.mode, exif=preprocess.exif, name=self.name(index))
 
     def digest(self) -> str:
         """Return a SHA-256 of every name and label: which data this is, not what the pictures show."""

@@ -18,7 +18,7 @@ from PIL import Image
 from efficientformer.data.source import ImageSource
 from efficientformer.evaluation.metrics import Metrics, Scores
 from efficientformer.evaluation.result import Evaluation, Mistake, Skipped, worst_of
-from efficientformer.runtime.image import decode, normalise, resize_crop
+from efficientformer.runtime.image import normalise, resize_crop
 from efficientformer.spec.errors import DataError, ImageError, UsageError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
@@ -164,12 +164,11 @@ def _prepared(
 
 
 def _prepare(source: ImageSource, index: int, spec: PreprocessSpec) -> _Ready | Skipped:
-    name = source.name(index)
     try:
-        image = resize_crop(decode(source.read(index), mode=spec.mode, exif=spec.exif, name=name), spec)
+        image = resize_crop(source.image(index, spec), spec)
         return _Ready(index, image, normalise([image], spec))
     except ImageError as error:
-        return Skipped(name, str(error))
+        return Skipped(source.name(index), str(error))
 
 
 def _chunks(pictures: Iterator[_Ready | Skipped], size: int) -> Iterator[list[_Ready | Skipped]]:
