@@ -269,7 +269,7 @@ def _in_torch(
     progress: DownloadProgress | None,
 ) -> Predictor:
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError as error:
         raise missing_extra("torch", "Running a network in torch", error) from error
     from efficientformer.evaluation.torch_predictor import TorchPredictor
@@ -277,7 +277,8 @@ def _in_torch(
 
     name = model or str(checkpoint or EMBEDDED)
     weights, manifest = load_named(name, checkpoint or True, offline=offline, progress=progress)
-    return TorchPredictor(build(manifest.spec, weights), manifest, device, precision)
+    network = build(manifest.spec, weights).to(memory_format=torch.channels_last)
+    return TorchPredictor(network, manifest, device, precision)
 
 
 def _without_config(model: str) -> str:

@@ -91,7 +91,7 @@ def test_names_are_escaped_in_the_report_and_on_the_terminal(cli, good, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["missing"], 1, "nothing there"),
+        (["missing"], 2, "nothing there"),
         ([".", "--report", "no/such/folder/check.html"], 2, "a file in a folder that exists"),
         ([], 2, "Missing argument 'DIR'"),
     ],

@@ -34,7 +34,7 @@ def test_one_command_without_a_single_required_option_but_the_data(data, tmp_pat
     assert folder == tmp_path / "runs" / f"{EMBEDDED}-{data.name}", "small pictures: the small network"
     assert (folder / "report.html").exists()
     recipe = json.loads((folder / "recipe.json").read_text())
-    assert (recipe["model"], recipe["crop"], recipe["batch_size"]) == (EMBEDDED, "pad", 30)
+    assert (recipe["model"], recipe["crop"], recipe["batch_size"]) == (EMBEDDED, "pad", 8)
     assert "heads are new (3 classes)" in err
     assert "Best epoch" in err
     code, out, _ = cli("predict", data / "red" / "000.png", "--model", folder / "best.safetensors", "-f", "json")

@@ -149,7 +149,7 @@ def test_data_of_other_classes(cli, tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / name / "a.png")
     code, _, err = cli("test", ONNX, "--data", tmp_path)
-    assert code == 1
+    assert code == 2
     assert "unicorn" in err
 
 

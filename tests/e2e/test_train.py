@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from efficientformer import Classifier
-from efficientformer.spec.errors import TrainingError, UsageError
+from efficientformer.spec.errors import DataError, EfficientFormerError, TrainingError, UsageError
 from efficientformer.spec.variants import v1_spec, v2_spec
 from efficientformer.training import loop
 from efficientformer.training.recipe import Recipe
@@ -133,7 +134,7 @@ def test_two_processes_train_as_one(data, tmp_path, norm):
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     one = train(recipe, data, tmp_path / "one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "efficientformer"]
-    options = ["--data", data, "--output", tmp_path / "two", "--device", "cpu", "--quiet"]
+    options = ["--data", data, "--output", tmp_path / "two", "--quiet"]
     command = [*launcher, "train", tmp_path / "recipe.json", *options]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
     assert one.finished
@@ -312,3 +313,132 @@ def test_ctrl_c_saves_and_says_how_to_go_on(finished, data, tmp_path):
     assert "Traceback" not in err
     step = torch.load(folder / "state.pt", weights_only=True)["progress"]["step"]
     assert f"Stopped after step {step}" in err
+
+
+def test_ctrl_c_of_a_terminal_reaches_the_workers_too_and_all_is_saved(data, tmp_path):
+    """A terminal signals the whole group; the workers must leave it to the process that trains."""
+    folder = tmp_path / "run"
+    recipe = TINY.with_changes(epochs=2000, crop="rrc", cutout=0, refine_epochs=0, workers=2, color_jitter=0.0)
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    command = [sys.executable, "-m", "efficientformer", "train", tmp_path / "recipe.json", "--data", data, "-o", folder]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (folder / "state.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Stopped after step" in err
+    assert "Traceback" not in err
+
+
+def test_measuring_leaves_the_network_as_it_is(data, tmp_path):
+    """How often a network is measured must not change it, in either memory layout."""
+    for layout in (True, False):
+        recipe = SHORT.with_changes(channels_last=layout, ema_decay=0.0, epochs=4)
+        often = train(recipe, data, tmp_path / f"often{layout}").folder
+        seldom = train(recipe.with_changes(eval_every=4), data, tmp_path / f"seldom{layout}").folder
+        a, b = (load_file(folder / "last.safetensors") for folder in (often, seldom))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_finished_run_is_resumed_without_a_further_step(data, tmp_path):
+    recipe = TINY.with_changes(epochs=30, early_stopping=2, lr=0.0, warmup_lr=0.0, ema_decay=0.0, mixup=0.0)
+    first = train(recipe, data, tmp_path / "run")
+    before = weights(first.folder)
+    again = train(resume=first.folder)
+    assert (again.finished, again.step) == (True, first.step)
+    assert same(weights(first.folder), before)
+    assert f"epochs: {again.step // 4} (stopped early, of 30)" in (first.folder / "README.md").read_text()
+
+
+def test_nothing_of_somebody_else_is_overwritten(data, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"not empty.*README.md"):
+        train(SHORT, data, tmp_path / "mine")
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda f: (f / "state.pt").unlink(), "nothing to go on from"),
+        (lambda f: (f / "best.safetensors").unlink(), "best weights so far"),
+        (lambda f: (f / "recipe.json").write_text(TINY.with_changes(epochs=9).to_json()), "not the recipe"),
+        (lambda f: (f / "data.json").write_text("{}"), "damaged"),
+        (lambda f: (f / "data.json").unlink(), "no run folder"),
+    ],
+)
+def test_a_run_with_missing_or_changed_parts_is_not_resumed(finished, tmp_path, damage, match):
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    damage(folder)
+    with pytest.raises(EfficientFormerError, match=match):
+        train(resume=folder)
+
+
+def test_a_run_is_resumed_without_the_weights_it_started_from_and_with_data_that_moved(data, tmp_path, monkeypatch):
+    start = train(SHORT, data, tmp_path / "start").folder / "last.safetensors"
+    moved = shutil.copytree(data, tmp_path / "before")
+    recipe = SHORT.with_changes(model=str(start), pretrained=True, spec=None, layer_scale_init=1e-5)
+    monkeypatch.setattr(loop.Run, "_agree_to_stop", lambda run: run.progress.step == 3)
+    train(recipe, moved, tmp_path / "run")
+    monkeypatch.undo()
+    start.unlink()
+    moved = moved.rename(tmp_path / "after")
+    assert train(resume=tmp_path / "run", data=moved).finished
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["path"] == str(moved)
+
+
+def test_a_failed_start_leaves_no_folder(data, tmp_path):
+    with pytest.raises(UsageError):
+        train(SHORT.with_changes(opt="adamz"), data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_class_is_nothing_to_learn(tmp_path):
+    root = write_folders(tmp_path / "data")
+    shutil.rmtree(root / "red")
+    shutil.rmtree(root / "blue")
+    with pytest.raises(DataError, match="nothing to tell apart"):
+        train(SHORT, root, tmp_path / "run")
+
+
+def test_the_batch_fits_the_pictures_that_can_be_read(tmp_path):
+    root = write_folders(tmp_path / "data", per_class=4)
+    for name in ("000", "001"):
+        (root / "red" / f"{name}.png").write_bytes(b"no picture")
+    outcome = train(SHORT.with_changes(batch_size=64, mixup=1.0, epochs=1), root, tmp_path / "run")
+    assert outcome.finished
+    assert "instead of 64" in (tmp_path / "run" / "train.log").read_text()
+    assert "red/000.png" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_half_precision_on_a_cpu_is_refused(data, tmp_path):
+    with pytest.raises(UsageError, match="fp16 is for GPUs"):
+        train(SHORT.with_changes(precision="fp16"), data, tmp_path / "run", device="cpu")
+
+
+def test_wrong_calls(data, tmp_path, finished, cli):
+    for arguments, match in [
+        ({"device": "cuda:7", "data": data}, "device"),
+        ({"resume": finished.folder, "output": tmp_path}, "keeps its recipe"),
+        ({}, "Nothing to train on"),
+    ]:
+        with pytest.raises(UsageError, match=match):
+            train(**arguments)
+    for arguments, found in [
+        (("--resume", tmp_path / "nothing"), "no run folder"),
+        (("--data", tmp_path / "nothing"), "No data set"),
+        ((data,), f"--data {data}"),
+        (("--data", data, "--epochs", 1, "--set", "epochs=3"), "set twice"),
+        (("--data", data, "--set", "epoch=3"), "Did you mean 'epochs'?\n"),
+        (("--data", data, "--model", finished.folder), "best.safetensors"),
+        (("recipes/cifar10.py", "--data", data, "--epochs", "2"), "--set refine_epochs"),
+    ]:
+        code, _, err = cli("train", *arguments)
+        assert (code, "Traceback" in err) == (2, False), err
+        assert found in err
+    code, out, _ = cli("train", "--set", "freeze=stem,stages.0", "--show")
+    assert code == 0
+    assert json.loads(out)["freeze"] == ["stem", "stages.0"]

@@ -173,3 +173,20 @@ def test_other_input_sizes_can_be_built(size):
     spec = dataclasses.replace(VARIANTS["efficientformer_l1"], num_classes=5).with_input_size(size)
     images = images_for(spec, 1)
     assert EfficientFormer(spec).eval()(images).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["efficientformer_l1", "efficientformer_cifar10"])
+def test_checkpointing_changes_neither_gradients_nor_statistics(name):
+    import copy
+
+    spec = dataclasses.replace(VARIANTS[name], num_classes=3)
+    plain = EfficientFormer(spec, layer_scale_init=0.1).train()
+    saving = copy.deepcopy(plain)
+    saving.set_grad_checkpointing()
+    x = torch.rand(2, 3, *spec.input_size, generator=torch.Generator().manual_seed(0))
+    for model in (plain, saving):
+        model(x).square().sum().backward()
+    for (key, a), b in zip(plain.state_dict().items(), saving.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    for (key, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-6), key

@@ -12,6 +12,7 @@ from efficientformer.data.listing import ListedSource, Names
 from efficientformer.data.sources import find_parts, open_source, open_splits, split_indices
 from efficientformer.spec.errors import DataError, ImageError, MissingExtraError, UsageError
 from efficientformer.spec.labels import label_names, synsets
+from tests.pictures import write_folders
 
 
 def encoded(seed=0, fmt="PNG"):
@@ -292,13 +293,48 @@ def test_align_names_what_does_not_fit():
     assert "and 4 more" in str(caught.value)
 
 
-def test_numbers_are_labels_where_no_class_has_such_a_name():
-    assert aligned(listed("0", "1"), ("cat", "dog", "frog")) == [0, 1]
-    assert aligned(listed("0", "1"), ("1", "0")) == [1, 0]
+def unnamed(*classes):
+    source = listed(*classes)
+    source.unnamed = True
+    return source
+
+
+def test_numbers_are_labels_where_classes_have_no_names():
+    assert aligned(unnamed("0", "1"), ("cat", "dog", "frog")) == [0, 1]
+    assert aligned(unnamed("0", "1"), ("1", "0")) == [1, 0]
     with pytest.raises(DataError):
-        aligned(listed("0", "1", "2"), ("cat", "dog"))
+        aligned(unnamed("0", "1", "2"), ("cat", "dog"))
 
 
 def test_classes_without_pictures_need_no_counterpart():
     source = Listed(["a"], [1], ["unknown", "dog"])
     assert aligned(source, ("cat", "dog")) == [1]
+
+
+@pytest.mark.parametrize(("train", "val"), [("Training", "Testing"), ("TRAIN", "Valid"), ("train", "dev")])
+def test_parts_go_by_many_names(tmp_path, train, val):
+    write_folders(tmp_path / train, per_class=3)
+    write_folders(tmp_path / val, per_class=2)
+    splits = open_splits(tmp_path)
+    assert (len(splits.train), len(splits.val)) == (9, 6)
+
+
+def test_data_sets_are_no_classes(tmp_path):
+    write_folders(tmp_path / "set" / "train", per_class=2)
+    write_folders(tmp_path / "set" / "val", per_class=2)
+    with pytest.raises(DataError, match="no class but a data set"):
+        open_source(tmp_path)
+
+
+def test_a_validation_part_alone_is_not_trained_on(tmp_path):
+    write_folders(tmp_path / "val", per_class=3)
+    with pytest.raises(DataError, match="no training part"):
+        open_splits(tmp_path)
+
+
+def test_folders_named_by_numbers_are_not_taken_for_labels(tmp_path):
+    root = write_folders(tmp_path / "d", per_class=2)
+    for number, name in enumerate(("blue", "green", "red")):
+        (root / name).rename(root / str(number))
+    with pytest.raises(DataError, match="not those of the network"):
+        align(open_source(root), ("cat", "dog", "ship"))

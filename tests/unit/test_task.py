@@ -8,7 +8,6 @@ from torch import nn
 
 from efficientformer.data.draws import Draws
 from efficientformer.data.loader import Batch
-from efficientformer.spec.errors import UsageError
 from efficientformer.training.loop import split
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.task import Distilled, Supervised, balanced_weights, hits
@@ -107,11 +106,6 @@ def test_nothing_is_mixed_in_the_refinement():
     images, targets = Supervised(Recipe(mixup=1.0), K).mix(batch(cut=False))
     assert torch.equal(images, batch().images)
     assert targets.ndim == 1
-
-
-def test_an_odd_batch_cannot_be_mixed():
-    with pytest.raises(UsageError, match="even"):
-        Supervised(Recipe(mixup=1.0, batch_size=6, accumulate=2), K)
 
 
 def test_hits_of_shares_count_the_largest():

@@ -27,14 +27,12 @@ def train(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other field of the recipe; repeatable.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
-    show: Annotated[bool, typer.Option("--show", help="Print the recipe and stop.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the recipe as given and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:
     """Train or fine-tune. Ctrl-C saves and says how to go on; torchrun spreads it over devices and nodes."""
     from efficientformer.spec.errors import UsageError, missing_extra
 
-    if device not in ("auto", "cpu"):
-        raise UsageError("Unknown device", expected="auto or cpu", found=repr(device))
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -43,13 +41,18 @@ def train(
     changes = {name: value for name, value in given.items() if value is not None}
     if resume is not None and (recipe is not None or output is not None or changes or settings):
         raise UsageError("A resumed run keeps its recipe and folder", hint="Give --resume, and --data if it has moved")
-    chosen = _recipe(recipe, changes, settings or [])
+    if resume is not None:
+        from efficientformer.training.state import RunFolder
+
+        resume = resume.parent if resume.is_file() else resume  # state.pt of the folder
+        RunFolder(resume).data()
+    chosen = _recipe(resume or recipe, changes, settings or [])
     if show:
         _print(chosen)
         return
     from efficientformer.training.run import train as run
 
-    outcome = run(chosen, data, output, resume=resume, device=device, quiet=quiet)
+    outcome = run(None if resume else chosen, data, output, resume=resume, device=device, quiet=quiet)
     if not outcome.finished:
         raise typer.Exit(130)
     if outcome.evaluation is not None:
@@ -59,11 +62,8 @@ def train(
 def _recipe(file: Path | None, changes: dict[str, Any], settings: list[str]) -> Recipe:
     from efficientformer.training.recipe import Recipe, load_recipe, override
 
-    recipe = Recipe() if file is None else load_recipe(file)
-    return override(recipe.with_changes(**changes), settings)
+    return override(Recipe() if file is None else load_recipe(file), settings, **changes)
 
 
 def _print(recipe: Recipe) -> None:
-    import json
-
-    typer.echo(json.dumps(recipe.to_dict(), indent=2))
+    typer.echo(recipe.to_json())

@@ -41,8 +41,8 @@ def align(source: ImageSource, labels: tuple[str, ...]) -> ImageSource:
     """Give a source the labels of a network.
 
     A class is found by its name, then without regard to case, then, for a network with ImageNet-1k's labels, by its
-    synset. A source may lack classes of the network. Classes that are only numbers (tar shards without
-    ``classes.txt``) are taken as the network's labels if none of them is a class name.
+    synset. A source may lack classes of the network. Where it has no class names (tar shards without ``classes.txt``)
+    its labels are taken as the network's.
 
     Args:
         source: The pictures.
@@ -61,7 +61,7 @@ def align(source: ImageSource, labels: tuple[str, ...]) -> ImageSource:
     strangers = [source.classes[label] for label in used if found[label] < 0]
     if not strangers:
         return Relabelled(source, labels, found)
-    if len(strangers) == len(source.classes) <= len(labels) and is_numbered(source):
+    if len(strangers) == len(source.classes) <= len(labels) and source.unnamed:
         return Relabelled(source, labels, range(len(source.classes)))
     hint = "Rename the class folders to the network's class names, or train a network on these classes"
     if len(source.classes) == len(labels):
@@ -77,11 +77,6 @@ def align(source: ImageSource, labels: tuple[str, ...]) -> ImageSource:
 def class_keys(classes: Sequence[str]) -> Sequence[str]:
     """Return class names that tell every class apart: for ImageNet-1k's its synsets, else the names themselves."""
     return synsets() if classes == label_names("imagenet1k") else classes
-
-
-def is_numbered(source: ImageSource) -> bool:
-    """Tell whether the class names of a source are only the numbers 0, 1, 2 ..."""
-    return all(name == str(number) for number, name in enumerate(source.classes))
 
 
 def describe_strangers(strangers: Sequence[str], labels: Sequence[str]) -> str:

@@ -108,10 +108,21 @@ class SampleAugment:
 
 
 def pad_images(images: Tensor, padding: int) -> Tensor:
-    """Return uint8 images (N, C, H, W) with a reflected border, (N, C, H + 2P, W + 2P)."""
+    """Return uint8 images (N, C, H, W) with a reflected border, (N, C, H + 2P, W + 2P).
+
+    Raises:
+        SpecError: If the border would be wider than the pictures.
+    """
     if padding == 0:
         return images
-    return torch.cat([F.pad(part.float(), (padding,) * 4, mode="reflect").byte() for part in torch.split(images, 4096)])
+    count, channels, height, width = images.shape
+    if padding >= min(height, width):
+        raise SpecError("The padding is a reflection", expected=f"less than {min(height, width)}", found=f"{padding}")
+    padded = torch.empty(count, channels, height + 2 * padding, width + 2 * padding, dtype=torch.uint8)
+    for start in range(0, count, 4096):  # in parts: reflection needs floating point
+        part = images[start : start + 4096].float()
+        padded[start : start + 4096] = F.pad(part, (padding,) * 4, mode="reflect").byte()
+    return padded
 
 
 def shift_flip(padded: Tensor, seeds: Seeds, augmentation: Augmentation) -> Tensor:

@@ -24,7 +24,8 @@ class Draws:
     Attributes:
         indices: Pictures, (B,) int64.
         seeds: Seed of each one's augmentation, (B,) uint64.
-        views: Number of each one's augmentation where there is a limited number of them, else 0; (B,) int64.
+        views: Number of each one's augmentation where there is a limited number of them, else 0; -1 for a picture that
+            stands in for an unreadable one; (B,) int64.
         step: The step.
     """
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import queue
+import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
@@ -79,7 +80,7 @@ class Loader(ABC):
             DataError: If a worker process died.
         """
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
-        stopped = threading.Event()
+        stopped, limited = threading.Event(), threading.Event()
 
         def put(item: Batch | BaseException | None) -> None:
             while not stopped.is_set():
@@ -89,6 +90,7 @@ class Loader(ABC):
 
         def produce() -> None:
             torch.set_num_threads(1)  # of this thread's own pool: a second one would fight the training step's
+            limited.set()
             try:
                 for pixels, draws in self._pixels(range(start, stop)):
                     cut = draws.step < self._cut_until
@@ -100,8 +102,11 @@ class Loader(ABC):
             except BaseException as error:  # handed on to the training thread
                 put(error)
 
+        threads = torch.get_num_threads()
         thread = threading.Thread(target=produce, name="batches", daemon=True)
         thread.start()
+        limited.wait()
+        torch.set_num_threads(threads)  # the producer's limit became the default of threads to come
         try:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
@@ -180,10 +185,21 @@ class WorkerLoader(Loader):
             prefetch_factor=4,
             multiprocessing_context=_context(),
             generator=torch.Generator(),  # else it draws from the training thread's
+            worker_init_fn=_ignore_ctrl_c,
         )
         for step, (pixels, indices, failures) in zip(steps, loader, strict=True):
             self.skipped |= failures
-            yield pixels, dataclasses.replace(self.plan.draws(step), indices=indices)
+            draws = self.plan.draws(step)
+            if (indices < 0).any():
+                found, hint = next(iter(failures.values())), "Check the data set: efficientformer data check"
+                raise DataError(f"{MAX_UNREADABLE} pictures in a row cannot be read", found=found, hint=hint)
+            views = np.where(indices == draws.indices, draws.views, -1)
+            yield pixels, dataclasses.replace(draws, indices=indices, views=views)
+
+
+def _ignore_ctrl_c(_: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to every process, to the training process: it ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _context() -> BaseContext:
@@ -212,7 +228,7 @@ class _Keys:
 
 @dataclass(frozen=True)
 class _Sample:
-    """An augmented picture (C, H, W), its number, and why others before it were passed over."""
+    """An augmented picture (C, H, W), its number (-1 if there is none), and why others before it were passed over."""
 
     pixels: npt.NDArray[np.uint8]
     index: int
@@ -238,8 +254,7 @@ class _Samples(Dataset[_Sample]):
                                candidate, failures)  # fmt: skip
             except ImageError as error:
                 failures[self._source.name(candidate)] = str(error)
-        found = next(iter(failures.values()))
-        raise DataError(f"{MAX_UNREADABLE} pictures in a row cannot be read", found=found, hint="Check the data set")
+        return _Sample(np.zeros((len(self._preprocess.mean), *self._preprocess.input_size), np.uint8), -1, failures)
 
 
 def _collate(samples: Sequence[_Sample]) -> tuple[Tensor, npt.NDArray[np.int64], dict[str, str]]:
@@ -250,8 +265,8 @@ def _collate(samples: Sequence[_Sample]) -> tuple[Tensor, npt.NDArray[np.int64],
 
 def _explain(error: BaseException) -> BaseException:
     """Return an error of ours for what ends a worker process from outside."""
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error) and "exited" in str(error):
-        hint = "It was killed, most often for lack of memory: use fewer workers, then resume"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        hint = "It was killed, most often for lack of memory, or of room in /dev/shm: use fewer workers, then resume"
         return DataError("A process that prepares pictures died", found=str(error), hint=hint)
     return error
 

@@ -46,6 +46,7 @@ class ShardSource(ListedSource):
 
     def __init__(self, shards: Iterable[Path], classes: tuple[str, ...] = ()) -> None:
         self._shards = tuple(shards)
+        self.unnamed = not classes
         names: list[str] = []
         labels: list[int] = []
         places: list[tuple[int, int, int]] = []

@@ -22,8 +22,10 @@ class ImageSource(ABC):
     Attributes:
         classes: Class names in order of their labels.
         labels: Label of every picture, (N,) int64.
+        unnamed: Whether the classes have no names but their numbers.
     """
 
+    unnamed: bool = False
     classes: tuple[str, ...]
     labels: npt.NDArray[np.int64]
 

@@ -32,10 +32,14 @@ WHOLE = "all"  # the name of the one part of a data set that is not split
 
 Opener = Callable[[], ImageSource]
 
-_ALIASES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
+_ALIASES = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "dev"),
+    "test": ("test", "testing"),
+}
 _FALLBACK = {"val": "test", "test": "val"}  # either serves for evaluation
 _NESTED = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "FashionMNIST/raw", "MNIST/raw", "raw")
-_SHARD = re.compile(r"(?:.*[-_.])?(train|val|validation|valid|test)[-_.].*\.tar", re.IGNORECASE)
+_SHARD = re.compile(r"(?:.*[-_.])?(train|training|val|validation|valid|dev|test|testing)[-_.].*\.tar", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,11 @@ def open_splits(path: str | os.PathLike[str], val_fraction: float = 0.1, seed: i
         train = parts["train"]()
         return Splits(train, _like(parts[held_out](), train), f"train and {held_out} as the data set has them")
     name = "train" if "train" in parts else next(iter(parts))
+    if name not in ("train", WHOLE):
+        hint = "Name the folder with its pictures to train on them"
+        raise DataError(
+            "There is no training part", expected="a part 'train'", found=f"only {', '.join(parts)}", hint=hint
+        )
     source = parts[name]()
     train_indices, val_indices = split_indices(source, val_fraction, seed)
     if not len(val_indices):
@@ -201,12 +210,12 @@ def _split_folders(folder: Folder) -> dict[str, Opener]:
 
     A class may have such a name too: then its folder, or a folder beside it, holds pictures.
     """
-    known = {alias for aliases in _ALIASES.values() for alias in aliases}
-    if known.isdisjoint(folder.folders):
+    if not any(is_part_name(name) for name in folder.folders):
         return {}
-    inner = {name: list_folder(folder.path / name) for name in folder.folders}
-    if any(each.pictures for name, each in inner.items() if name not in known):
+    listed = {name: list_folder(folder.path / name) for name in folder.folders}
+    if any(each.pictures for name, each in listed.items() if not is_part_name(name)):
         return {}
+    inner = {name.lower(): each for name, each in listed.items()}
     parts: dict[str, Opener] = {}
     for part, aliases in _ALIASES.items():
         for alias in aliases:
@@ -215,6 +224,11 @@ def _split_folders(folder: Folder) -> dict[str, Opener]:
             if part not in parts and alias in inner and (mistaken or _can_be_set(inner[alias])):
                 parts[part] = partial(_open_whole, inner[alias])
     return parts
+
+
+def is_part_name(name: str) -> bool:
+    """Tell whether a folder is named as a part of a data set: train, val, test, or another word for these."""
+    return any(name.lower() in aliases for aliases in _ALIASES.values())
 
 
 def _part_of(alias: str) -> str:
@@ -236,12 +250,26 @@ def _open_whole(folder: Folder) -> ImageSource:
     if is_validation(folder):
         return open_validation(folder)
     if folder.folders:
+        _refuse_sets_as_classes(folder)
         return open_class_folders(folder)
     if synset_files(folder):
         return open_synset_files(folder)
     found = f"{counted(len(folder.pictures), 'picture')} and no folder" if folder.files else "an empty folder"
     hint = "Sort the pictures into one folder for each class" if folder.pictures else "Check the path"
     raise DataError(f"No data set in {str(folder.path)!r}", expected=LAYOUTS, found=found, hint=hint)
+
+
+def _refuse_sets_as_classes(folder: Folder) -> None:
+    """Raise DataError if a folder that would be a class is a data set with parts of its own."""
+    for name in folder.folders:
+        inner = list_folder(folder.path / name)
+        if not inner.pictures and inner.folders and all(is_part_name(each) for each in inner.folders):
+            raise DataError(
+                f"{name!r} in {str(folder.path)!r} is no class but a data set with parts of its own",
+                expected=LAYOUTS,
+                found=", ".join(inner.folders),
+                hint=f"Name it instead: {folder.path / name}",
+            )
 
 
 def _like(source: ImageSource, train: ImageSource) -> ImageSource:

@@ -140,9 +140,10 @@ def _check(manifest: Manifest, source: ImageSource, batch_size: int, rank: int, 
 
 
 def _cpus(world: int) -> int:
-    """Return how many threads to decode with: processes of one run are taken to share one machine."""
+    """Return how many threads to decode with; a run's processes on this machine share its cores."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(usable // world, _MAX_WORKERS))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return max(1, min(usable // max(1, here), _MAX_WORKERS))
 
 
 def _prepared(

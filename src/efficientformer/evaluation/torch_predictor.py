@@ -45,7 +45,7 @@ class TorchPredictor:
         self.manifest = manifest
         self.device = _device(device)
         try:
-            self._model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self._model = model.to(self.device)  # its memory layout stays: a network in training is not ours to change
         except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA is asked for it
             found = str(error).strip().splitlines()[0]
             raise UsageError(f"Cannot use the device {device!r}", expected="a device torch has", found=found) from error

@@ -5,6 +5,9 @@ Shapes: B batch, C channels, h and w the map of a stage, N = h * w tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -62,7 +65,7 @@ class Stage(nn.Module):
             if isinstance(block, TokenBlock) and x.ndim == 4:
                 x = x.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, N, C): the one reshape into 3D
             recompute = self.grad_checkpointing and self.training
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = _checkpointed(block, x) if recompute else block(x)
         if x.ndim == 3:
             x = x.transpose(1, 2).reshape(x.shape[0], -1, height, width)  # (B, N, C) -> (B, C, h, w)
         return x
@@ -184,6 +187,27 @@ class EfficientFormer(nn.Module):
                 found=f"{height}x{width}",
                 hint=f"Build it for another size with get_model(..., input_size=...): {spec.legal_sizes()}",
             )
+
+
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """Run a block whose inner results are computed again in the backward pass; BatchNorms count the batch once."""
+
+    @contextmanager
+    def quietly() -> Iterator[None]:
+        norms = [part for part in block.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        before = [(norm, norm.momentum) for norm in norms if norm.training]
+        for norm, _ in before:
+            norm.momentum = 0.0  # the running statistics stay
+        try:
+            yield
+        finally:
+            for norm, momentum in before:
+                norm.momentum = momentum
+                assert norm.num_batches_tracked is not None
+                norm.num_batches_tracked -= 1
+
+    result: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), quietly()))
+    return result
 
 
 def pool(norm: nn.Module, x: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class EfficientFormerError(Exception):
         parts += [f"expected {expected.rstrip('.')}"] if expected else []
         parts += [f"found {found.rstrip('.')}"] if found else []
         text = "; ".join(parts) + "."
-        super().__init__(f"{text} {hint.rstrip('.')}." if hint else text)
+        end = "" if hint.endswith("?") else "."
+        super().__init__(f"{text} {hint.rstrip('.')}{end}" if hint else text)
 
 
 class UsageError(EfficientFormerError, ValueError):
@@ -75,6 +76,8 @@ class ExportError(EfficientFormerError):
 
 class DataError(EfficientFormerError):
     """A data set that is missing, empty, of no known layout, or does not fit the network."""
+
+    exit_code = 2
 
 
 class TrainingError(EfficientFormerError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import UnknownModelError, nearest
@@ -175,6 +176,9 @@ def resolve(name: str) -> Resolved:
         names |= {alias.lower(): card for alias in (*card.aliases, card.name)}
     if wanted in names:
         return Resolved(names[wanted], None)
+    if (Path(name) / "best.safetensors").is_file():
+        hint = f"Name its weights: {Path(name) / 'best.safetensors'}"
+        raise UnknownModelError(f"{name!r} is the folder of a training run", hint=hint)
     if name.lower().endswith(FILE_SUFFIXES):
         raise UnknownModelError(f"There is no file {name!r}, and no model of that name", hint="Check the path")
     close = nearest(wanted, names)

@@ -7,6 +7,7 @@ uninterrupted one would have computed, to the last bit on a CPU.
 from __future__ import annotations
 
 import random
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -119,30 +120,45 @@ class Run:
             TrainingError: If a loss is no number, or a checkpoint cannot be written; the message names the step.
         """
         total = self.recipe.epochs * self.steps_per_epoch
+        if self._out_of_patience():
+            return True
         began, seconds = time.monotonic(), self.progress.seconds
         batches = self.loader.batches(self.progress.step, total)
         with ExitStack() as stack:
             stack.callback(batches.close)
             for batch in self._naming_step(batches):
-                self._step(batch)
+                try:
+                    self._step(batch)
+                except torch.OutOfMemoryError as error:
+                    raise self._no_memory(error) from error
                 self.progress.step += 1
                 self.progress.seconds = seconds + time.monotonic() - began
                 finished = self._after_step()
                 if finished or self._agree_to_stop():
                     self._save()
                     return finished
-        return True
+        if self.progress.step < total:
+            self._save()
+        return self.progress.step == total
 
     def _naming_step(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Pass batches on; where there is none, for a dead worker or unreadable pictures, say at which step."""
         try:
             yield from batches
         except DataError as error:
+            if self.stop():  # whatever ended this process's wish ended its workers too
+                return
             raise TrainingError(
                 f"No batch for step {self.progress.step}: {error.problem}",
                 found=error.found,
-                hint=f"{error.hint}. The last checkpoint stands: efficientformer train --resume {self.folder.path}",
+                hint=f"{error.hint.rstrip('.')}. The last checkpoint stands: {self.folder.resume_command}",
             ) from error
+
+    def _no_memory(self, error: Exception) -> TrainingError:
+        hint = "Lower batch_size, or raise accumulate, which cuts a batch into parts; or set grad_checkpointing"
+        return TrainingError(
+            f"The device has not enough memory for step {self.progress.step}", found=str(error)[:200], hint=hint
+        )
 
     def _step(self, batch: Batch) -> None:
         """Train on one batch."""
@@ -182,45 +198,70 @@ class Run:
         epoch = (step - 1) // self.steps_per_epoch
         figures: dict[str, Any] = {}
         if end_of_epoch or step % LOG_EVERY == 0:
-            figures = self._read_losses()
+            self._read_losses()
+            figures = self._epoch_so_far()
+        if end_of_epoch:
+            self.progress.loss_sum = self.progress.hit_sum = 0.0
         last = step == recipe.epochs * self.steps_per_epoch
         if end_of_epoch and (last or (epoch + 1) % recipe.eval_every == 0):
             self._check_weights()
             figures |= self.evaluate(self.measured)
         best = self.progress.best_top1
         self.watch.step(step, epoch, recipe.epochs, figures.get("loss"), best if best >= 0 else None)
+        if "val_top1" in figures:
+            self.watch.note(
+                f"epoch {epoch + 1}/{recipe.epochs}: loss {figures['loss']:.4f}, validation {figures['val_loss']:.4f}; "
+                f"top-1 {figures['train_top1']:.2f} %, validation {figures['val_top1']:.2f} %; lr {figures['lr']:.2e}"
+            )
         if figures and self.accelerator.is_main_process:
             figures = {"step": step, "epoch": epoch + 1, **figures, "images_per_s": round(self.watch.images_per_s, 1)}
             self.folder.log_metrics(figures)
             self.watch.scalars(figures, step)
         if end_of_epoch or (recipe.save_every and step % recipe.save_every == 0):
             self._save()
-        patience = recipe.early_stopping
-        return last or bool(patience and end_of_epoch and self.progress.evaluations_since_best >= patience)
+        return last or (end_of_epoch and self._out_of_patience())
 
-    def _read_losses(self) -> dict[str, Any]:
-        """Look at the losses since the last look (the device is waited for only here), averaged over processes.
+    def _out_of_patience(self) -> bool:
+        patience = self.recipe.early_stopping
+        return bool(patience) and self.progress.evaluations_since_best >= patience
+
+    def _epoch_so_far(self) -> dict[str, Any]:
+        """Return the mean loss and the top-1 of the epoch's steps so far, and the learning rate of the last one."""
+        steps = (self.progress.step - 1) % self.steps_per_epoch + 1
+        rate = learning_rate(self.recipe, self.progress.step - 1, self.steps_per_epoch)
+        top1 = 100 * self.progress.hit_sum / (steps * self.recipe.batch_size)
+        return {"loss": self.progress.loss_sum / steps, "train_top1": top1, "lr": rate}
+
+    def _read_losses(self) -> None:
+        """Add the losses since the last look to the epoch's; the device is waited for only here.
 
         Raises:
             TrainingError: If one is no number.
         """
-        losses = torch.stack(self._losses)
-        hits = torch.stack(self._hits).float()
+        losses, hits = torch.stack(self._losses), torch.stack(self._hits).float()
         if self.accelerator.num_processes > 1:
-            losses = self.accelerator.reduce(losses, "mean")
-            hits = self.accelerator.reduce(hits, "mean")
+            losses, hits = self.accelerator.reduce(losses, "mean"), self.accelerator.reduce(hits, "sum")
         first = self.progress.step - len(self._losses)
-        pictures = self.recipe.batch_size / self.accelerator.num_processes
         self._losses, self._hits = [], []
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             raise TrainingError(
                 f"The loss of step {first + int(bad[0])} is no number",
                 found=str(float(losses[int(bad[0])])),
-                hint="The checkpoint before it stands. Lower the learning rate, clip gradients, or use bf16 or fp32",
+                hint=self.advice,
             )
-        rate = learning_rate(self.recipe, self.progress.step - 1, self.steps_per_epoch)
-        return {"loss": float(losses.mean()), "train_top1": 100 * float(hits.mean()) / pictures, "lr": rate}
+        for loss, hit in zip(losses.tolist(), hits.tolist(), strict=True):  # one by one: the same sum however split
+            self.progress.loss_sum += loss
+            self.progress.hit_sum += hit
+
+    @property
+    def advice(self) -> str:
+        """What to do about a run whose numbers are none any more."""
+        last = self.folder.path / "last.safetensors"
+        return (
+            "The checkpoint before it stands. Start a new run with a lower learning rate, with gradients clipped, or "
+            f"in fp32; --model {shlex.quote(str(last))} starts it from the last evaluated weights"
+        )
 
     def _check_weights(self) -> None:
         """Raise TrainingError if a weight is no number, before it is measured or saved as good."""
@@ -229,7 +270,7 @@ class Run:
                 raise TrainingError(
                     f"The weights are no numbers after step {self.progress.step - 1}",
                     found=f"NaN or infinity in {name}",
-                    hint="The checkpoint before it stands. Lower the learning rate, clip gradients, or use fp32",
+                    hint=self.advice,
                 )
 
     def _agree_to_stop(self) -> bool:

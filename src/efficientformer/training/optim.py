@@ -15,6 +15,7 @@ from efficientformer.spec.errors import SpecError, UsageError, missing_extra
 from efficientformer.training.recipe import Recipe
 
 HEADS = ("head.", "head_dist.", "norm.")
+BATCH_NORM = nn.modules.batchnorm._BatchNorm  # also the synchronised one
 _BLOCK = re.compile(r"stages\.(\d)\.(?:blocks\.(\d+)|embedding)")
 
 
@@ -84,7 +85,8 @@ def build_optimizer(model: EfficientFormer, recipe: Recipe) -> torch.optim.Optim
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of a step: linear warm-up, then the schedule down to ``min_lr``."""
     peak, floor = recipe.scaled_lr, min(recipe.min_lr, recipe.scaled_lr)
-    warmup, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
+    total = recipe.epochs * steps_per_epoch
+    warmup = min(recipe.warmup_epochs * steps_per_epoch, total / 2)
     if step < warmup:
         start = min(recipe.warmup_lr, peak)
         return start + (peak - start) * (step + 1) / warmup
@@ -140,7 +142,7 @@ def freeze(model: EfficientFormer, prefixes: Iterable[str]) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters())
+        if isinstance(module, BATCH_NORM) and not any(p.requires_grad for p in module.parameters())
     ]
 
 

@@ -33,7 +33,8 @@ class Recipe:
         spec: An architecture as a mapping, instead of the zoo's: a slimmed or hand-made network.
         input_size: Side of the input in pixels; 0 keeps the model's.
         epochs: Passes over the training pictures (repeats counted).
-        batch_size: Pictures per step over all devices; made smaller for a data set that has fewer.
+        batch_size: Pictures per step over all devices, made smaller for a data set that has fewer; 0 takes 64, or an
+            eighth of a small data set.
         accumulate: Parts a step's batch is cut into, to save memory; gradients are added up.
         opt: Optimiser by timm's name, such as ``adamw``, ``sgd``, ``muon``.
         opt_args: Further arguments of the optimiser.
@@ -42,9 +43,9 @@ class Recipe:
         weight_decay: Decoupled weight decay of matrices and kernels; everything else has none.
         layer_decay: Factor on the learning rate from each block to the one before it; 1 is none.
         schedule: Learning rate after the warm-up: ``cosine``, ``linear`` or ``constant``.
-        warmup_epochs: Linear warm-up from ``warmup_lr``.
-        warmup_lr: Learning rate at step 0.
-        min_lr: Learning rate at the end.
+        warmup_epochs: Linear warm-up from ``warmup_lr``, over half the run at most.
+        warmup_lr: Learning rate before the first step.
+        min_lr: Learning rate after the last step.
         clip: Gradient clipping: ``agc`` (adaptive, heads left out), ``norm``, ``value`` or ``none``.
         clip_value: Its bound.
         drop_path: Stochastic depth of the last block, rising linearly from 0.
@@ -99,7 +100,7 @@ class Recipe:
     spec: Mapping[str, Any] | None = None
     input_size: int = 0
     epochs: int = 20
-    batch_size: int = 64
+    batch_size: int = 0
     accumulate: int = 1
     opt: str = "adamw"
     opt_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -174,7 +175,12 @@ class Recipe:
                 "batch_size must be a multiple of accumulate", found=f"{self.batch_size} and {self.accumulate}"
             )
         if self.refine_epochs > self.epochs or self.ema_epochs > self.epochs:
-            raise SpecError("refine_epochs and ema_epochs are among the epochs", expected=f"at most {self.epochs}")
+            raise SpecError(
+                "refine_epochs and ema_epochs are among the epochs",
+                expected=f"at most {self.epochs}",
+                found=f"refine_epochs {self.refine_epochs}, ema_epochs {self.ema_epochs}",
+                hint="Shorten them too: --set refine_epochs=1 --set ema_epochs=1",
+            )
         if self.distillation == "none" and self.teacher:
             raise SpecError("A teacher without distillation", hint="Set distillation to hard or soft, or leave it out")
         if self.teacher_cache and (not self.teacher or not self.views or self.mixing):
@@ -201,7 +207,7 @@ class Recipe:
     @property
     def scaled_lr(self) -> float:
         """The peak learning rate of this batch size."""
-        return self.lr * (self.batch_size / self.lr_batch if self.lr_batch else 1.0)
+        return self.lr * (self.batch_size / self.lr_batch if self.lr_batch and self.batch_size else 1.0)
 
     def with_changes(self, **changes: Any) -> Recipe:  # noqa: ANN401 (fields of several types, checked)
         """Return the recipe with some fields changed.
@@ -216,6 +222,10 @@ class Recipe:
         """Return plain JSON values; ``from_dict`` gives the equal recipe back."""
         return dataclasses.asdict(self)
 
+    def to_json(self) -> str:
+        """Return the recipe as JSON text, a line for each setting."""
+        return json.dumps(self.to_dict(), indent=2)
+
     @classmethod
     def from_dict(cls, data: object) -> Recipe:
         """Build a recipe from a mapping, trusting nothing in it.
@@ -227,7 +237,7 @@ class Recipe:
 
 
 _RANGES: dict[str, tuple[float, float]] = {
-    "input_size": (0, 8192), "epochs": (1, 100_000), "batch_size": (1, 1 << 20), "accumulate": (1, 4096),
+    "input_size": (0, 8192), "epochs": (1, 100_000), "batch_size": (0, 1 << 20), "accumulate": (1, 4096),
     "lr": (0, 100), "lr_batch": (0, 1 << 20), "weight_decay": (0, 10), "layer_decay": (0.01, 1),
     "warmup_epochs": (0, 100_000), "warmup_lr": (0, 100), "min_lr": (0, 100), "clip_value": (1e-6, 1e6),
     "drop_path": (0, 0.99), "head_dropout": (0, 0.99), "layer_scale_init": (0, 10), "label_smoothing": (0, 0.99),
@@ -259,6 +269,12 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     file = path / "recipe.json" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        raise UsageError(
+            f"{path} is no run folder: it holds no recipe", hint=f"To train on pictures in it: --data {path}"
+        )
+    if path.exists() and file.suffix not in (".py", ".json"):
+        raise UsageError(f"{path} is no recipe", expected="a .py or .json file, or a run folder", found=path.suffix)
     try:
         data = file.read_bytes()[: MAX_RECIPE_BYTES + 1]
     except OSError as error:
@@ -273,21 +289,29 @@ def load_recipe(path: str | Path) -> Recipe:
                         hint=error.hint) from error  # fmt: skip
 
 
-def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """Return a recipe with fields set from ``name=value`` texts; values are JSON, or text as it stands.
+def override(recipe: Recipe, settings: Iterable[str], **changes: Any) -> Recipe:  # noqa: ANN401 (fields, checked)
+    """Return a recipe with fields set from ``name=value`` texts, all at once with other changes.
+
+    Args:
+        recipe: The recipe.
+        settings: Values are JSON, or text as it stands; a list may be written ``a,b``.
+        **changes: Fields with their values.
 
     Raises:
         SpecError: On an unknown field or an illegal value.
     """
-    changes: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
+        if name.strip() in changes:
+            raise SpecError(f"{name.strip()!r} is set twice", found=repr(setting))
         if not equals:
             raise SpecError("Illegal setting", expected="NAME=VALUE", found=repr(setting))
         try:
             changes[name.strip()] = json.loads(text)
         except ValueError:
-            changes[name.strip()] = {"True": True, "False": False, "None": None}.get(text, text)
+            plain = {"True": True, "False": False, "None": None}.get(text, text)
+            is_list = typing.get_origin(_TYPES.get(name.strip())) is tuple
+            changes[name.strip()] = text.split(",") if is_list else plain
     return recipe.with_changes(**changes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from efficientformer.reporting.page import Page, new_figure, png
 from efficientformer.spec.count import count
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.state import Progress, RunFolder
+from efficientformer.training.watch import duration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,28 +27,29 @@ def write_report(folder: RunFolder, recipe: Recipe, evaluation: Evaluation, prog
     curves = draw_curves(metrics)
     (folder.path / "curves.png").write_bytes(png(curves))
     name = evaluation.manifest.provenance["model"]
-    page = Page(f"Training of {name}", f"{evaluation.data}, {recipe.epochs} epochs, seed {recipe.seed}")
+    page = Page(f"Training of {name}", f"{evaluation.data}, seed {recipe.seed}")
     page.facts(
         [
             ("top-1", f"{evaluation.top1:.2f} %"),
-            ("best epoch", f"{progress.best_epoch} of {recipe.epochs}"),
-            ("hours of training", f"{progress.seconds / 3600:.2f}"),
+            ("best epoch", f"{progress.best_epoch} of {_epochs(metrics, recipe)}"),
+            ("training time", duration(progress.seconds)),
             ("parameters", f"{count(evaluation.manifest.spec).params:,}"),
         ]
     )
     page.heading("Curves")
-    page.figure(curves, "Loss and top-1 by epoch; training pictures are augmented, validation pictures are not")
+    page.figure(curves, "Loss and top-1 by step; training pictures are augmented, validation pictures are not")
     page.heading("The best weights on the validation pictures")
     page.text(CHOSEN)
     add_evaluation(page, evaluation)
     page.heading("Recipe")
     page.table(("setting", "value"), [(key, str(value)) for key, value in recipe.to_dict().items()])
     page.write(folder.path / "report.html")
-    (folder.path / "README.md").write_text(model_card(folder, recipe, evaluation, progress), encoding="utf-8")
+    card = model_card(folder, recipe, evaluation, progress)
+    (folder.path / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def draw_curves(metrics: Sequence[dict[str, Any]]) -> Figure:
-    """Draw loss, top-1 and learning rate over epochs from the lines of the metrics."""
+    """Draw loss, top-1 and learning rate over steps from the lines of the metrics."""
     figure = new_figure(9.0, 3.2)
     loss, accuracy, rate = figure.subplots(1, 3)
     for axes, title, names in (
@@ -67,6 +70,12 @@ def draw_curves(metrics: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def _epochs(metrics: Sequence[dict[str, Any]], recipe: Recipe) -> str:
+    """Return how many epochs were run, and of how many if training stopped early."""
+    run = metrics[-1]["epoch"] if metrics else 0
+    return str(run) if run == recipe.epochs else f"{run} (stopped early, of {recipe.epochs})"
+
+
 def model_card(folder: RunFolder, recipe: Recipe, evaluation: Evaluation, progress: Progress) -> str:
     """Return a model card in Markdown: what the network is, how it was trained, what it reached, how to use it."""
     manifest, data = evaluation.manifest, folder.data()
@@ -74,7 +83,9 @@ def model_card(folder: RunFolder, recipe: Recipe, evaluation: Evaluation, progre
     top5 = f", top-5 {evaluation.top5:.2f} %" if evaluation.top5 is not None else ""
     labels = ", ".join(manifest.labels[:20]) + (" ..." if len(manifest.labels) > 20 else "")
     start = manifest.provenance.get("started_from")
+    origin = f"weights {start[:16]}" if start else "scratch"
     teacher = f"\n* Teacher: {recipe.teacher}, {recipe.distillation} distillation" if recipe.teacher else ""
+    weights = shlex.quote(str(folder.path / "best.safetensors"))
     side = "x".join(map(str, manifest.spec.input_size))
     return f"""# {manifest.provenance["model"]} trained on {evaluation.data.rpartition("/")[2]}
 
@@ -83,12 +94,12 @@ def model_card(folder: RunFolder, recipe: Recipe, evaluation: Evaluation, progre
 * {counts.params:,} parameters, {counts.macs / 1e6:,.1f} M MACs at {side} pixels
 * Preprocessing: {manifest.preprocess.describe()}
 * {len(manifest.labels)} classes: {labels}
-* Trained on {data["train"]:,} pictures for {recipe.epochs} epochs in {progress.seconds / 3600:.2f} h, best epoch
-  {progress.best_epoch}; seed {recipe.seed}; started from {f"weights {start[:16]}" if start else "scratch"}{teacher}
+* Trained on {data["train"]:,} pictures, epochs: {_epochs(folder.metrics(), recipe)}, in {duration(progress.seconds)},
+  best epoch {progress.best_epoch}; seed {recipe.seed}; started from {origin}{teacher}
 * efficientformer {__version__}; the whole recipe is in recipe.json
 
 ```
-efficientformer predict PICTURE --model {folder.path}/best.safetensors
-efficientformer test {folder.path}/best.safetensors --data {evaluation.data}
+efficientformer predict PICTURE --model {weights}
+efficientformer test {weights} --data {shlex.quote(evaluation.data)}
 ```
 """

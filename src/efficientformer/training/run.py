@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from efficientformer.data.source import ImageSource
 from efficientformer.evaluation.distributed import Team
 from efficientformer.evaluation.evaluate import evaluate
 from efficientformer.evaluation.report import require_libraries
 from efficientformer.evaluation.result import Evaluation
 from efficientformer.evaluation.torch_predictor import TorchPredictor
-from efficientformer.spec.errors import UsageError, missing_extra
+from efficientformer.spec.errors import EfficientFormerError, EngineError, TrainingError, UsageError, missing_extra
+from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
 from efficientformer.training.loop import Run, Shell
 from efficientformer.training.norms import synchronise_norms
-from efficientformer.training.optim import build_optimizer, freeze
+from efficientformer.training.optim import BATCH_NORM, build_optimizer, freeze
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.report import write_report
 from efficientformer.training.setup import Prepared, build_task, prepare
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EVAL_BATCH = 256
+SHOWN = 20  # unreadable pictures that are named
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,10 @@ def train(
     """Train a network, on one device or, under torchrun, on many.
 
     Args:
-        recipe: How to train; the default one fine-tunes a published network. Ignored with ``resume``.
+        recipe: How to train; the default one fine-tunes a published network.
         data: The data set: class folders, ImageNet, tar shards, idx files.
         output: The run folder; by default a new one in ``runs/``.
-        resume: A run folder to go on with.
+        resume: A run folder to go on with, by its own recipe; ``data`` may say where its pictures are now.
         device: ``auto`` or ``cpu``.
         quiet: Say nothing on the terminal.
 
@@ -85,39 +91,46 @@ def train(
         MissingExtraError: If a library of the train extra is missing.
     """
     require_libraries()
-    if resume is None and data is None:
-        raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
+    _check_call(recipe, data, output, resume, device)
     with _process_group(), _signals() as stop:
-        if resume is not None:
-            folder = RunFolder(Path(resume))
-            recipe, path = folder.recipe(), Path(folder.data()["path"] if data is None else data)
+        resumed = None if resume is None else RunFolder(Path(resume))
+        if resumed is not None:
+            note = resumed.data()
+            recipe, path = resumed.recipe(), Path(note["path"] if data is None else data).absolute()
         else:
-            recipe, path = recipe or Recipe(), Path(str(data)).absolute()
+            note, recipe, path = {}, recipe or Recipe(), Path(str(data)).absolute()
         accelerator = _accelerator(recipe, device)
-        prepared = prepare(recipe, path, accelerator.process_index, accelerator.num_processes)
-        if resume is None:
-            folder = RunFolder(Path(output) if output is not None else _free_folder(prepared, path))
-            _create(folder, prepared, path, accelerator)
-        elif folder.data().get("digest") != prepared.digest:
+        manifest = Manifest.from_json(note["manifest"]) if note else None
+        prepared = prepare(recipe, path, accelerator.process_index, accelerator.num_processes, manifest)
+        if resumed is not None and note["digest"] != prepared.digest:
             raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
-        run = _assemble(prepared, folder, accelerator, stop, quiet=quiet, resuming=resume is not None)
+        run = _assemble(prepared, resumed or _new_folder(output, prepared, path, accelerator), accelerator, stop)
+        _take_up(run, prepared, path, new=resumed is None, quiet=quiet)
         try:
             return _train(run, prepared, path)
         finally:
             run.watch.close()
 
 
-def _create(folder: RunFolder, prepared: Prepared, path: Path, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
-        folder.create(prepared.recipe, prepared.describe_data(path))
-    accelerator.wait_for_everyone()
+def _check_call(
+    recipe: Recipe | None,
+    data: str | Path | None,
+    output: str | Path | None,
+    resume: str | Path | None,
+    device: str,
+) -> None:
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        hint = 'Put it below: if __name__ == "__main__":'
+        raise UsageError("train() is called again while a worker process imports your script", hint=hint)
+    check_choice("device", device, ("auto", "cpu"))
+    if resume is None and data is None:
+        raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
+    if resume is not None and (recipe is not None or output is not None):
+        raise UsageError("A resumed run keeps its recipe and folder", hint="Give resume alone, or with data that moved")
 
 
 def _train(run: Run, prepared: Prepared, path: Path) -> Outcome:
     recipe, folder = run.recipe, run.folder.path
-    if run.progress.step == 0:
-        for note in prepared.notes:
-            run.watch.note(note)
     run.watch.note(
         f"{prepared.manifest.provenance['model']}: {sum(p.numel() for p in run.model.parameters()):,} parameters; "
         f"{len(prepared.source):,} pictures for training, {len(prepared.val):,} for validation; {recipe.epochs} epochs "
@@ -126,57 +139,73 @@ def _train(run: Run, prepared: Prepared, path: Path) -> Outcome:
         f"{folder}"
     )
     finished = run.train()
-    for name, reason in run.loader.skipped.items():
-        run.watch.note(f"left out {name}: {reason}")
-    evaluation = None
+    _name_skipped(run, "training", sorted(run.loader.skipped.items()))
     if not finished:
-        run.watch.note(f"Stopped after step {run.progress.step}. Go on: efficientformer train --resume {folder}")
-    elif run.accelerator.is_main_process:
-        evaluation = _measure_best(run, prepared, path)
+        run.watch.note(f"Stopped after step {run.progress.step}. Go on: {run.folder.resume_command}")
+        return Outcome(folder, False, run.progress.step, None)
+    evaluation = _measure_best(run, prepared, path)
+    if not run.accelerator.is_main_process:
+        return Outcome(folder, True, run.progress.step, None)
+    try:
         write_report(run.folder, recipe, evaluation, run.progress)
-        run.watch.note(
-            f"Best epoch {run.progress.best_epoch}: top-1 {evaluation.top1:.2f} %, loss {evaluation.loss:.4f}. "
-            f"Report: {folder / 'report.html'}"
-        )
-    return Outcome(folder, finished, run.progress.step, evaluation)
+    except OSError as error:
+        hint = f"The weights are complete. Once that is mended: {run.folder.resume_command}"
+        raise TrainingError(f"The report of {folder} could not be written", found=str(error), hint=hint) from error
+    run.watch.note(
+        f"Best epoch {run.progress.best_epoch}: top-1 {evaluation.top1:.2f} %, loss {evaluation.loss:.4f}. "
+        f"Report: {folder / 'report.html'}"
+    )
+    return Outcome(folder, True, run.progress.step, evaluation)
 
 
-def _assemble(
-    prepared: Prepared,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    stop: Callable[[], bool],
-    *,
-    quiet: bool,
-    resuming: bool,
-) -> Run:
-    """Put the parts of a run together, at the step it stands at."""
+def _assemble(prepared: Prepared, folder: RunFolder, accelerator: Accelerator, stop: Callable[[], bool]) -> Run:
+    """Put the parts of a run together."""
     from timm.utils.model_ema import ModelEmaV3
 
     recipe, model, device = prepared.recipe, prepared.model, accelerator.device
+    if recipe.norm == "sync" and accelerator.num_processes > 1:
+        synchronise_norms(model, device)
     still = freeze(model, recipe.freeze)
     if recipe.norm == "frozen":
-        still = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    elif recipe.norm == "sync" and accelerator.num_processes > 1:
-        synchronise_norms(model, device)
+        still = [module for module in model.modules() if isinstance(module, BATCH_NORM)]
     model.set_grad_checkpointing(recipe.grad_checkpointing)
-    model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)  # type: ignore[call-overload]
+    layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+    model.to(device, memory_format=layout)  # type: ignore[call-overload]
     optimizer = build_optimizer(model, recipe)
     average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
     inner: Any = torch.compile(model) if recipe.compile else model
     shell, stepper = accelerator.prepare(Shell(inner), optimizer)
-    task = build_task(recipe, prepared.manifest, prepared.source, device)
-    run = Run(recipe, model, shell, stepper, average, prepared.loader, task, accelerator, still, folder, stop)
-    if resuming:
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    task = build_task(recipe, prepared.manifest, prepared.source, device, dtype)
+    return Run(recipe, model, shell, stepper, average, prepared.loader, task, accelerator, still, folder, stop)
+
+
+def _take_up(run: Run, prepared: Prepared, path: Path, *, new: bool, quiet: bool) -> None:
+    """Bring a run to the step it stands at, make its folder if it is new, and open what tells how it goes."""
+    accelerator, folder = run.accelerator, run.folder
+    is_main = accelerator.is_main_process
+    problem = [""]
+    if is_main:
+        try:
+            if new:
+                folder.create(run.recipe, prepared.describe_data(path))
+            elif folder.data()["path"] != str(path):
+                folder.move_data(path)
+        except EfficientFormerError as error:
+            problem = [str(error)]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(problem, 0)
+    if problem[0]:
+        raise UsageError(problem[0])
+    if not new:
         run.progress = folder.load_state(run.parts)
-        if accelerator.is_main_process:
+        if is_main:
             folder.rewind_metrics(run.progress.step)
-    total, first = recipe.epochs * run.steps_per_epoch, run.progress.step
-    run.watch = Watch(
-        folder.path if accelerator.is_main_process else None, total, first, recipe.batch_size, quiet=quiet
-    )
+    total, first = run.recipe.epochs * run.steps_per_epoch, run.progress.step
+    run.watch = Watch(folder.path if is_main else None, total, first, run.recipe.batch_size, quiet=quiet)
     run.evaluate = lambda network: _evaluate(run, network, prepared)
-    return run
+    for note in prepared.notes if new else ():
+        run.watch.note(note)
 
 
 def _evaluate(run: Run, network: nn.Module, prepared: Prepared) -> dict[str, float | None]:
@@ -186,9 +215,14 @@ def _evaluate(run: Run, network: nn.Module, prepared: Prepared) -> dict[str, flo
         for buffer in network.buffers():  # each process has its own BatchNorm statistics; the first one's are saved
             torch.distributed.broadcast(buffer, 0)
     predictor = TorchPredictor(network, prepared.manifest, str(accelerator.device))
-    team = Team(accelerator.process_index, accelerator.num_processes)
-    share = evaluate(predictor, prepared.val, batch_size=EVAL_BATCH, rank=team.rank, world=team.world, keep_worst=0)
-    merged = team.merged(share)
+    try:
+        merged = _measure(accelerator, predictor, prepared.val, keep_worst=0)
+    except EngineError as error:
+        raise TrainingError(
+            f"The network answers with no numbers after step {progress.step - 1}", hint=run.advice
+        ) from error
+    if progress.best_epoch < 0:
+        _name_skipped(run, "validation", [(each.name, each.reason) for each in merged.skipped])
     epoch = progress.step // run.steps_per_epoch
     figures = {"val_top1": merged.top1, "val_top5": merged.top5, "val_loss": merged.loss}
     better = merged.top1 > progress.best_top1
@@ -203,6 +237,14 @@ def _evaluate(run: Run, network: nn.Module, prepared: Prepared) -> dict[str, flo
     return figures
 
 
+def _name_skipped(run: Run, part: str, skipped: list[tuple[str, str]]) -> None:
+    """Name the pictures that could not be read, the first twenty of them."""
+    for name, reason in skipped[:SHOWN]:
+        run.watch.note(f"left out of the {part} pictures: {name}: {reason}")
+    if len(skipped) > SHOWN:
+        run.watch.note(f"... and {len(skipped) - SHOWN:,} more; efficientformer data check names them all")
+
+
 def _measured_manifest(manifest: Manifest, evaluation: Evaluation, epoch: int) -> Manifest:
     metrics = {"top1": evaluation.top1, "top5": evaluation.top5, "loss": evaluation.loss, "epoch": float(epoch)}
     return dataclasses.replace(manifest, metrics={k: round(v, 4) for k, v in metrics.items() if v is not None})
@@ -213,17 +255,30 @@ def _measure_best(run: Run, prepared: Prepared, path: Path) -> Evaluation:
     file = run.folder.path / "best.safetensors"
     checkpoint = load_checkpoint(file)
     assert checkpoint.manifest is not None
-    predictor = TorchPredictor(build(checkpoint.spec, checkpoint), checkpoint.manifest, str(run.accelerator.device))
-    return evaluate(predictor, prepared.val, batch_size=EVAL_BATCH, model=str(file), data=str(path))
+    network = build(checkpoint.spec, checkpoint).to(memory_format=torch.channels_last)
+    predictor = TorchPredictor(network, checkpoint.manifest, str(run.accelerator.device))
+    return _measure(run.accelerator, predictor, prepared.val, model=str(file), data=str(path))
 
 
-def _free_folder(prepared: Prepared, data: Path) -> Path:
-    """Return a name in ``runs/`` that nothing has yet: the network and the data set."""
+def _measure(accelerator: Accelerator, predictor: TorchPredictor, source: ImageSource, **options: Any) -> Evaluation:  # noqa: ANN401
+    """Measure a network, all processes together."""
+    team = Team(accelerator.process_index, accelerator.num_processes)
+    share = evaluate(predictor, source, batch_size=EVAL_BATCH, rank=team.rank, world=team.world, **options)
+    return team.merged(share)
+
+
+def _new_folder(output: str | Path | None, prepared: Prepared, data: Path, accelerator: Accelerator) -> RunFolder:
+    """Return the folder that was asked for, or one in ``runs/`` that nothing has yet: the network and the data set."""
+    if output is not None:
+        return RunFolder(Path(output))
     name = f"{Path(prepared.manifest.provenance['model']).stem}-{data.name}"
     count = 1
     while (folder := Path("runs") / (name if count == 1 else f"{name}-{count}")).exists():
         count += 1
-    return folder
+    chosen = [str(folder)]
+    if accelerator.num_processes > 1:  # the first one may make it before the others look
+        torch.distributed.broadcast_object_list(chosen, 0)
+    return RunFolder(Path(chosen[0]))
 
 
 def _accelerator(recipe: Recipe, device: str) -> Accelerator:
@@ -234,16 +289,30 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
         raise missing_extra("train", "Training", error) from error
     # Accelerate keeps device and precision for the life of the process; this run may want others than the one before
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(mixed_precision=_precision(recipe, device), cpu=device == "cpu")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = device == "cpu" or (world > 1 and not torch.cuda.is_available())  # else each would train on its own
+    accelerator = Accelerator(mixed_precision=_precision(recipe, device), cpu=on_cpu)
+    if accelerator.num_processes != world:
+        raise UsageError(
+            "The processes do not find each other",
+            expected=f"{world}, as WORLD_SIZE says",
+            found=f"{accelerator.num_processes}",
+            hint="Start them with torchrun, also under Slurm: srun ... torchrun ...",
+        )
+    return accelerator
 
 
 def _precision(recipe: Recipe, device: str) -> str:
     """Return Accelerate's name of the recipe's precision; bf16 by itself only where the hardware computes in it."""
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    if recipe.precision == "fp16" and not on_gpu:
+        raise UsageError("fp16 is for GPUs", hint="Set precision to bf16 or fp32")
     if recipe.precision != "auto":
         return "no" if recipe.precision == "fp32" else recipe.precision
-    if torch.cuda.is_available() and device != "cpu":
+    if on_gpu:
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return "bf16" if any(getattr(torch.cpu, name, lambda: False)() for name in names) else "no"
 
 
 @contextmanager
@@ -266,6 +335,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
         if asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.set()
+        sys.stderr.write("\nStopping after this step; once more ends at once\n")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield asked.is_set

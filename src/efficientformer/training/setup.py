@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from efficientformer.data.augment import Augmentation
 from efficientformer.data.draws import DrawPlan
@@ -21,6 +22,7 @@ from efficientformer.data.source import ImageSource
 from efficientformer.data.sources import open_splits
 from efficientformer.models.network import EfficientFormer
 from efficientformer.runtime.image import decode
+from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import DataError, ImageError, UsageError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
@@ -61,13 +63,14 @@ class Prepared:
 
     @cached_property
     def digest(self) -> str:
-        """Which training pictures these are."""
-        return self.source.digest()
+        """Which pictures these are, for training and for validation."""
+        return f"{self.source.digest()}-{self.val.digest()}"
 
     def describe_data(self, path: Path) -> dict[str, object]:
         """Return what a run folder notes of the data set."""
         return {
             "path": str(path),
+            "manifest": self.manifest.to_json(),
             "digest": self.digest,
             "classes": list(self.source.classes),
             "train": len(self.source),
@@ -76,7 +79,7 @@ class Prepared:
         }
 
 
-def prepare(recipe: Recipe, path: Path, rank: int, world: int) -> Prepared:
+def prepare(recipe: Recipe, path: Path, rank: int, world: int, resumed: Manifest | None = None) -> Prepared:
     """Open the data set, decide what the recipe left open, build the network.
 
     Args:
@@ -84,6 +87,7 @@ def prepare(recipe: Recipe, path: Path, rank: int, world: int) -> Prepared:
         path: The data set.
         rank: This process.
         world: Processes.
+        resumed: What a resumed run's network is; its weights come from the run's own state.
 
     Raises:
         DataError: If the data set is missing, empty, of no known layout, or too small.
@@ -91,37 +95,73 @@ def prepare(recipe: Recipe, path: Path, rank: int, world: int) -> Prepared:
         CheckpointError, DownloadError, SpecError: If the weights cannot be had, or do not fit.
     """
     splits = open_splits(path, val_fraction=recipe.val_fraction, seed=recipe.seed)
+    _check_classes(splits.train.classes)
     recipe = _decide(recipe, splits.train)
-    notes = [splits.note]
-    model, manifest = build_network(recipe, splits.train.classes, notes.append)
+    notes = [splits.note, *getattr(splits.train, "notes", ()), *getattr(splits.val, "notes", ())]
+    if resumed is not None:
+        model, manifest = _new_network(recipe, resumed.spec), resumed
+    else:
+        model, manifest = build_network(recipe, splits.train.classes, notes.append)
     if recipe.crop == "auto":
         recipe = recipe.with_changes(crop="pad" if max(manifest.spec.input_size) < SMALL else "rrc")
-    parts = world * recipe.accumulate
-    if recipe.batch_size % parts:
-        raise UsageError(
-            "The batch cannot be divided among processes and parts",
-            expected=f"a multiple of {parts}",
-            found=f"batch_size {recipe.batch_size}",
-        )
-    loader, source = open_loader(recipe, splits.train, manifest.preprocess, rank, world)
-    return Prepared(recipe, model, manifest, loader, source, splits.val, tuple(notes))
+    images, source, unreadable = None, splits.train, dict[str, str]()
+    if recipe.crop == "pad":
+        images, source, skipped = decode_all(source, manifest.preprocess, recipe.workers)
+        unreadable = dict(skipped)
+    fitted = _fit_batch(recipe, len(source), world)
+    if recipe.batch_size not in (0, fitted):
+        notes.append(f"batch_size {fitted} instead of {recipe.batch_size}: there are {len(source)} training pictures")
+    recipe = recipe.with_changes(batch_size=fitted)
+    loader = open_loader(recipe, source, images, manifest.preprocess, rank, world)
+    loader.skipped |= unreadable
+    return Prepared(recipe, model.train(), manifest, loader, source, splits.val, tuple(notes))
+
+
+def _check_classes(classes: tuple[str, ...]) -> None:
+    if len(classes) < 2:
+        raise DataError("There is nothing to tell apart", expected="two classes or more", found=f"{list(classes)}")
+    for name in classes:
+        if not name.isprintable() or name.encode("utf-8", "replace").decode() != name:
+            raise DataError("The name of a class is no text", found=repr(name), hint="Rename its folder")
 
 
 def _decide(recipe: Recipe, train: ImageSource) -> Recipe:
-    """Return the recipe with model, batch size and workers decided."""
+    """Return the recipe with the model and the number of workers decided, and files named from the root."""
     changes: dict[str, object] = {}
     if recipe.model == "auto" and recipe.spec is None:
         changes["model"] = EMBEDDED if _typical_side(train) <= SMALL else DEFAULT_MODEL
-    if len(train) < recipe.batch_size:
-        step = 2 * recipe.accumulate  # mixing pairs pictures
-        size = len(train) // step * step
-        if size == 0:
-            raise DataError("Too few training pictures", expected=f"at least {step}", found=f"{len(train)}")
-        changes["batch_size"] = size
     if recipe.workers < 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         changes["workers"] = min(16, cores)
+    for name in ("model", "teacher", "teacher_weights", "teacher_cache"):  # a resumed run may start elsewhere
+        value = getattr(recipe, name)
+        if value and (name == "teacher_cache" or Path(value).is_file()):
+            changes[name] = str(Path(value).absolute())
     return recipe.with_changes(**changes)
+
+
+def _fit_batch(recipe: Recipe, pictures: int, world: int) -> int:
+    """Return how many pictures a step has: what the recipe says, less where there are not so many.
+
+    Raises:
+        DataError: If there are too few pictures for a single step.
+        UsageError: If the recipe's own number cannot be divided.
+    """
+    parts = recipe.accumulate * world
+    unit = 2 * parts if recipe.mixing else parts  # mixing pairs the pictures of a part
+    wanted = recipe.batch_size or min(64, max(8, pictures // 8)) // unit * unit or unit
+    if wanted % unit:
+        mixing = " of even size, which mixing pairs" if recipe.mixing else ""
+        raise UsageError(
+            f"The batch cannot be divided among {world} process(es) into {recipe.accumulate} part(s){mixing}",
+            expected=f"a multiple of {unit}",
+            found=f"batch_size {wanted}",
+        )
+    fitted = min(wanted, pictures // unit * unit)
+    if fitted == 0:
+        hint = "efficientformer data check names those that cannot be read"
+        raise DataError("Too few training pictures", expected=f"at least {unit}", found=f"{pictures}", hint=hint)
+    return fitted
 
 
 def build_network(recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple[EfficientFormer, Manifest]:
@@ -143,13 +183,7 @@ def build_network(recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple
         preprocess = _preprocess_from_scratch(recipe)
     spec = Overrides(input_size=recipe.input_size or None, num_classes=len(classes)).apply(spec)
     preprocess = preprocess.with_input_size(spec.input_size)
-    torch.manual_seed(recipe.seed)
-    model = EfficientFormer(
-        spec,
-        drop_path_rate=recipe.drop_path,
-        head_dropout=recipe.head_dropout,
-        layer_scale_init=recipe.layer_scale_init,
-    )
+    model = _new_network(recipe, spec)
     if checkpoint is not None:
         reset = manifest.labels != classes
         with warnings.catch_warnings(record=True) as said:
@@ -161,43 +195,56 @@ def build_network(recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple
     provenance = {"model": name, "source": "trained", "seed": str(recipe.seed)}
     if checkpoint is not None:
         provenance["started_from"] = checkpoint.sha256
-    return model.train(), Manifest(spec, preprocess, classes, {}, provenance)
+    return model, Manifest(spec, preprocess, classes, {}, provenance)
+
+
+def _new_network(recipe: Recipe, spec: ArchSpec) -> EfficientFormer:
+    torch.manual_seed(recipe.seed)
+    return EfficientFormer(
+        spec,
+        drop_path_rate=recipe.drop_path,
+        head_dropout=recipe.head_dropout,
+        layer_scale_init=recipe.layer_scale_init,
+    )
 
 
 def open_loader(
-    recipe: Recipe, source: ImageSource, preprocess: PreprocessSpec, rank: int, world: int
-) -> tuple[Loader, ImageSource]:
-    """Open the training pictures.
+    recipe: Recipe, source: ImageSource, images: Tensor | None, preprocess: PreprocessSpec, rank: int, world: int
+) -> Loader:
+    """Open the training batches.
 
-    Returns:
-        The loader, and the source of the pictures it draws from (unreadable ones may be left out).
+    Args:
+        recipe: Says how pictures are drawn and augmented.
+        source: The pictures.
+        images: The same, decoded, (N, C, H, W) uint8, where they stay in memory; else they are read by workers.
+        preprocess: Mode, size and normalisation of the input.
+        rank: This process.
+        world: Processes.
+
+    Raises:
+        SpecError: If the augmentation is illegal.
     """
     augmentation = Augmentation(
         **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(Augmentation)}
     )
-    images, skipped = None, list[tuple[str, str]]()
-    if recipe.crop == "pad":
-        images, source, skipped = decode_all(source, preprocess, recipe.workers)
     plan = DrawPlan(len(source), recipe.batch_size, recipe.seed, recipe.repeats, recipe.views, rank, world)
     cut_until = (recipe.epochs - recipe.refine_epochs) * plan.steps_per_epoch
-    loader: Loader
     if images is not None:
-        loader = MemoryLoader(images, plan, source.labels, augmentation, preprocess, cut_until)
-        loader.skipped = dict(skipped)
-    else:
-        workers = max(1, recipe.workers // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        loader = WorkerLoader(source, plan, augmentation, preprocess, cut_until, workers)
-    return loader, source
+        return MemoryLoader(images, plan, source.labels, augmentation, preprocess, cut_until)
+    workers = max(1, recipe.workers // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return WorkerLoader(source, plan, augmentation, preprocess, cut_until, workers)
 
 
-def build_task(recipe: Recipe, manifest: Manifest, source: ImageSource, device: torch.device) -> Task:
-    """Build the loss the recipe asks for, with its teacher if there is one, on a device."""
+def build_task(
+    recipe: Recipe, manifest: Manifest, source: ImageSource, device: torch.device, dtype: torch.dtype | None
+) -> Task:
+    """Build the loss the recipe asks for, with its teacher if there is one, on a device and in its precision."""
     classes = manifest.spec.num_classes
     weights = None
     if recipe.class_weights == "balanced":
         counts = torch.from_numpy(np.bincount(source.labels, minlength=classes)).float()
         weights = balanced_weights(counts).to(device)
-    teacher = open_teacher(recipe, manifest, source.digest() if recipe.teacher_cache else "", len(source))
+    teacher = open_teacher(recipe, manifest, source.digest() if recipe.teacher_cache else "", len(source), dtype)
     if teacher is None:
         return Supervised(recipe, classes, weights)
     return Distilled(recipe, classes, weights, teacher.to(device), two_heads=manifest.spec.distilled)

@@ -10,6 +10,7 @@ report.html, README.md the report and the model card, at the end
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,13 @@ from efficientformer.weights.checkpoint import save_native
 from efficientformer.weights.files import atomic_write
 
 STATE = "state.pt"
+BEFORE_FIRST_STEP = {
+    "recipe.json",
+    "data.json",
+    "metrics.jsonl",
+    "train.log",
+    "tensorboard",
+}  # of a run that never began
 
 
 @dataclass
@@ -38,6 +46,8 @@ class Progress:
         best_top1: Best validation top-1 so far, in percent; -1 before the first.
         best_epoch: Its epoch.
         evaluations_since_best: Evaluations since then.
+        loss_sum: Losses of the current epoch's steps, added up.
+        hit_sum: Pictures of the current epoch that were classified right in training.
     """
 
     step: int = 0
@@ -45,6 +55,8 @@ class Progress:
     best_top1: float = -1.0
     best_epoch: int = -1
     evaluations_since_best: int = 0
+    loss_sum: float = 0.0
+    hit_sum: float = 0.0
 
 
 @dataclass
@@ -65,15 +77,24 @@ class RunFolder:
             UsageError: If there is a run in it already, or it cannot be made.
         """
         if (self.path / STATE).exists():
-            hint = f"Go on with --resume {self.path}, or choose another --output"
+            hint = f"Go on with: {self.resume_command}; or choose another --output"
             raise UsageError(f"{self.path} holds a run already", hint=hint)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            others = sorted({path.name for path in self.path.iterdir()} - BEFORE_FIRST_STEP)
+            if others:
+                hint = "Choose another --output: nothing is overwritten"
+                raise UsageError(f"{self.path} is not empty", found=", ".join(others[:5]), hint=hint)
             (self.path / "metrics.jsonl").write_text("")
-            (self.path / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+            (self.path / "recipe.json").write_text(recipe.to_json() + "\n")
             (self.path / "data.json").write_text(json.dumps(data, indent=2) + "\n")
         except OSError as error:
             raise UsageError(f"Cannot write the run folder {self.path}", found=error.strerror or str(error)) from error
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with this run."""
+        return f"efficientformer train --resume {shlex.quote(str(self.path))}"
 
     def recipe(self) -> Recipe:
         """Return the recipe the run began with."""
@@ -89,9 +110,16 @@ class RunFolder:
             data = json.loads((self.path / "data.json").read_text())
         except (OSError, ValueError) as error:
             raise UsageError(f"{self.path} is no run folder", found=str(error)) from error
-        if not isinstance(data, dict) or not isinstance(data.get("path"), str):
-            raise UsageError(f"{self.path}/data.json is damaged")
+        wanted = {"path": str, "digest": str, "manifest": str, "train": int, "notes": list}
+        if not isinstance(data, dict) or not all(isinstance(data.get(key), kind) for key, kind in wanted.items()):
+            raise UsageError(f"{self.path / 'data.json'} is damaged", expected=f"an object with {', '.join(wanted)}")
         return data
+
+    def move_data(self, path: Path) -> None:
+        """Note that the data set lies elsewhere now."""
+        note = {**self.data(), "path": str(path)}
+        with atomic_write(self.path / "data.json") as file:
+            file.write((json.dumps(note, indent=2) + "\n").encode())
 
     def save_state(self, parts: Mapping[str, Any], progress: Progress) -> None:
         """Write everything a run needs to go on from here.
@@ -101,26 +129,36 @@ class RunFolder:
         """
         states = {name: part.state_dict() for name, part in parts.items() if part is not None}
         with self._naming(progress.step), atomic_write(self.path / STATE) as file:
-            torch.save({"parts": states, "progress": vars(progress)}, file)
+            torch.save({"parts": states, "progress": vars(progress), "recipe": self.recipe().to_json()}, file)
 
     def load_state(self, parts: Mapping[str, Any]) -> Progress:
         """Bring every part to where the run stood.
 
         Raises:
-            TrainingError: If there is no state, or it is damaged or of another run.
+            TrainingError: If the state is missing, damaged or of another recipe.
         """
-        path = self.path / STATE
+        path, hint = (
+            self.path / STATE,
+            f"Start a new run, from its weights with --model {self.path / 'last.safetensors'}",
+        )
         if not path.exists():
+            if (self.path / "last.safetensors").exists():
+                raise TrainingError(f"{path} is missing: there is nothing to go on from", hint=hint)
             return Progress()
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
+            recipe, progress = data["recipe"], Progress(**data["progress"])
             for name, part in parts.items():
-                if part is not None:
+                if part is not None and recipe == self.recipe().to_json():
                     part.load_state_dict(data["parts"][name])
-            return Progress(**data["progress"])
-        except Exception as error:  # whatever a damaged file makes torch raise
-            found = f"{type(error).__name__}: {str(error)[:300]}"
-            raise TrainingError(f"{path} cannot be resumed from", found=found, hint="Start a new run") from error
+        except Exception as error:  # whatever a damaged file makes torch raise; its advice is about trusted files
+            found = f"{path.stat().st_size:,} bytes that are no complete state ({type(error).__name__})"
+            raise TrainingError(f"{path} cannot be resumed from", found=found, hint=hint) from error
+        if recipe != self.recipe().to_json():
+            raise TrainingError(f"{self.path / 'recipe.json'} is not the recipe this run began with", hint=hint)
+        if progress.best_epoch >= 0 and not (self.path / "best.safetensors").exists():
+            raise TrainingError(f"{self.path / 'best.safetensors'} is missing: the best weights so far", hint=hint)
+        return progress
 
     def save_weights(self, name: str, network: nn.Module, manifest: Manifest, step: int) -> None:
         """Write a network as a checkpoint of ours.
@@ -139,7 +177,7 @@ class RunFolder:
             raise TrainingError(
                 f"The checkpoint of step {step} could not be written",
                 found=error.found or str(error),
-                hint=f"The one before it stands. Make room, then: efficientformer train --resume {self.path}",
+                hint=f"The one before it stands. Once that is mended: {self.resume_command}",
             ) from error
 
     def log_metrics(self, values: Mapping[str, Any]) -> None:
@@ -160,12 +198,12 @@ class RunFolder:
     def rewind_metrics(self, step: int) -> None:
         """Read the metrics back and drop what was written after ``step``: those steps are done again."""
         path, lines = self.path / "metrics.jsonl", []
-        for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        for line in path.read_bytes().splitlines() if path.exists() else ():
             try:
                 values = json.loads(line)
             except ValueError:  # a line that a kill cut short
                 continue
-            if isinstance(values, dict) and values.get("step", 0) <= step:
+            if isinstance(values, dict) and isinstance(values.get("step"), int) and values["step"] <= step:
                 lines.append(values)
         self._metrics = lines
         with atomic_write(path) as file:

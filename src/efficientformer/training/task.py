@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficientformer.data.loader import Batch
-from efficientformer.spec.errors import UsageError, missing_extra
+from efficientformer.spec.errors import missing_extra
 from efficientformer.training.recipe import Recipe
 
 
@@ -45,9 +45,6 @@ class Supervised:
         recipe: The losses' and the mixing's strengths.
         num_classes: Classes.
         class_weights: Weight of each class, (K,); None for none.
-
-    Raises:
-        UsageError: If batches shall be mixed whose number of pictures is odd.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int, class_weights: Tensor | None = None) -> None:
@@ -68,7 +65,9 @@ class Supervised:
 
     def label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of logits (B, K) for labels (B,) or shares (B, K)."""
-        return F.cross_entropy(logits, targets, self.class_weights, label_smoothing=self.recipe.label_smoothing)
+        smoothing = self.recipe.label_smoothing
+        # the mean over pictures, not over weights as torch's own: else parts of a batch would not add up to it
+        return F.cross_entropy(logits, targets, self.class_weights, label_smoothing=smoothing, reduction="none").mean()
 
 
 class Distilled(Supervised):
@@ -129,8 +128,6 @@ def balanced_weights(counts: Tensor) -> Tensor:
 
 
 def _mixer(recipe: Recipe, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    if recipe.batch_size // recipe.accumulate % 2:
-        raise UsageError("Mixing pairs pictures", expected="an even batch_size / accumulate", found="an odd one")
     try:
         from timm.data.mixup import Mixup
     except ImportError as error:

@@ -5,9 +5,9 @@ Shapes: B batch, K classes, N training pictures, V views.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from efficientformer.spec.errors import TrainingError, UsageError, missing_extra
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.training.recipe import Recipe
+from efficientformer.weights.files import atomic_write
 from efficientformer.weights.pretrained import build, load_named
 
 TIMM = "timm:"
@@ -38,6 +39,7 @@ class Teacher:
         std: The same.
         input_size: Height and width the teacher wants; None takes any.
         order: Class of the teacher for each of the student's; None if they agree.
+        dtype: What it computes in, by autocast; None for single precision.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class Teacher:
         std: tuple[float, ...],
         input_size: tuple[int, int] | None,
         order: list[int] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.identity = identity
+        self.identity, self._dtype = f"{identity}|{dtype}", dtype
         mine, theirs = (torch.tensor(v)[:, None, None] for v in (student.std, std))
         shift = torch.tensor(student.mean)[:, None, None] - torch.tensor(mean)[:, None, None]
         self._scale, self._offset = mine / theirs, shift / theirs  # (x * std + mean - mean') / std'
@@ -72,7 +75,8 @@ class Teacher:
             x = x * self._scale + self._offset
         if self._size is not None and x.shape[-2:] != self._size:
             x = F.interpolate(x, self._size, mode="bicubic", antialias=True)
-        logits: Tensor = self.network(x)
+        with torch.autocast(x.device.type, self._dtype, enabled=self._dtype is not None):
+            logits: Tensor = self.network(x)
         logits = logits.float()
         return logits if self._order is None else logits[:, self._order]
 
@@ -98,15 +102,15 @@ class CachedTeacher:
             folder.mkdir(parents=True, exist_ok=True)
             self._claim(folder / "teacher.json", note)
             self._logits = _memory_map(folder / "logits.f16", np.dtype(np.float16), shape)
-            self._known = _memory_map(folder / "known.u8", np.dtype(np.uint8), shape[:2])
         except OSError as error:
             raise TrainingError(f"Cannot keep the teacher's logits in {folder}", found=str(error)) from error
 
     @staticmethod
     def _claim(path: Path, note: dict[str, Any]) -> None:
-        if not path.exists():
-            path.write_text(json.dumps(note))
-        elif json.loads(path.read_text()) != note:
+        if not path.exists():  # several processes may write it at once: the same content, each file whole
+            with atomic_write(path) as file:
+                file.write(json.dumps(note).encode())
+        elif path.read_text(errors="replace") != json.dumps(note):
             raise TrainingError(
                 f"{path.parent} holds the logits of another teacher, data set, augmentation or seed",
                 hint="Choose another folder for teacher_cache, or remove this one",
@@ -125,15 +129,18 @@ class CachedTeacher:
     def __call__(self, batch: Batch) -> Tensor:
         """Return logits (B, K) for the pictures of a batch: those kept, or the teacher's, which are then kept."""
         views = batch.draws.views + (0 if batch.cut else self._half_views)
-        rows = batch.draws.indices
-        if not self._known[views, rows].all():
+        rows, planned = batch.draws.indices, batch.draws.views >= 0  # others stand in for unreadable pictures
+        said = self._logits[views, rows]  # (B, K)
+        if not (planned.all() and said.any(1).all()):  # a row of zeros has not been written
             # rounded before it is used, so that a run which finds them on disk computes the same
-            self._logits[views, rows] = self._teacher(batch).cpu().numpy().astype(np.float16)
-            self._known[views, rows] = 1
-        return torch.from_numpy(self._logits[views, rows].astype(np.float32)).to(batch.images.device)
+            said = self._teacher(batch).cpu().numpy().astype(np.float16)
+            self._logits[views[planned], rows[planned]] = said[planned]
+        return torch.from_numpy(said.astype(np.float32)).to(batch.images.device)
 
 
-def open_teacher(recipe: Recipe, student: Manifest, data_digest: str, pictures: int) -> Teacher | CachedTeacher | None:
+def open_teacher(
+    recipe: Recipe, student: Manifest, data_digest: str, pictures: int, dtype: torch.dtype | None
+) -> Teacher | CachedTeacher | None:
     """Open the recipe's teacher.
 
     Args:
@@ -141,16 +148,20 @@ def open_teacher(recipe: Recipe, student: Manifest, data_digest: str, pictures: 
         student: The student's classes and normalisation.
         data_digest: Which training pictures these are.
         pictures: How many.
+        dtype: What it computes in, by autocast; None for single precision.
 
     Raises:
-        UsageError: If the teacher knows other classes.
+        UsageError: If the teacher knows other classes, or several machines would write one cache.
         CheckpointError, DownloadError: If its weights cannot be read or fetched.
     """
     if not recipe.teacher or recipe.distillation == "none":
         return None
-    teacher = _open_timm(recipe, student) if recipe.teacher.startswith(TIMM) else _open_ours(recipe.teacher, student)
+    open_one = _open_timm if recipe.teacher.startswith(TIMM) else _open_ours
+    teacher = open_one(recipe, student, dtype)
     if not recipe.teacher_cache:
         return teacher
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
+        raise UsageError("teacher_cache is for the processes of one machine", hint="Leave it out on several")
     fields = ("seed", "views", "crop", "crop_scale", "padding", "hflip", "vflip", "randaugment", "color_jitter",
               "interpolation", "erasing", "cutout")  # fmt: skip
     augmentation = json.dumps([getattr(recipe, name) for name in fields])
@@ -159,7 +170,8 @@ def open_teacher(recipe: Recipe, student: Manifest, data_digest: str, pictures: 
     return CachedTeacher(teacher, Path(recipe.teacher_cache), identity, shape)
 
 
-def _open_ours(name: str, student: Manifest) -> Teacher:
+def _open_ours(recipe: Recipe, student: Manifest, dtype: torch.dtype | None) -> Teacher:
+    name = recipe.teacher
     checkpoint, manifest = load_named(name, True)
     _check_classes(name, len(student.labels) or student.spec.num_classes, manifest.spec.num_classes)
     order = None
@@ -168,14 +180,12 @@ def _open_ours(name: str, student: Manifest) -> Teacher:
             other = sorted(set(student.labels) - set(manifest.labels))
             raise UsageError(f"The teacher {name} knows other classes", found=f"no {', '.join(other[:5])}")
         order = [manifest.labels.index(label) for label in student.labels]
-    network = fold(build(dataclasses.replace(manifest.spec), checkpoint).eval())
-    preprocess = manifest.preprocess
-    return Teacher(
-        network, checkpoint.sha256, student.preprocess, preprocess.mean, preprocess.std, manifest.spec.input_size, order
-    )
+    network, theirs = fold(build(manifest.spec, checkpoint).eval()), manifest.preprocess
+    size = manifest.spec.input_size
+    return Teacher(network, checkpoint.sha256, student.preprocess, theirs.mean, theirs.std, size, order, dtype)
 
 
-def _open_timm(recipe: Recipe, student: Manifest) -> Teacher:
+def _open_timm(recipe: Recipe, student: Manifest, dtype: torch.dtype | None) -> Teacher:
     try:
         import timm
     except ImportError as error:
@@ -194,7 +204,8 @@ def _open_timm(recipe: Recipe, student: Manifest) -> Teacher:
     config = timm.data.resolve_model_data_config(network)
     size = (int(config["input_size"][1]), int(config["input_size"][2]))
     identity = f"{name}|{_digest(network)}"
-    return Teacher(network, identity, student.preprocess, tuple(config["mean"]), tuple(config["std"]), size)
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return Teacher(network, identity, student.preprocess, mean, std, size, dtype=dtype)
 
 
 def _check_classes(name: str, expected: int, found: int) -> None:
@@ -213,6 +224,7 @@ def _memory_map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.
     """Open an array on disk, zeros at first; several processes may write different rows of it."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     with path.open("ab") as file:
-        if file.tell() < size:
-            file.truncate(size)
+        if file.tell() < size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
+        file.truncate(size)
     return np.memmap(path, dtype, "r+", shape=shape)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Watch:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise missing_extra("train", "Training", error) from error
-            self._log = (folder / "train.log").open("a", encoding="utf-8")
+            self._log = (folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace")
             self._events = SummaryWriter(folder / "tensorboard", purge_step=first)
         if not self._quiet and sys.stderr.isatty():
             self._bar, self._task = self._open_bar(first)
@@ -71,13 +72,14 @@ class Watch:
         elif not self._quiet and time.monotonic() - self._said > LINE_EVERY_S:
             self._said = time.monotonic()
             left = (self._total - step) / max(1, step - self._first) * (self._said - self._began)
-            sys.stderr.write(f"{text}  step {step}/{self._total}  {_duration(left)} left\n")
+            sys.stderr.write(f"{text}  step {step}/{self._total}  {duration(left)} left\n")
 
     def note(self, text: str) -> None:
         """Say one line and log it."""
-        if self._log is not None:
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
-            self._log.flush()
+        with self._tolerating():
+            if self._log is not None:
+                self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+                self._log.flush()
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif not self._quiet:
@@ -85,22 +87,32 @@ class Watch:
 
     def scalars(self, values: Mapping[str, float | int | None], step: int) -> None:
         """Add values to TensorBoard."""
-        if self._events is not None:
-            for name, value in values.items():
-                if value is not None and name not in ("step", "epoch"):
+        with self._tolerating():
+            for name, value in values.items() if self._events is not None else ():
+                if value is not None and name not in ("step", "epoch") and self._events is not None:
                     self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Finish the line and the files."""
         if self._bar is not None:
             self._bar.stop()
-        if self._events is not None:
-            self._events.close()
-        if self._log is not None:
-            self._log.close()
+        for file in (self._events, self._log):
+            with self._tolerating():
+                if file is not None:
+                    file.close()
+
+    @contextmanager
+    def _tolerating(self) -> Iterator[None]:
+        """Go without log and events where they cannot be written: the run itself matters more, and says so itself."""
+        try:
+            yield
+        except OSError as error:
+            self._log = self._events = None
+            sys.stderr.write(f"warning: the log cannot be written any more: {error}\n")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as hours:minutes:seconds."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
