@@ -87,6 +87,13 @@ class TestNative:
         assert loaded["head.weight"].dtype == torch.float32
         assert torch.equal(loaded["head.weight"], state["head.weight"].to(dtype).float())
 
+    def test_batchnorm_statistics_keep_their_precision(self, tmp_path):
+        state = random_state(V1)
+        name = next(key for key in state if key.endswith("running_var"))
+        state[name].fill_(1e6)  # a trained network's variance may be beyond half precision
+        save_native(tmp_path / "a.safetensors", state, manifest(V1), dtype=torch.float16)
+        assert torch.equal(load_checkpoint(tmp_path / "a.safetensors").state[name], state[name])
+
     def test_values_beyond_half_precision_are_refused(self, tmp_path):
         state = random_state(V1) | {"head.bias": torch.full((5,), 1e5)}
         with pytest.raises(CheckpointError, match=r"head.bias.*float16.*Use bfloat16"):

@@ -26,6 +26,7 @@ from efficientformer.weights.formats.detect import LAYOUTS, detect_layout, get_l
 from efficientformer.weights.formats.infer import STEM_STRIDE, infer_spec
 from efficientformer.weights.formats.translate import Report, from_ours, to_ours
 
+STATISTICS = ("running_mean", "running_var")  # few, and of any size: a variance can exceed half precision
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".pkl", ".tar")
 
 
@@ -107,7 +108,8 @@ def save_native(
         path: The file, with suffix .safetensors.
         state: Our state dict of the network ``manifest.spec``.
         manifest: Architecture, preprocessing, labels, provenance.
-        dtype: Storage type of floating-point tensors, such as ``torch.float16``; None keeps each as it is.
+        dtype: Storage type of floating-point tensors other than BatchNorm's statistics, such as ``torch.float16``; None
+            keeps each as it is.
 
     Raises:
         UsageError: If the suffix or ``dtype`` is not what it must be.
@@ -120,7 +122,9 @@ def save_native(
         raise UsageError("Illegal storage type", expected="a floating-point type", found=str(dtype))
     to_ours(state, "native", manifest.spec)[1].check()
     _write(
-        path, {name: _stored(name, tensor, dtype) for name, tensor in state.items()}, {METADATA_KEY: manifest.to_json()}
+        path,
+        {name: _stored(name, tensor, None if name.endswith(STATISTICS) else dtype) for name, tensor in state.items()},
+        {METADATA_KEY: manifest.to_json()},
     )
 
 
