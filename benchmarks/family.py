@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from efficientformer import Recipe, get_model, load_recipe
-from efficientformer.data.loader import Loader
+from efficientformer.data.loader import Loader, decode_all
 from efficientformer.data.sources import open_splits
 from efficientformer.evaluation.evaluate import evaluate
 from efficientformer.evaluation.torch_predictor import TorchPredictor
@@ -133,7 +133,8 @@ def main() -> None:
     recipe = load_recipe(RECIPE).with_changes(**changes, seed=options.seed, workers=2, teacher="", teacher_cache="")
     splits = open_splits(options.data)
     manifest = resolve(EMBEDDED).card.manifest(None)
-    loader, _ = open_loader(recipe, splits.train, manifest.preprocess, 0, 1)
+    images, source, _ = decode_all(splits.train, manifest.preprocess, recipe.workers)
+    loader = open_loader(recipe, source, images, manifest.preprocess, 0, 1)
     rows: dict[str, dict[str, Any]] = {}
     trained: dict[str, nn.Module] = {}
     for name, build in NETWORKS.items():

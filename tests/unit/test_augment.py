@@ -14,6 +14,7 @@ from efficientformer.data.augment import (
     cut_squares,
     erase,
     pad_images,
+    posterize,
     shift_flip,
 )  # fmt: skip
 from efficientformer.data.draws import mix
@@ -144,8 +145,22 @@ def test_grey_pictures():
     assert augment(Image.new("L", (20, 20), 90), 1).shape == (1, 8, 8)
 
 
+def test_the_strongest_policy_never_fails():
+    """Posterize down to no bits at all is black, not an error (Pillow 13 refuses it)."""
+    augmentation = dataclasses.replace(PLAIN, crop="rrc", randaugment="rand-m10-n6-mstd3-inc1")
+    augment = SampleAugment(augmentation, PREPROCESS)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), np.uint8))
+    for seed in range(300):
+        augment(image, seed)
+    assert not np.asarray(posterize(image, 0)).any()
+    assert posterize(image, 8) is image
+    assert (np.asarray(posterize(image, 3)) == np.asarray(image) & 0b11100000).all()
+
+
 def test_unknown_policy_and_illegal_combination():
     with pytest.raises(SpecError, match="no such policy"):
-        SampleAugment(dataclasses.replace(PLAIN, crop="rrc", randaugment="magic-m9"), PREPROCESS)
+        SampleAugment(dataclasses.replace(PLAIN, crop="rrc", randaugment="rand-x9"), PREPROCESS)
+    with pytest.raises(SpecError, match="Illegal randaugment"):
+        dataclasses.replace(PLAIN, crop="rrc", randaugment="magic-m9")
     with pytest.raises(SpecError, match="one by one"):
         dataclasses.replace(PLAIN, randaugment="rand-m9")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from efficientformer.data.draws import Seeds, uniforms
@@ -34,7 +34,7 @@ class Augmentation:
         padding: Border for ``pad``.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
-        randaugment: timm's policy string.
+        randaugment: timm's policy string; it begins with ``rand``.
         color_jitter: Colour jitter where there is no RandAugment.
         interpolation: Filter of the random resized crop.
         erasing: Probability of an erased rectangle.
@@ -53,6 +53,9 @@ class Augmentation:
     cutout: int
 
     def __post_init__(self) -> None:
+        if self.randaugment and not self.randaugment.startswith("rand"):
+            expected = "timm's text for RandAugment, such as rand-m9-mstd0.5-inc1"
+            raise SpecError("Illegal randaugment", expected=expected, found=repr(self.randaugment))
         if self.crop == "pad" and self.randaugment:
             raise SpecError("RandAugment works on decoded pictures, one by one", hint="Set crop to rrc")
 
@@ -78,12 +81,13 @@ class SampleAugment:
 
     def __init__(self, augmentation: Augmentation, preprocess: PreprocessSpec) -> None:
         try:
+            from timm.data.auto_augment import RandAugment
             from timm.data.transforms_factory import transforms_imagenet_train
         except ImportError as error:
             raise missing_extra("train", "Training", error) from error
         grey = preprocess.mode == "L"
         try:
-            self._transform: Transform = transforms_imagenet_train(
+            composed = transforms_imagenet_train(
                 preprocess.input_size,
                 scale=augmentation.crop_scale,
                 hflip=augmentation.hflip,
@@ -97,6 +101,11 @@ class SampleAugment:
             )
         except (AssertionError, ValueError, KeyError) as error:
             raise SpecError(f"timm knows no such policy: {augmentation.randaugment!r}", found=str(error)) from error
+        for step in composed.transforms:
+            for operation in step.ops if isinstance(step, RandAugment) else ():
+                if operation.name.startswith("Posterize"):
+                    operation.aug_fn = posterize
+        self._transform: Transform = composed
 
     def __call__(self, image: Image.Image, seed: int) -> npt.NDArray[np.uint8]:
         """Return (C, H, W) uint8; the same for the same seed in any process."""
@@ -105,6 +114,16 @@ class SampleAugment:
         torch.manual_seed(seed % (1 << 63))
         pixels = np.asarray(self._transform(image))
         return pixels if pixels.ndim == 3 else pixels[None]
+
+
+def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """Keep the highest ``bits`` bits of each pixel; none gives black.
+
+    At the largest magnitudes RandAugment asks timm's for no bits, which Pillow refuses from version 13 on.
+    """
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def pad_images(images: Tensor, padding: int) -> Tensor:
