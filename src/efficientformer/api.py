@@ -284,7 +284,7 @@ def _in_torch(
 def _without_config(model: str) -> str:
     """Return the network's name for mmpretrain's config, given as it was to tools/test.py: FOLDER/NAME.py."""
     name = model.removesuffix(".py")
-    if model.endswith(FILE_SUFFIXES) or (name == model and Path(model).is_file()):
+    if model.endswith(FILE_SUFFIXES) or (name == model and Path(model).exists()):
         return model
     try:
         resolve(name or EMBEDDED)

@@ -439,6 +439,9 @@ def test_wrong_calls(data, tmp_path, finished, cli):
         code, _, err = cli("train", *arguments)
         assert (code, "Traceback" in err) == (2, False), err
         assert found in err
+    code, _, err = cli("test", finished.folder, "--data", data)
+    assert code == 2
+    assert f"Name its weights: {finished.folder}/best.safetensors" in err
     code, out, _ = cli("train", "--set", "freeze=stem,stages.0", "--show")
     assert code == 0
     assert json.loads(out)["freeze"] == ["stem", "stages.0"]

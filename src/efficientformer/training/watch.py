@@ -31,6 +31,7 @@ class Watch:
     def __init__(self, folder: Path | None, total: int, first: int, images_per_step: int, *, quiet: bool) -> None:
         self._total, self._images_per_step, self._quiet = total, images_per_step, quiet or folder is None
         self._began, self._first, self._said = time.monotonic(), first, time.monotonic()
+        self._done = 0  # pictures of this part of the run
         self._log = self._events = self._bar = None
         if folder is not None:
             try:
@@ -58,8 +59,6 @@ class Watch:
     def images_per_s(self) -> float:
         """Pictures a second since this part of the run began, evaluations included."""
         return self._done / max(1e-9, time.monotonic() - self._began)
-
-    _done = 0
 
     def step(self, step: int, epoch: int, epochs: int, loss: float | None, top1: float | None) -> None:
         """Take note of a step done; ``loss`` and ``top1`` are the newest known, if any."""
