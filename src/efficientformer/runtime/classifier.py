@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from efficientformer.runtime.engines import open_engine
+from efficientformer.runtime.engines import Engine, open_engine
 from efficientformer.runtime.image import Source, decode, normalise, resize_crop
 from efficientformer.runtime.inputs import Input
 from efficientformer.spec.errors import ImageError, UsageError
@@ -68,23 +68,16 @@ class Failed:
     error: ImageError
 
 
-class FileClassifier:
-    """Classifies pictures with one exported file.
+class EngineClassifier:
+    """Classifies pictures with an engine that has a network open.
 
     Args:
-        path: A file exported by this package.
-        engine: ``auto`` or an engine's name.
-        precision: ``auto`` or a precision's name.
-        threads: CPU threads of the engine; None lets it choose.
-
-    Raises:
-        EngineError: If the file cannot be run.
+        engine: The engine.
+        reason: Why this one.
     """
 
-    def __init__(
-        self, path: str | Path, *, engine: str = "auto", precision: str = "auto", threads: int | None = None
-    ) -> None:
-        self._engine = open_engine(Path(path), engine, precision=precision, threads=threads)
+    def __init__(self, engine: Engine, *, reason: str = "") -> None:
+        self._engine, self.reason = engine, reason
 
     @property
     def engine(self) -> str:
@@ -145,6 +138,25 @@ class FileClassifier:
     def _classify(self, images: Sequence[Image.Image]) -> list[Prediction]:
         logits = self._engine.run(normalise(images, self.manifest.preprocess))  # (N, num_classes)
         return [Prediction(scores, self.manifest) for scores in softmax(logits)]
+
+
+class FileClassifier(EngineClassifier):
+    """Classifies pictures with one exported file.
+
+    Args:
+        path: A file exported by this package.
+        engine: ``auto`` or an engine's name.
+        precision: ``auto`` or a precision's name.
+        threads: CPU threads of the engine; None lets it choose.
+
+    Raises:
+        EngineError: If the file cannot be run.
+    """
+
+    def __init__(
+        self, path: str | Path, *, engine: str = "auto", precision: str = "auto", threads: int | None = None
+    ) -> None:
+        super().__init__(open_engine(Path(path), engine, precision=precision, threads=threads))
 
 
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
