@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from efficientformer.spec.errors import CheckpointError, missing_extra
+from efficientformer.spec.errors import CheckpointError, EngineError, missing_extra
 from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, ModelCard, WeightsSource, resolve
 from efficientformer.weights.cache import Cache, Progress, cache_root, writing_to
 
@@ -25,6 +25,7 @@ def deployable(
     model: str = "",
     *,
     checkpoint: str | Path | None = None,
+    precision: str = "auto",
     offline: bool | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -34,16 +35,21 @@ def deployable(
         model: A zoo name or alias, a weights file of any layout, or an exported file; without it and without a
             checkpoint, the network shipped in the package.
         checkpoint: A weights file or exported file to use instead of the zoo's weights.
+        precision: ``int8`` asks for the network's quantised file, which ``quantize`` left here; an exported file is
+            taken as it is. Everything else is one float file.
         offline: Forbid (True) or allow (False) connections; None asks the environment.
         progress: Told how a download goes.
 
     Raises:
+        EngineError: If ``int8`` is asked for and the network has not been quantised.
         UnknownModelError: If ``model`` is neither in the zoo nor a file.
         MissingExtraError: If the file must be built and torch is not installed.
         CheckpointError, DownloadError, ExportError: If the weights cannot be read, fetched or exported.
     """
     if checkpoint is None and _is_file(model):
         model, checkpoint = "", model
+    if precision == "int8":
+        return _quantised(model, checkpoint)
     if checkpoint is not None:
         return _from_file(model, Path(checkpoint))
     found = resolve(model or EMBEDDED)
@@ -58,23 +64,65 @@ def embedded_file() -> Path:
     return Path(__file__).parent.parent / "assets" / f"{EMBEDDED}{SUFFIX}"
 
 
+def quantised_beside(path: Path) -> Path:
+    """Return where the quantised form of an exported file lies, whether or not there is one."""
+    return path.with_name(f"{path.stem}-int8{SUFFIX}")
+
+
+def is_cached(path: Path) -> bool:
+    """Tell whether an exported file is one of those ``deployable`` keeps."""
+    return path.is_relative_to(_folder())
+
+
+def _quantised(model: str, checkpoint: str | Path | None) -> Path:
+    """Return the quantised file of a network; no weights are looked at, so it may be older than they are."""
+    if checkpoint is not None:
+        file = _existing(Path(checkpoint))
+        if file.suffix == SUFFIX:
+            return file
+        candidates = [_file_target(model, file)]
+    else:
+        found = resolve(model or EMBEDDED)
+        sources = found.card.sources if found.source is None else (found.source,)
+        is_embedded = found.card.name == EMBEDDED
+        candidates = [embedded_file()] if is_embedded else [_target(found.card, source) for source in sources]
+    for candidate in candidates:
+        if (quantised := quantised_beside(candidate)).exists():
+            return quantised
+    named = str(checkpoint or model)
+    raise EngineError(
+        f"{named} has not been quantised here",
+        expected="an int8 file in the cache",
+        found="none",
+        hint=f"Make one: efficientformer quantize {named} --data PICTURES --output FOLDER",
+    )
+
+
 def _is_file(name: str) -> bool:
     """Whether a model name is a file: one that exists, or one that is plainly meant as a path."""
     return Path(name).is_file() or name.endswith(FILE_SUFFIXES)
 
 
-def _from_file(model: str, file: Path) -> Path:
+def _existing(file: Path) -> Path:
     if not file.is_file():
         raise CheckpointError(
             f"There is no weights file {file}",
             expected="a weights file (.safetensors, .pth, .bin) or an exported file (.onnx)",
             found="a folder" if file.is_dir() else "nothing of that name",
         )
-    if file.suffix == SUFFIX:
-        return file
+    return file
+
+
+def _file_target(model: str, file: Path) -> Path:
     stat = file.stat()
     identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{model}"
-    target = _folder() / "files" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}{SUFFIX}"
+    return _folder() / "files" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}{SUFFIX}"
+
+
+def _from_file(model: str, file: Path) -> Path:
+    if _existing(file).suffix == SUFFIX:
+        return file
+    target = _file_target(model, file)
     if not target.exists():
         _require_torch(str(file))
         from efficientformer.weights.pretrained import load_named
