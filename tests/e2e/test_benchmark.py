@@ -109,5 +109,5 @@ def test_a_subject_runs_once_untimed_and_then_as_often_as_asked():
 def test_a_subject_that_refuses_and_one_that_dies():
     with pytest.raises(RefusedError, match="not here"):
         Subject(child("raise EngineError('not here')"))
-    with pytest.raises(EngineError, match="ended with code 1.*ValueError: broken"):
+    with pytest.raises(EngineError, match=r"ended with code 1.*ValueError: broken"):
         Subject(child("raise ValueError('broken')"))

@@ -65,9 +65,13 @@ class Subject:
             raise
         self.facts: dict[str, Any] = answer["facts"]
 
-    def turn(self, run: str, count: int) -> list[float]:
-        """Let the subject pause, run once untimed and then ``count`` times; return the durations in seconds."""
-        return [float(value) for value in self.ask(run=run, count=count)["seconds"]]
+    def turn(self, run: str, count: int, *, wake: bool = True) -> list[float]:
+        """Let the subject pause, run once untimed (unless not to ``wake``) and then ``count`` times.
+
+        Returns:
+            The durations of the timed runs in seconds.
+        """
+        return [float(value) for value in self.ask(run=run, count=count, wake=wake)["seconds"]]
 
     def ask(self, **question: object) -> dict[str, Any]:
         """Send one question and wait for the answer.
@@ -114,12 +118,13 @@ class Subject:
         self.close()
 
 
-def serve(prepare: Callable[[], tuple[dict[str, Any], Runs]]) -> None:
+def serve(prepare: Callable[[], tuple[dict[str, Any], Runs]], *, warmup: int = WARMUP) -> None:
     """Prepare a subject, warm it up, and run it whenever the parent says; the child's side of ``Subject``.
 
     Args:
         prepare: Returns what the subject says about itself, and what it can run. An ``EfficientFormerError`` or an
             ``ImportError`` in it means that the subject cannot take part.
+        warmup: Runs of each before it says that it is ready.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
@@ -131,7 +136,7 @@ def serve(prepare: Callable[[], tuple[dict[str, Any], Runs]]) -> None:
     try:
         facts, runs = prepare()
         for run in runs.values():
-            for _ in range(WARMUP):
+            for _ in range(warmup):
                 run()
     except (EfficientFormerError, ImportError) as error:
         answer(refused=str(error))
@@ -139,7 +144,8 @@ def serve(prepare: Callable[[], tuple[dict[str, Any], Runs]]) -> None:
     answer(facts={**facts, "runs": list(runs)})
     for line in sys.stdin:
         question = json.loads(line)
-        answer(seconds=time_turn(runs[question["run"]], question["count"]), peak_mib=_peak_mib())
+        seconds = time_turn(runs[question["run"]], question["count"], wake=question.get("wake", True))
+        answer(seconds=seconds, peak_mib=_peak_mib())
 
 
 def _peak_mib() -> float | None:

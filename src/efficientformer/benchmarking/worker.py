@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ def _batch_runs(engine: Engine, batches: list[int]) -> Runs:
     rng = np.random.default_rng(0)
     shapes = {str(batch): (batch, spec.in_chans, *spec.input_size) for batch in batches}
     images = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-    return {name: lambda batch=batch: engine.run(batch) for name, batch in images.items()}
+    return {name: partial(engine.run, batch) for name, batch in images.items()}
 
 
 def _picture_runs(engine: Engine, picture: Path) -> Runs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -136,7 +136,7 @@ def _print(found: Benchmark) -> None:
         _table(console, ("network", "engine", "precision", "reason"), rows, left=4)
 
 
-def _table(console: Console, columns: tuple[str, ...], rows: list[tuple[str, ...]], left: int) -> None:
+def _table(console: Console, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], left: int) -> None:
     """Print a table whose first ``left`` columns stand left and all others right."""
     from rich.table import Table
     from rich.text import Text

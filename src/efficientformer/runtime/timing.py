@@ -131,13 +131,27 @@ def take_turns(
 
 
 def time_turn(
-    run: Callable[[], object], count: int, *, settle_s: float = SETTLE_S, sync: Callable[[], object] | None = None
+    run: Callable[[], object],
+    count: int,
+    *,
+    settle_s: float = SETTLE_S,
+    sync: Callable[[], object] | None = None,
+    wake: bool = True,
 ) -> list[float]:
-    """Pause, run once untimed, then return the durations of ``count`` runs in seconds."""
+    """Pause, run once untimed, then return the durations of ``count`` runs in seconds.
+
+    Args:
+        run: The subject.
+        count: Timed runs.
+        settle_s: The pause in seconds.
+        sync: Waits for the device.
+        wake: Whether to run once untimed, which wakes threads and caches; of no use for runs of many seconds.
+    """
     wait = sync or (lambda: None)
     time.sleep(settle_s)
-    run()  # wakes the subject's threads and caches
-    wait()
+    if wake:
+        run()
+        wait()
     return [_timed(run, wait) for _ in range(count)]
 
 
