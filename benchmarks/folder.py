@@ -74,7 +74,7 @@ def equality(model: Path, folder: Path) -> dict[str, float]:
     """Compare our bulk path with one file after the other."""
     classify = Classifier(str(model))
     paths = sorted(folder.rglob("*.jpg"))
-    bulk = [each for each in classify.predict(paths, batch_size=BATCH) if not isinstance(each, Failed)]
+    bulk = [each for each in classify.predict(paths) if not isinstance(each, Failed)]
     single = [classify(path) for path in paths]
     same = sum(a.label == b.label for a, b in zip(bulk, single, strict=True))
     difference = max(float(np.abs(a.scores - b.scores).max()) for a, b in zip(bulk, single, strict=True))

@@ -156,7 +156,7 @@ def our_folder(job: dict[str, Any]) -> Prepared:
 
     def classify(folder: str) -> list[int]:
         paths = sorted(Path(folder).rglob("*.jpg"))
-        found = network.predict(paths, batch_size=job["batch"])
+        found = network.predict(paths)
         return [each.label for each in found if not isinstance(each, Failed)]
 
     classify(job["warm_up_on"])

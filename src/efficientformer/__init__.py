@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from efficientformer.api import Classifier, evaluate_model, get_model, inference_model
+    from efficientformer.export.quantize import quantize
     from efficientformer.runtime.classifier import Failed, Prediction
     from efficientformer.spec.arch import ArchSpec
     from efficientformer.spec.errors import EfficientFormerError
@@ -33,6 +34,7 @@ _ROOMS = {
     "inference_model": "api",
     "list_models": "spec.zoo",
     "load_recipe": "training.recipe",
+    "quantize": "export.quantize",
     "train": "training.run",
 }
 
@@ -50,6 +52,7 @@ __all__ = [  # noqa: PLE0604, RUF100 (names load lazily)
     "inference_model",
     "list_models",
     "load_recipe",
+    "quantize",
     "train",
 ]
 

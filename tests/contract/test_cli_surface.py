@@ -22,6 +22,10 @@ SURFACE = {
         "recipe", "data", "output", "resume", "model", "epochs", "batch_size", "lr", "seed", "settings", "device",
         "show", "quiet",
     },
+    "quantize": {
+        "model", "data", "output", "checkpoint", "max_drop", "pictures", "holdout", "weights_only", "seed", "as_json",
+        "offline", "quiet",
+    },
     "list": {"pattern", "as_json"},
     "info": {"model", "as_json"},
     "convert": {"source", "target", "to", "model", "input_size", "ema", "half", "force"},

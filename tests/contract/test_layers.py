@@ -13,7 +13,7 @@ ALLOWED = {
     "runtime": {"spec"},
     "models": {"spec"},
     "weights": {"spec", "models"},
-    "export": {"spec", "models", "weights", "runtime"},
+    "export": {"spec", "models", "weights", "runtime", "data", "reporting"},
     "reporting": {"spec"},
     "data": {"spec", "runtime", "reporting"},
     "evaluation": {"spec", "runtime", "data", "reporting"},

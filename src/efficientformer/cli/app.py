@@ -16,6 +16,7 @@ from efficientformer.cli.download import download
 from efficientformer.cli.info import info
 from efficientformer.cli.listing import list_
 from efficientformer.cli.predict import predict
+from efficientformer.cli.quantize import quantize
 from efficientformer.cli.test import test
 from efficientformer.cli.train import train
 from efficientformer.spec.errors import EfficientFormerError
@@ -52,6 +53,7 @@ for _name, _verb in (
     ("list", list_),
     ("info", info),
     ("convert", convert),
+    ("quantize", quantize),
     ("train", train),
     ("download", download),
 ):
