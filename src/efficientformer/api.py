@@ -157,7 +157,7 @@ def evaluate_model(
     checkpoint: str | Path | None = None,
     split: str | None = None,
     engine: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
     device: str = "auto",
     batch_size: int = 64,
     workers: int | None = None,
@@ -179,7 +179,8 @@ def evaluate_model(
             else the whole.
         engine: ``torch``, or the name of an engine for exported files; ``auto`` runs an exported file by its engine and
             all else in torch, or without torch as an exported file too.
-        precision: ``fp32``, ``bf16`` or ``fp16``, in torch.
+        precision: ``fp32``, ``bf16`` or ``fp16``, where torch or the engine has it; ``auto`` is single precision, or
+            ``int8`` for a quantised file.
         device: ``auto``, ``cpu``, ``cuda``, ..., in torch.
         batch_size: Pictures per run of the network.
         workers: Threads that decode; None takes one per CPU.
@@ -254,10 +255,13 @@ def _predictor(
         raise UsageError("An exported file does not run in torch", hint="Leave out --engine, or give its checkpoint")
     if engine == "torch" or (engine == "auto" and not exported and find_spec("torch") is not None):
         return _in_torch(model, checkpoint, precision, device, offline, progress)
-    if precision != "fp32" or device not in ("auto", "cpu"):
-        found = f"precision {precision}, device {device}"
-        raise UsageError("Only torch lets you choose precision and device", found=found, hint="Use --engine torch")
-    return open_engine(deployable(model, checkpoint=checkpoint, offline=offline, progress=progress), engine)
+    if device not in ("auto", "cpu"):
+        raise UsageError("Only torch lets you choose the device", found=f"device {device}", hint="Use --engine torch")
+    path = deployable(model, checkpoint=checkpoint, offline=offline, progress=progress)
+    opened = open_engine(path, engine, precision=precision)
+    if precision == "auto" and opened.precision not in ("fp32", "int8"):  # figures are the network's, not a shortcut's
+        return open_engine(path, opened.key, precision="fp32")
+    return opened
 
 
 def _in_torch(
@@ -278,7 +282,7 @@ def _in_torch(
     name = model or str(checkpoint or EMBEDDED)
     weights, manifest = load_named(name, checkpoint or True, offline=offline, progress=progress)
     network = build(manifest.spec, weights).to(memory_format=torch.channels_last)
-    return TorchPredictor(network, manifest, device, precision)
+    return TorchPredictor(network, manifest, device, "fp32" if precision == "auto" else precision)
 
 
 def _without_config(model: str) -> str:

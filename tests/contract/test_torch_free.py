@@ -56,7 +56,7 @@ def test_an_exported_file_is_measured(tmp_path):
         assert result.returncode == 0, result.stderr
         found = json.loads(result.stdout)
         assert found["images"] == 8
-        assert "ONNX Runtime" in found["engine"]
+        assert found["engine"].endswith("(fp32)")
     assert "Worst" in (tmp_path / "report.html").read_text() or found["top1"] == 100
 
 

@@ -35,7 +35,9 @@ def test(
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
     split: Annotated[str | None, typer.Option(help="train, val or test; by default val or test.")] = None,
     engine: Annotated[str, typer.Option(help=f"Engine: auto, torch, {', '.join(ENGINES[1:])}.")] = "auto",
-    precision: Annotated[str, typer.Option(help="In torch: fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16, fp16 or int8; auto is fp32, or int8 of a quantised file.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="In torch: auto, cpu, cuda, cuda:1, ...")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per run of the network.")] = 64,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode; by default one per CPU.")] = None,

@@ -74,14 +74,17 @@ class FileClassifier:
     Args:
         path: A file exported by this package.
         engine: ``auto`` or an engine's name.
+        precision: ``auto`` or a precision's name.
         threads: CPU threads of the engine; None lets it choose.
 
     Raises:
         EngineError: If the file cannot be run.
     """
 
-    def __init__(self, path: str | Path, *, engine: str = "auto", threads: int | None = None) -> None:
-        self._engine = open_engine(Path(path), engine, threads=threads)
+    def __init__(
+        self, path: str | Path, *, engine: str = "auto", precision: str = "auto", threads: int | None = None
+    ) -> None:
+        self._engine = open_engine(Path(path), engine, precision=precision, threads=threads)
 
     @property
     def engine(self) -> str:

@@ -27,7 +27,9 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise SpecError unless ``value`` is one of ``choices`` (and of the same type: True is not 1)."""
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         legal = ", ".join(repr(choice) for choice in choices)
-        raise SpecError(f"Illegal {name}", expected=f"one of {legal}", found=repr(value))
+        close = nearest(str(value), [str(choice) for choice in choices], 1)
+        hint = f"Did you mean {close[0]}?" if close else ""
+        raise SpecError(f"Illegal {name}", expected=f"one of {legal}", found=repr(value), hint=hint)
 
 
 def check_bool(name: str, value: object) -> None:

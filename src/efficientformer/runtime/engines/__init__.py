@@ -1,11 +1,13 @@
-"""Inference engines behind one small protocol; ``open_engine`` picks one for a file."""
+"""Inference engines behind one small protocol; ``open_engine`` opens a file with one of them."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from efficientformer.spec.errors import UsageError, nearest
+from efficientformer.spec.errors import EngineError
+from efficientformer.spec.fields import check_choice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -13,40 +15,116 @@ if TYPE_CHECKING:
 
     from efficientformer.spec.manifest import Manifest
 
-ENGINES = ("auto", "onnxruntime")
+ENGINES = ("auto", "onnxruntime", "openvino")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 
 
 class Engine(Protocol):
-    """What runs an exported file.
+    """What runs an exported file. ``run`` may be called by as many threads at once as there are streams.
 
     Attributes:
-        name: The engine and its version, for people.
+        key: The engine, as in ``ENGINES``.
+        name: The engine, its version and its precision, for people.
+        precision: What it computes in, as in ``PRECISIONS``; of an int8 file, ``int8``.
         manifest: What the file says about itself.
     """
 
+    key: str
     name: str
+    precision: str
     manifest: Manifest
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return logits (N, num_classes) for preprocessed images (N, C, H, W)."""
 
 
-def open_engine(path: Path, engine: str = "auto", *, threads: int | None = None) -> Engine:
+def installed_engines() -> tuple[str, ...]:
+    """Return the engines that can be imported here, the ones usually faster first."""
+    return tuple(name for name in ("openvino", "onnxruntime") if find_spec(name) is not None)
+
+
+def open_engine(
+    path: Path, engine: str = "auto", *, precision: str = "auto", threads: int | None = None, streams: int = 1
+) -> Engine:
     """Open an exported file.
 
     Args:
         path: The file, with a manifest in its metadata.
-        engine: One of ``ENGINES``; ``auto`` takes the fastest that is installed and can run the file.
-        threads: CPU threads of the engine; None lets it take what the process may use.
+        engine: One of ``ENGINES``; ``auto`` takes OpenVINO if it is installed and does the precision, else ONNX
+            Runtime. (``runtime.choice`` measures instead.)
+        precision: One of ``PRECISIONS``; ``auto`` takes the fastest the engine has on this processor. Whether a file
+            is int8 is decided when it is made: here it can only be demanded.
+        threads: CPU threads of the engine in all; None lets it take what the process may use.
+        streams: How many threads of the caller's may run at the same time; each gets its share of ``threads``.
 
     Raises:
-        UsageError: If there is no engine of that name.
-        EngineError: If the file cannot be run, or says nothing about itself.
+        UsageError: If there is no engine or precision of that name.
+        MissingExtraError: If the engine is not installed.
+        EngineError: If the file cannot be run, says nothing about itself, or the engine has not that precision.
     """
-    if engine not in ENGINES:
-        close = nearest(engine, ENGINES)
-        hint = f"Did you mean {close[0]}?" if close else ""
-        raise UsageError(f"Unknown engine {engine!r}", expected=f"one of {', '.join(ENGINES)}", hint=hint)
+    check_choice("engine", engine, ENGINES)
+    check_choice("precision", precision, PRECISIONS)
+    if engine == "auto":
+        engine = installed_engines()[0]
+    if engine == "openvino":
+        from efficientformer.runtime.engines.openvino import OpenVinoEngine
+
+        return OpenVinoEngine(path, precision=precision, threads=threads, streams=streams)
     from efficientformer.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(path, threads=threads)
+    return OnnxRuntimeEngine(path, precision=precision, threads=threads, streams=streams)
+
+
+def settle_precision(wanted: str, manifest: Manifest, available: tuple[str, ...], engine: str) -> str:
+    """Return what an engine computes a file in.
+
+    Args:
+        wanted: What the caller asked for.
+        manifest: What the file says about itself.
+        available: Precisions the engine has on this processor for float files, the fastest first.
+        engine: The engine, for messages.
+
+    Raises:
+        EngineError: If the file or the engine cannot do what was asked for.
+    """
+    is_int8 = manifest.provenance.get("precision") == "int8"
+    if is_int8 and wanted not in ("auto", "int8"):
+        hint = "Give the network it was quantised from"
+        raise EngineError(f"This file cannot run in {wanted}", expected="a float network", found="int8", hint=hint)
+    if wanted == "int8" and not is_int8:
+        raise EngineError(
+            "This file is not quantised",
+            expected="an int8 network",
+            found="a float network",
+            hint="Make one: efficientformer quantize MODEL --data PICTURES --output FOLDER",
+        )
+    if is_int8 or wanted == "auto":
+        return "int8" if is_int8 else available[0]
+    if wanted not in available:
+        raise EngineError(
+            f"{engine} does not compute in {wanted} on this processor",
+            expected=f"one of {', '.join(available)}",
+            found=wanted,
+            hint="Take another engine or precision, or leave both to auto",
+        )
+    return wanted
+
+
+def check_ports(path: Path, manifest: Manifest, found: list[list[object]], *, is_float: bool) -> None:
+    """Check that a graph takes and gives what its manifest says.
+
+    Args:
+        path: The file, for messages.
+        manifest: What the file says about itself.
+        found: Shape of each input, then of each output, without the batch.
+        is_float: Whether the first input is float32.
+
+    Raises:
+        EngineError: If it does not.
+    """
+    spec = manifest.spec
+    expected = [[spec.in_chans, *spec.input_size], [spec.num_classes]]
+    if found != expected or not is_float:
+        raise EngineError(
+            f"{path} does not do what its manifest says", expected=f"shapes {expected}", found=f"shapes {found}"
+        )

@@ -8,26 +8,35 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from efficientformer.runtime.engines import check_ports, settle_precision
 from efficientformer.runtime.manifests import parse_manifest
 from efficientformer.spec.errors import EngineError
 from efficientformer.spec.manifest import METADATA_KEY
 
 
 class OnnxRuntimeEngine:
-    """Runs an .onnx file on the CPU.
+    """Runs an .onnx file on the CPU, in single precision or, for a quantised file, in int8.
 
     Args:
         path: The file.
-        threads: Threads of one run; None lets ONNX Runtime choose.
+        precision: ``auto``, ``fp32`` or ``int8``.
+        threads: Threads in all; None lets ONNX Runtime choose.
+        streams: Callers at a time. With more than one, each runs on its own share of threads.
 
     Raises:
-        EngineError: If the file cannot be opened, has no manifest, or its input and output are not what it says.
+        EngineError: If the file cannot be opened, has no manifest, its input and output are not what it says, or it
+            cannot run in that precision.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+    key = "onnxruntime"
+
+    def __init__(self, path: Path, *, precision: str = "auto", threads: int | None = None, streams: int = 1) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions; warnings would land on the user's terminal
-        if threads is not None:
+        if streams > 1:
+            # a session has one pool of threads: of one thread each it is the callers' own threads that compute
+            options.intra_op_num_threads = 1
+        elif threads is not None:
             options.intra_op_num_threads = threads
         try:
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -38,22 +47,13 @@ class OnnxRuntimeEngine:
                 found=str(error).strip().splitlines()[0][:300],
                 hint="Export it again: efficientformer convert CHECKPOINT FILE.onnx",
             ) from error
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        self.manifest = parse_manifest(path, metadata.get(METADATA_KEY))
-        self.name = f"ONNX Runtime {ort.__version__}"
-        self._input = self._check_ports(path)
-
-    def _check_ports(self, path: Path) -> str:
-        """Return the input's name after checking that the graph takes and gives what the manifest says."""
-        spec = self.manifest.spec
+        self.manifest = parse_manifest(path, self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
+        self.precision = settle_precision(precision, self.manifest, ("fp32",), "ONNX Runtime")
+        self.name = f"ONNX Runtime {ort.__version__} ({self.precision})"
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        expected = [[spec.in_chans, *spec.input_size], [spec.num_classes]]
         found = [list(port.shape[1:]) for port in (*inputs, *outputs)]
-        if found != expected or inputs[0].type != "tensor(float)":
-            raise EngineError(
-                f"{path} does not do what its manifest says", expected=f"shapes {expected}", found=f"shapes {found}"
-            )
-        return str(inputs[0].name)
+        check_ports(path, self.manifest, found, is_float=inputs[0].type == "tensor(float)")
+        self._input = str(inputs[0].name)
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return logits (N, num_classes) for preprocessed images (N, C, H, W)."""

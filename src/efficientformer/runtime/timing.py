@@ -1,0 +1,148 @@
+"""The one timing harness: every latency in reports, tables and PERF.md is measured here.
+
+Subjects are compared in turns, so that what disturbs the machine disturbs all of them alike. Before each turn there is
+a pause and an untimed run: inference engines keep their threads spinning for a few milliseconds after a run, and a
+subject timed beside them would pay for its neighbour (measured: ONNX Runtime's threads made OpenVINO's runs 1.7 times
+slower). Medians and percentiles are reported, never means.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efficientformer.spec.errors import UsageError
+
+SETTLE_S = 0.004
+BURST = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long one subject took, in milliseconds.
+
+    Attributes:
+        median_ms: Median of the runs.
+        p10_ms: 10th percentile.
+        p90_ms: 90th percentile.
+        min_ms: The fastest run.
+        runs: How many runs were timed.
+    """
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    min_ms: float
+    runs: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> Timing:
+        """Summarise the durations of single runs, in seconds."""
+        ms = 1000 * np.asarray(seconds)
+        p10, median, p90 = (float(value) for value in np.percentile(ms, (10, 50, 90)))
+        return cls(median, p10, p90, float(ms.min()), len(seconds))
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain numbers, rounded to a tenth of a microsecond."""
+        return {name: round(value, 4) for name, value in asdict(self).items()}
+
+
+def time_together(
+    subjects: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 50,
+    warmup: int = 5,
+    burst: int = BURST,
+    settle_s: float = SETTLE_S,
+    sync: Callable[[], object] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Time several subjects in turns.
+
+    Args:
+        subjects: What to run, by name. A subject must do all its work before it returns, or ``sync`` must wait for it.
+        rounds: Timed runs of each subject.
+        warmup: Untimed runs of each before anything is timed.
+        burst: Timed runs of one subject in a row before it is the next one's turn.
+        settle_s: Pause in seconds before each turn, in which other subjects' threads go to sleep.
+        sync: Waits for the device, such as ``torch.cuda.synchronize``; called before each clock reading.
+        progress: Told how many of the rounds are done, and how many there are.
+
+    Returns:
+        The timing of each subject, by name.
+
+    Raises:
+        UsageError: If there is nothing to time.
+    """
+    if not subjects or rounds < 1 or burst < 1:
+        found = f"{len(subjects)} subjects, {rounds} rounds, bursts of {burst}"
+        raise UsageError("Nothing to time", expected="at least one subject, round and run", found=found)
+    wait = sync or (lambda: None)
+    for run in subjects.values():
+        for _ in range(warmup):
+            run()
+        wait()
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    done = 0
+    while done < rounds:
+        turn = min(burst, rounds - done)
+        for name, run in subjects.items():
+            time.sleep(settle_s)
+            run()  # wakes the subject's threads and caches
+            wait()
+            seconds[name] += [_timed(run, wait) for _ in range(turn)]
+        done += turn
+        if progress is not None:
+            progress(done, rounds)
+    return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def _timed(run: Callable[[], object], wait: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+def hardware() -> str:
+    """Return the processor's name and the number of cores this process may use."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{found.group(1).strip() if found else platform.processor()}, {available_cores()} cores"
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Return what a measurement depends on: hardware, cores, system, Python, versions of packages, date (UTC).
+
+    Args:
+        packages: Distributions whose versions matter; those not installed are left out.
+    """
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "hardware": hardware(),
+        "cores": available_cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions,
+    }

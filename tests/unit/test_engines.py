@@ -1,0 +1,107 @@
+"""Both engines run one file, agree, and say what they compute in; what cannot be done is refused by name."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from efficientformer.export.deployable import embedded_file
+from efficientformer.runtime.engines import installed_engines, open_engine, settle_precision
+from efficientformer.runtime.engines.openvino import MAX_COMPILED, OpenVinoEngine
+from efficientformer.spec.errors import EngineError, MissingExtraError, UsageError
+
+FILE = embedded_file()
+
+
+def pictures(count, seed=0):
+    return np.random.default_rng(seed).standard_normal((count, 3, 32, 32), np.float32)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return open_engine(FILE, "onnxruntime")
+
+
+def test_engines_agree_in_single_precision(reference):
+    batch = pictures(5)
+    expected, found = reference.run(batch), open_engine(FILE, "openvino", precision="fp32").run(batch)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_auto_says_what_runs(reference):
+    engine = open_engine(FILE)
+    assert engine.key == installed_engines()[0] == "openvino"
+    assert engine.precision in engine.name
+    # half precision rounds each product to 8 bits: decisions stay, digits do not
+    batch = pictures(64)
+    assert (engine.run(batch).argmax(1) == reference.run(batch).argmax(1)).mean() > 0.95
+
+
+def test_smaller_batches_reuse_a_larger_one_and_few_are_kept():
+    engine = OpenVinoEngine(FILE, precision="fp32")
+    batch = pictures(8)
+    whole = engine.run(batch)
+    for size in (1, 3, 8, 2, 7):
+        np.testing.assert_allclose(engine.run(batch[:size]), whole[:size], atol=1e-4)
+    assert list(engine._compiled) == [1, 8]
+    for size in (9, 10, 11):
+        engine.run(pictures(size))
+    assert len(engine._compiled) == MAX_COMPILED
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_streams_serve_threads_at_once(name):
+    engine = open_engine(FILE, name, precision="fp32", streams=2)
+    batches = [pictures(4, seed) for seed in range(12)]
+    expected = [engine.run(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for found, right in zip(pool.map(engine.run, batches), expected, strict=True):
+            np.testing.assert_array_equal(found, right)
+
+
+def test_results_are_the_callers_own():
+    engine = open_engine(FILE, "openvino")
+    first = engine.run(pictures(2, 1))
+    kept = first.copy()
+    engine.run(pictures(2, 2))
+    np.testing.assert_array_equal(first, kept)
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "error", "text"),
+    [
+        ("openvnio", "auto", UsageError, "Did you mean openvino"),
+        ("auto", "fp31", UsageError, "'fp32'"),
+        ("onnxruntime", "bf16", EngineError, "does not compute in bf16"),
+        ("onnxruntime", "int8", EngineError, "efficientformer quantize"),
+        ("openvino", "int8", EngineError, "efficientformer quantize"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(engine, precision, error, text):
+    with pytest.raises(error, match=text):
+        open_engine(FILE, engine, precision=precision)
+
+
+def test_a_quantised_file_runs_in_int8_only(reference):
+    manifest = type("M", (), {"provenance": {"precision": "int8"}})()
+    assert settle_precision("auto", manifest, ("bf16", "fp32"), "X") == "int8"
+    with pytest.raises(EngineError, match="cannot run in fp32"):
+        settle_precision("fp32", manifest, ("bf16", "fp32"), "X")
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_files_that_are_no_networks(name, tmp_path):
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"no network")
+    with pytest.raises(EngineError, match=r"bad\.onnx"):
+        open_engine(bad, name)
+    with pytest.raises(EngineError):
+        open_engine(Path(tmp_path / "none.onnx"), name)
+
+
+def test_a_missing_engine_names_its_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(MissingExtraError, match=r"efficientformer\[openvino\]"):
+        open_engine(FILE, "openvino")
