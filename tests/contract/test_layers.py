@@ -18,8 +18,9 @@ ALLOWED = {
     "data": {"spec", "runtime", "reporting"},
     "evaluation": {"spec", "runtime", "data", "reporting"},
     "training": {"spec", "models", "weights", "runtime", "data", "evaluation", "reporting", "export"},
+    "latency": {"spec", "runtime", "export", "reporting"},
     "cli": {
-        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training",
+        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training", "latency",
     },
 }  # fmt: skip
 TORCH = {"torch", "torchvision", "timm", "onnx", "onnxscript"}
