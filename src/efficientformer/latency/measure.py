@@ -2,9 +2,8 @@
 
 A shared machine is quiet only now and then. So networks are timed together in passes; a pass in which all of them were
 slow says nothing and is left out; each network's latency relative to the others is taken from each pass left, and
-passes are added until these agree. What is reported as a network's latency is the 10th percentile of its runs: found
-to be the most repeatable figure (0.8 % between sessions, the median 2.1 %), and equal to it within a few percent on a
-quiet machine.
+passes are added until these agree. What is reported as a network's latency is the 10th percentile of its runs: of the
+figures one could report it repeats best from session to session, and on a quiet machine the median is little higher.
 """
 
 from __future__ import annotations
