@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import RESULTS, save
@@ -46,7 +46,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(values))
 
 
-def judge(table: LatencyTable, specs: list[ArchSpec], measured: list[float]) -> dict[str, object]:
+def judge(table: LatencyTable, specs: list[ArchSpec], measured: list[float]) -> dict[str, Any]:
     """Compare predictions with measurements."""
     predictions = [table.predict(spec) for spec in specs]
     predicted = np.array([each.ms for each in predictions])
@@ -66,19 +66,17 @@ def judge(table: LatencyTable, specs: list[ArchSpec], measured: list[float]) -> 
     }
 
 
-def draw(results: dict[str, dict[str, object]], path: Path) -> None:
+def draw(name: str, figures: dict[str, Any], path: Path) -> None:
     """Plot predicted against measured latency."""
-    figure = new_figure(3.4 * len(results), 3.4)
-    grid = figure.subplots(1, len(results), squeeze=False)[0]
-    for axes, (name, figures) in zip(grid, results.items(), strict=True):
-        measured, predicted = figures["measured_ms"], figures["predicted_ms"]
-        ends = (0.9 * figures["fastest_ms"], 1.1 * figures["slowest_ms"])
-        axes.loglog(ends, ends, color="grey", linewidth=0.8)
-        axes.loglog(measured, predicted, ".")
-        axes.set_title(f"{name}\nmean {figures['mean_error_percent']} %, worst {figures['worst_error_percent']} %")
-        axes.set_xlabel("measured, ms")
-        axes.set_ylabel("predicted, ms")
-        axes.grid(alpha=0.3)
+    figure = new_figure(4.5, 4.5)
+    axes = figure.subplots()
+    ends = (0.9 * figures["fastest_ms"], 1.1 * figures["slowest_ms"])
+    axes.loglog(ends, ends, color="grey", linewidth=0.8)
+    axes.loglog(figures["measured_ms"], figures["predicted_ms"], ".")
+    axes.set_title(f"{name}: mean error {figures['mean_error_percent']} %, worst {figures['worst_error_percent']} %")
+    axes.set_xlabel("measured, ms")
+    axes.set_ylabel("predicted, ms")
+    axes.grid(alpha=0.3)
     path.write_bytes(png(figure))
 
 
@@ -93,7 +91,6 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, help="keep the tables in this folder")
     options = parser.parse_args()
     space = TableSpace()
-    results: dict[str, dict[str, object]] = {}
     for engine, precision in TARGETS:
         if options.engine not in (None, engine) or options.precision not in (None, precision):
             continue
@@ -110,15 +107,13 @@ def main() -> None:
         specs, timings = specs[count:], timings[count:]
         figures = judge(table, specs, [timing.p10_ms for timing in timings])
         figures |= {"seconds": round(seconds, 1), "table_networks": table.networks, "spread": table.spread}
-        results[f"{engine} {precision}"] = figures
         short = {name: value for name, value in figures.items() if not isinstance(value, list)}
-        print(f"{engine} {precision}: {short}", file=sys.stderr, flush=True)
-    suffix = "" if options.threads is None else f"-{options.threads}-threads"
-    what = f"latency-prediction{suffix}"
-    packages = ("openvino", "onnxruntime", "efficientformer")
-    path = save(what, {"space": str(space), "threads": options.threads, "results": results}, packages)
-    draw(results, path.with_suffix(".png"))
-    print(path.relative_to(RESULTS.parents[1]))
+        print(f"{engine} {precision}: {short}", flush=True)
+        suffix = "" if options.threads is None else f"-{options.threads}-threads"
+        described = {"space": str(space), "threads": options.threads, **figures}
+        path = save(f"latency-prediction-{engine}-{precision}{suffix}", described, (engine, "efficientformer"))
+        draw(f"{engine} {precision}", figures, path.with_suffix(".png"))
+        print(path.relative_to(RESULTS.parents[1]), flush=True)
 
 
 if __name__ == "__main__":

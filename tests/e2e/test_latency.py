@@ -55,6 +55,8 @@ def test_a_profile_is_shown_and_written(cli, tmp_path):
 def test_the_four_observations(cli, tmp_path, monkeypatch):
     monkeypatch.setattr("efficientformer.latency.observations.PICTURE", (64, 64))
     monkeypatch.setattr("efficientformer.latency.observations.MIN_PASSES", 1)
+    monkeypatch.setattr("efficientformer.latency.observations.MAX_SPREAD", 1.0)
+    monkeypatch.setattr("efficientformer.latency.observations.BLOCKS", 1)
     code, out, err = cli("profile", "--observations", "--engine", "onnxruntime", "--threads", 1, "-o", tmp_path / "o")
     assert code == 0, err
     assert out.count("paper  ") == 4

@@ -25,7 +25,7 @@ PICTURE = (224, 224)
 GRID, WIDTH, HIDDEN = (14, 14), 224, 896  # stage 3 of EfficientFormer-L1
 TOKENS = GRID[0] * GRID[1]
 BLOCKS = 4
-MIN_PASSES = 8
+MIN_PASSES, MAX_SPREAD = 8, 0.01  # see latency.measure
 CLASSES = 10
 MARGIN = 0.05  # differences below this share of the larger figure, or within the spread, are called none
 
@@ -117,7 +117,13 @@ def observe(
         for index, (channels, grid, build) in enumerate(subjects.values()):
             file = _write(build, channels, grid, Path(folder) / f"{index}.onnx")
             engines.append(open_engine(file, engine, precision=precision, threads=threads))
-        timings = dict(zip(subjects, time_engines(engines, min_passes=MIN_PASSES, progress=progress), strict=True))
+        timings = dict(
+            zip(
+                subjects,
+                time_engines(engines, min_passes=MIN_PASSES, max_spread=MAX_SPREAD, progress=progress),
+                strict=True,
+            )
+        )
         first = engines[0]
     found = (_stems(timings), _mixers(timings), _norms(timings), _activations(timings))
     where = {**environment(*PACKAGES[first.key]), "engine": first.name}
