@@ -228,6 +228,17 @@ def test_int8_networks_are_measured(engine):
     assert timing.runs >= 10
 
 
+def test_a_machine_that_never_repeats_is_told(monkeypatch):
+    ticks = iter(range(10_000))
+    monkeypatch.setattr("efficientformer.latency.measure.MAX_PASSES", 3)
+    monkeypatch.setattr(
+        "efficientformer.latency.measure.time_together",
+        lambda subjects, **_: dict(zip(subjects, timings(*((1.0, 2.0), (2.0, 1.0))[next(ticks) % 2]), strict=True)),
+    )
+    with pytest.warns(UserWarning, match="busy"):
+        measure_specs([SPEC, SPEC], engine="onnxruntime", threads=1, rounds=20)
+
+
 def test_nothing_to_measure_is_an_error():
     with pytest.raises(UsageError):
         measure_specs([])
