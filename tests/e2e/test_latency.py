@@ -89,6 +89,7 @@ def test_a_table_of_a_spec_in_a_file(cli, tmp_path):
         (("profile",), "Nothing to profile"),
         (("profile", "x", "--observations"), "Too much"),
         (("profile", "no_such_network"), "no_such_network"),
+        (("profile", "--observations", "--precision", "int8"), "float graphs"),
         (("profile", "efficientformer_cifar10", "--engine", "tpu"), "Illegal engine"),
         (("latency-table", "-o", "t.json", "--widths", "a"), "--widths"),
         (("latency-table", "-o", "t.json", "--widths", "1:2"), "--widths"),

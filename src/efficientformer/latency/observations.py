@@ -17,6 +17,7 @@ from efficientformer.latency.measure import PACKAGES, Progress, time_engines
 from efficientformer.runtime.engines import open_engine
 from efficientformer.runtime.timing import Timing, environment
 from efficientformer.spec.arch import BlockSpec, StageSpec
+from efficientformer.spec.errors import UsageError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import v1_spec
@@ -108,9 +109,12 @@ def observe(
         progress: Told how it goes.
 
     Raises:
+        UsageError: If the precision is int8.
         EngineError: If the engine cannot do the precision.
         MissingExtraError: If a library is not installed.
     """
+    if precision == "int8":
+        raise UsageError("The observations compare float graphs", expected="fp32, bf16 or fp16", found="int8")
     subjects = _subjects()
     with tempfile.TemporaryDirectory(prefix="efficientformer-", ignore_cleanup_errors=True) as folder:
         engines = []
