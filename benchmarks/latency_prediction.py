@@ -21,7 +21,7 @@ import numpy as np
 from common import RESULTS, save
 
 from efficientformer.latency.design import TableSpace, design, sample
-from efficientformer.latency.measure import NETWORKS, opened, table_of, time_engines
+from efficientformer.latency.measure import MAX_SPREAD, NETWORKS, opened, table_of, time_engines
 from efficientformer.latency.table import LatencyTable
 from efficientformer.reporting.page import new_figure, png
 from efficientformer.spec.arch import ArchSpec
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--networks", type=int, default=50, help="unseen networks")
     parser.add_argument("--sample", type=int, default=NETWORKS, help="networks the table is made of")
+    parser.add_argument("--max-spread", type=float, default=MAX_SPREAD, help="see efficientformer latency-table")
     parser.add_argument("--tables", type=Path, help="keep the tables in this folder")
     options = parser.parse_args()
     space = TableSpace()
@@ -98,7 +99,7 @@ def main() -> None:
         sample_specs = design(space, options.sample)
         specs = [*sample_specs, *unseen(space, options.sample, options.networks)]
         with opened(specs, engine, precision, options.threads) as engines:
-            timings = time_engines(engines)
+            timings = time_engines(engines, max_spread=options.max_spread)
             count = len(sample_specs)
             table = table_of(space, sample_specs, timings[:count], engines[0], threads=options.threads)
         seconds = time.perf_counter() - start
