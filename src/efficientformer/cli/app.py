@@ -9,6 +9,7 @@ import warnings
 
 import typer
 
+from efficientformer.cli.benchmark import benchmark
 from efficientformer.cli.convert import convert
 from efficientformer.cli.data import data_app
 from efficientformer.cli.download import download
@@ -49,6 +50,7 @@ def _options(
 for _name, _verb in (
     ("predict", predict),
     ("test", test),
+    ("benchmark", benchmark),
     ("list", list_),
     ("info", info),
     ("convert", convert),
