@@ -18,9 +18,11 @@ ALLOWED = {
     "data": {"spec", "runtime", "reporting"},
     "evaluation": {"spec", "runtime", "data", "reporting"},
     "training": {"spec", "models", "weights", "runtime", "data", "evaluation", "reporting", "export"},
+    "latency": {"spec", "runtime", "export", "reporting"},
     "benchmarking": {"spec", "models", "weights", "runtime", "export", "evaluation", "reporting"},
     "cli": {
-        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training", "benchmarking",
+        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training", "latency",
+        "benchmarking",
     },
 }  # fmt: skip
 TORCH = {"torch", "torchvision", "timm", "onnx", "onnxscript"}

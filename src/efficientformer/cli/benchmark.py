@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from efficientformer.cli.progress import step_bars
 from efficientformer.spec.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from efficientformer.benchmarking.benchmark import Benchmark, Progress
+    from efficientformer.benchmarking.benchmark import Benchmark
 
 _WIDTH = 120  # of the tables, if the terminal is not wider
 
@@ -48,7 +48,7 @@ def benchmark(
     from efficientformer.benchmarking.benchmark import benchmark as measure
     from efficientformer.weights.cache import terminal_progress
 
-    with terminal_progress(quiet=quiet) as downloading, _bar(quiet) as progress:
+    with terminal_progress(quiet=quiet) as downloading, step_bars(quiet) as progress:
         found = measure(
             models,
             engine=engine,
@@ -93,22 +93,6 @@ def _check_folder(folder: Path) -> None:
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UsageError(f"Cannot write to {folder}", expected="a folder that can be made and written")
-
-
-@contextmanager
-def _bar(quiet: bool) -> Iterator[Progress | None]:
-    """Give a progress bar on standard error; None if quiet, or if that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("opening", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def _print(found: Benchmark) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from efficientformer.cli.progress import step_bars
+
 if TYPE_CHECKING:
-    from efficientformer.export.qdq import Progress
     from efficientformer.export.quantize import QuantisationReport
 
 
@@ -34,7 +33,7 @@ def quantize(
     require_libraries()
     from efficientformer.export.quantize import quantize as make
 
-    with _bar(quiet) as progress:
+    with step_bars(quiet) as progress:
         report = make(
             model,
             data,
@@ -79,19 +78,3 @@ def _print(report: QuantisationReport) -> None:
         speed.add_row(*row)
     console.print(accuracy)
     console.print(speed)
-
-
-@contextmanager
-def _bar(quiet: bool) -> Iterator[Progress | None]:
-    """Give a progress bar on standard error; None if quiet, or if that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading pictures", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
