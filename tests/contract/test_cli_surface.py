@@ -7,7 +7,7 @@ from efficientformer.cli.app import app
 SURFACE = {
     "predict": {
         "inputs", "model", "checkpoint", "top_k", "format_", "output", "annotate", "decode", "engine", "precision",
-        "threads", "offline", "quiet",
+        "threads", "ray", "offline", "quiet",
     },
     "test": {
         "model", "data", "checkpoint", "split", "engine", "precision", "device", "batch_size", "workers", "as_json",

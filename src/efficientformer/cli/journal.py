@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from efficientformer.cli.results import WRITERS, Record, json_line, whole_file
+from efficientformer.cli.results import WRITERS, json_line, whole_file
+from efficientformer.runtime.records import Record
 from efficientformer.spec.errors import UsageError
 
 VERSION = 1

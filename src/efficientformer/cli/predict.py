@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 
 from efficientformer.runtime.engines import ENGINES, PRECISIONS
+from efficientformer.spec.errors import UsageError
 
 if TYPE_CHECKING:
     from efficientformer.api import Classifier
-    from efficientformer.cli.results import Record, Result
+    from efficientformer.cli.results import Result
     from efficientformer.runtime.inputs import Input
+    from efficientformer.runtime.records import Record
 
 Tick: TypeAlias = Callable[[], None]
 ClassifyFrom: TypeAlias = "Callable[[int], Iterator[Result]]"
@@ -52,20 +54,31 @@ def predict(
         Format | None, typer.Option("--format", "-f", help="By default that of the output's ending, or a table.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write results to a file; a killed run goes on where it was.")
-    ] = None,
+        str, typer.Option("--output", "-o", help="Write results to a file; a killed run goes on where it was.")
+    ] = "",
     annotate: Annotated[Path | None, typer.Option(help="Folder for copies with their label written on.")] = None,
     decode: Annotated[Decode, typer.Option(help="fast: large JPEGs are decoded at reduced size.")] = Decode.EXACT,
     engine: Annotated[str, typer.Option(help=f"Engine: {', '.join(ENGINES)}, torch, torch-compile.")] = "auto",
     precision: Annotated[str, typer.Option(help=f"Precision: {', '.join(PRECISIONS)}.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="On a Ray cluster: one folder or URI in, one out.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:
     """Classify pictures. Exits 0 if all were classified, 1 if some were skipped, 2 for wrong usage."""
     from efficientformer.cli.results import choose_format, prepare_folder
 
-    chosen = choose_format(format_.value if format_ else "", output)
+    wanted = format_.value if format_ else ""
+    if ray:
+        if annotate is not None:
+            raise UsageError("--annotate is for one machine", hint="Leave out --annotate or --ray")
+        total, skipped = _on_cluster(
+            inputs, output, wanted, model, checkpoint, top_k, decode, engine, precision, threads, offline, quiet
+        )
+        _finish(total, skipped)
+        return
+    target = Path(output) if output else None
+    chosen = choose_format(wanted, target)
     if annotate is not None:
         prepare_folder(annotate)
     classifier = _load(inputs, model, checkpoint, engine, precision, threads, offline, quiet)
@@ -87,13 +100,51 @@ def predict(
                 yield result
                 tick()
 
-    if output is None:
-        total, skipped = _to_terminal(classify(0), chosen, top_k)
+    if target is None:
+        _finish(*_to_terminal(classify(0), chosen, top_k))
     else:
-        total, skipped = _to_file(classify, inputs, output, chosen, top_k, question, quiet)
+        _finish(*_to_file(classify, inputs, target, chosen, top_k, question, quiet))
+
+
+def _finish(total: int, skipped: int) -> None:
+    """Leave with 1 if pictures were skipped."""
     if skipped:
         typer.echo(f"{skipped} of {total} inputs were skipped", err=True)
         raise typer.Exit(1)
+
+
+def _on_cluster(
+    inputs: list[str],
+    output: str,
+    format_: str,
+    model: str,
+    checkpoint: Path | None,
+    top_k: int,
+    decode: Decode,
+    engine: str,
+    precision: str,
+    threads: int | None,
+    offline: bool,
+    quiet: bool,
+) -> tuple[int, int]:
+    """Predict with Ray; return how many pictures there were, and how many of them errors."""
+    from efficientformer.cluster.predict import Options, predict_on_cluster
+    from efficientformer.export.deployable import deployable
+    from efficientformer.weights.cache import terminal_progress
+
+    if len(inputs) != 1 or not output:
+        found = f"{len(inputs)} inputs, output {output or 'none'}"
+        raise UsageError("Illegal --ray", expected="one folder or URI, and --output FOLDER", found=found)
+    with terminal_progress(quiet=quiet) as progress:
+        path = deployable(model, checkpoint=checkpoint, precision=precision, offline=offline or None, progress=progress)
+    options = Options(engine, precision, threads or 1, top_k, decode.value)
+    summary = predict_on_cluster(
+        inputs[0], output, path, options, format_=format_ or "parquet", quiet=quiet or not sys.stderr.isatty()
+    )
+    if not quiet:
+        done = f"{summary.pictures:,} pictures by {summary.workers} workers, rows in {summary.output}"
+        typer.echo(done, err=True)
+    return summary.pictures, summary.skipped
 
 
 def _to_terminal(results: Iterable[Result], format_: str, top_k: int) -> tuple[int, int]:

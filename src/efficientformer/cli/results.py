@@ -1,8 +1,4 @@
-"""Results of ``predict`` as a table, as JSON lines, as CSV or as Parquet, on the terminal or in a file.
-
-A result travels as a record, the object of a JSON line: ``path``, ``pred_label``, ``pred_score``, ``pred_class`` and
-``top_k`` (a list of ``label``, ``score``, ``class``); or ``path`` and ``error``.
-"""
+"""Results of ``predict`` as a table, as JSON lines, as CSV or as Parquet, on the terminal or in a file."""
 
 from __future__ import annotations
 
@@ -16,15 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
+from efficientformer.runtime.records import Record, arrow_schema, printable, record
 from efficientformer.spec.errors import UsageError, missing_extra
 
 if TYPE_CHECKING:
     from efficientformer.runtime.classifier import Prediction
     from efficientformer.runtime.inputs import Input
-
-Record: TypeAlias = dict[str, Any]
 
 SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "table"}
 ROWS = 8192  # rows of a Parquet file's row group
@@ -48,16 +43,7 @@ class Result:
 
     def record(self, top_k: int) -> Record:
         """Return the result as plain values, with ``top_k`` classes."""
-        if self.prediction is None:
-            return {"path": self.path, "error": self.error}
-        best = self.prediction.top_k(top_k)
-        return {
-            "path": self.path,
-            "pred_label": self.prediction.label,
-            "pred_score": round(self.prediction.score, 6),
-            "pred_class": self.prediction.name,
-            "top_k": [{"label": i, "score": round(score, 6), "class": name} for i, score, name in best],
-        }
+        return record(self.path, self.prediction, self.error, top_k)
 
 
 class Writer(ABC):
@@ -112,7 +98,7 @@ class CsvWriter(Writer):
         """Write one row."""
         top = record.get("top_k", [])
         values = [value for each in top for value in (each["label"], f"{each['score']:.6f}", each["class"])]
-        self._csv.writerow([_printable(record["path"]), _printable(record.get("error", "")), *values])
+        self._csv.writerow([printable(record["path"]), printable(record.get("error", "")), *values])
 
 
 class TableWriter(Writer):
@@ -125,11 +111,11 @@ class TableWriter(Writer):
     def write(self, record: Record) -> None:
         """Keep one row."""
         if "error" in record:
-            self._rows.append((_printable(record["path"]), "skipped", "", ""))
+            self._rows.append((printable(record["path"]), "skipped", "", ""))
             return
         best, *others = record["top_k"]
         rest = ", ".join(f"{_short(other['class'])} {other['score']:.1%}" for other in others)
-        self._rows.append((_printable(record["path"]), _short(best["class"]), f"{best['score']:.1%}", rest))
+        self._rows.append((printable(record["path"]), _short(best["class"]), f"{best['score']:.1%}", rest))
 
     def close(self) -> None:
         """Print the table."""
@@ -159,23 +145,13 @@ class ParquetWriter(Writer):
             raise missing_extra("parquet", "Writing Parquet", error) from error
         if path is None:
             raise UsageError("Parquet is not for a terminal", hint="Name a file: --output labels.parquet")
-        fields = {"label": arrow.int32(), "score": arrow.float32(), "class": arrow.string()}
-        self._schema = arrow.schema(
-            {
-                "path": arrow.string(),
-                "pred_label": fields["label"],
-                "pred_score": fields["score"],
-                "pred_class": fields["class"],
-                "top_k": arrow.list_(arrow.struct(fields)),
-                "error": arrow.string(),
-            }
-        )
+        self._schema = arrow_schema()
         self._table, self._rows = arrow.Table, list[Record]()
         self._parquet = parquet.ParquetWriter(path, self._schema)
 
     def write(self, record: Record) -> None:
         """Keep one row, and write the rows kept when they are many."""
-        self._rows.append(record | {"path": _printable(record["path"])})
+        self._rows.append(record | {"path": printable(record["path"])})
         if len(self._rows) >= ROWS:
             self._flush()
 
@@ -245,9 +221,3 @@ def prepare_folder(folder: Path) -> None:
 def _short(name: str) -> str:
     """Return the first of a class's synonyms."""
     return name.partition(",")[0]
-
-
-def _printable(text: str) -> str:
-    """Return text with bytes of file names that are no UTF-8, and control characters, made visible."""
-    visible = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in visible)
