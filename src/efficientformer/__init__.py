@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from efficientformer.api import Classifier, evaluate_model, get_model, inference_model
     from efficientformer.export.quantize import quantize
+    from efficientformer.latency.table import LatencyTable
     from efficientformer.runtime.classifier import Failed, Prediction
     from efficientformer.spec.arch import ArchSpec
     from efficientformer.spec.errors import EfficientFormerError
@@ -26,6 +27,7 @@ _ROOMS = {
     "Classifier": "api",
     "EfficientFormerError": "spec.errors",
     "Failed": "runtime.classifier",
+    "LatencyTable": "latency.table",
     "Prediction": "runtime.classifier",
     "PreprocessSpec": "spec.preprocess",
     "Recipe": "training.recipe",
@@ -43,6 +45,7 @@ __all__ = [  # noqa: PLE0604, RUF100 (names load lazily)
     "Classifier",
     "EfficientFormerError",
     "Failed",
+    "LatencyTable",
     "Prediction",
     "PreprocessSpec",
     "Recipe",

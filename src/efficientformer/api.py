@@ -44,6 +44,8 @@ class Classifier(EngineClassifier):
         engine: ``auto`` or an engine's name: ``onnxruntime``, ``openvino``, ``torch``, ``torch-compile``.
         precision: ``fp32``, ``bf16``, ``fp16``, ``int8`` (for a quantised network), or ``auto``.
         threads: CPU threads of the engine; None lets it choose.
+        streams: Callers of an exported file's engine at a time, which share its threads. ``predict`` opens an engine
+            with one stream a core when it is first called; with as many here, the one that is open serves.
         device: For torch: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ...
         offline: Forbid (True) or allow (False) connections; None asks the environment.
         progress: Told how a download goes.
@@ -65,6 +67,7 @@ class Classifier(EngineClassifier):
         engine: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
+        streams: int = 1,
         device: str = "auto",
         offline: bool | None = None,
         progress: DownloadProgress | None = None,
@@ -78,12 +81,13 @@ class Classifier(EngineClassifier):
             return
         if device not in ("auto", "cpu"):
             raise UsageError("Only torch lets you choose the device", found=f"device {device}", hint="Use engine torch")
-        path = deployable(model, checkpoint=checkpoint, offline=offline, progress=progress)
+        path = deployable(model, checkpoint=checkpoint, precision=precision, offline=offline, progress=progress)
         reason = "asked for"
         if engine == "auto":
             choice = choose(path, precision, threads=threads, store=cache_root() / "engines")
             engine, precision, reason = choice.engine, choice.precision, choice.reason
-        super().__init__(open_engine(path, engine, precision=precision, threads=threads), reason=reason)
+        opened = open_engine(path, engine, precision=precision, threads=threads, streams=streams)
+        super().__init__(opened, reason=reason)
 
 
 def inference_model(model: str | EngineClassifier, image: Source) -> dict[str, Any]:
@@ -282,7 +286,7 @@ def _predictor(
         return _in_torch(model, checkpoint, precision, device, offline, progress)
     if device not in ("auto", "cpu"):
         raise UsageError("Only torch lets you choose the device", found=f"device {device}", hint="Use --engine torch")
-    path = deployable(model, checkpoint=checkpoint, offline=offline, progress=progress)
+    path = deployable(model, checkpoint=checkpoint, precision=precision, offline=offline, progress=progress)
     opened = open_engine(path, engine, precision=precision)
     if precision == "auto" and opened.precision not in ("fp32", "int8"):  # figures are the network's, not a shortcut's
         return open_engine(path, opened.key, precision="fp32")

@@ -6,12 +6,16 @@ from efficientformer.cli.app import app
 
 SURFACE = {
     "predict": {
-        "inputs", "model", "checkpoint", "top_k", "format_", "output", "annotate", "batch_size", "engine", "threads",
-        "offline", "quiet",
+        "inputs", "model", "checkpoint", "top_k", "format_", "output", "annotate", "decode", "engine", "precision",
+        "threads", "ray", "offline", "quiet",
     },
     "test": {
         "model", "data", "checkpoint", "split", "engine", "precision", "device", "batch_size", "workers", "as_json",
         "output", "report", "offline", "quiet",
+    },
+    "benchmark": {
+        "models", "engine", "precision", "batch", "threads", "rounds", "compiled", "random_weights", "picture",
+        "output", "as_json", "offline", "quiet",
     },
     "data check": {"folder", "as_json", "report", "no_near", "quiet"},
     "train": {
@@ -19,13 +23,21 @@ SURFACE = {
         "show", "quiet",
     },
     "quantize": {
-        "model", "data", "output", "max_drop", "pictures", "holdout", "weights_only", "seed", "as_json", "offline",
-        "quiet",
+        "model", "data", "output", "checkpoint", "max_drop", "pictures", "holdout", "weights_only", "seed", "as_json",
+        "offline", "quiet",
     },
     "list": {"pattern", "as_json"},
     "info": {"model", "as_json"},
     "convert": {"source", "target", "to", "model", "input_size", "ema", "half", "force"},
     "download": {"model", "source", "verify", "offline"},
+    "profile": {
+        "model", "checkpoint", "engine", "precision", "threads", "observations", "as_json", "output", "offline",
+        "quiet",
+    },
+    "latency-table": {
+        "output", "engine", "precision", "threads", "like", "widths", "depths", "expansions", "input_size",
+        "stem_stride", "classes", "networks", "max_spread", "quiet",
+    },
 }  # fmt: skip
 
 

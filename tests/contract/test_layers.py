@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "efficientformer"
 ALLOWED = {
     "spec": set(),
     "runtime": {"spec"},
+    "cluster": {"spec", "runtime"},
     "models": {"spec"},
     "weights": {"spec", "models"},
     "export": {"spec", "models", "weights", "runtime", "data", "reporting"},
@@ -18,12 +19,15 @@ ALLOWED = {
     "data": {"spec", "runtime", "reporting"},
     "evaluation": {"spec", "runtime", "data", "reporting"},
     "training": {"spec", "models", "weights", "runtime", "data", "evaluation", "reporting", "export"},
+    "latency": {"spec", "runtime", "export", "reporting"},
+    "benchmarking": {"spec", "models", "weights", "runtime", "export", "evaluation", "reporting"},
     "cli": {
-        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training",
+        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training", "latency",
+        "cluster", "benchmarking",
     },
 }  # fmt: skip
 TORCH = {"torch", "torchvision", "timm", "onnx", "onnxscript"}
-TORCH_FREE = [*PACKAGE.glob("spec/**/*.py"), *PACKAGE.glob("runtime/**/*.py")]
+TORCH_FREE = [*PACKAGE.glob("spec/**/*.py"), *PACKAGE.glob("runtime/**/*.py"), *PACKAGE.glob("cluster/**/*.py")]
 
 
 def imported(path):

@@ -9,12 +9,15 @@ import warnings
 
 import typer
 
+from efficientformer.cli.benchmark import benchmark
 from efficientformer.cli.convert import convert
 from efficientformer.cli.data import data_app
 from efficientformer.cli.download import download
 from efficientformer.cli.info import info
+from efficientformer.cli.latency_table import latency_table
 from efficientformer.cli.listing import list_
 from efficientformer.cli.predict import predict
+from efficientformer.cli.profile import profile
 from efficientformer.cli.quantize import quantize
 from efficientformer.cli.test import test
 from efficientformer.cli.train import train
@@ -48,12 +51,15 @@ def _options(
 for _name, _verb in (
     ("predict", predict),
     ("test", test),
+    ("benchmark", benchmark),
     ("list", list_),
     ("info", info),
     ("convert", convert),
     ("quantize", quantize),
     ("train", train),
     ("download", download),
+    ("profile", profile),
+    ("latency-table", latency_table),
 ):
     app.command(_name)(_verb)
 app.add_typer(data_app, name="data")

@@ -1,115 +1,80 @@
-"""``efficientformer quantize``: a network's file in int8, and what that costs."""
+"""``efficientformer quantize``: a smaller, faster file of a network, measured on the user's pictures."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from efficientformer.cli.progress import step_bars
+
 if TYPE_CHECKING:
-    from efficientformer.export.quantize import Progress, Quantisation
-
-_MAX_SKIPPED = 20
-
-
-class Storage(StrEnum):
-    """How weights alone are stored."""
-
-    INT8 = "int8"
-    FP16 = "fp16"
+    from efficientformer.export.quantize import QuantisationReport
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Zoo name, weights file of any layout, or exported file.")],
-    data: Annotated[Path, typer.Option(help="Pictures to calibrate and measure on: a data set or a plain folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Zoo name, weights file or exported file.")],
+    data: Annotated[Path, typer.Option(help="Folder with pictures; folders named after classes give labels.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the file and its report.")],
-    max_drop: Annotated[float, typer.Option(help="Points of top-1 (or agreement) that may be lost.")] = 0.5,
-    pictures: Annotated[int, typer.Option(min=1, help="Pictures to calibrate on.")] = 300,
-    holdout: Annotated[int, typer.Option(min=1, help="Other pictures, to measure on.")] = 500,
-    weights_only: Annotated[
-        Storage | None, typer.Option(help="Store the weights smaller and compute in float.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Which pictures.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
+    max_drop: Annotated[float, typer.Option(help="Points of top-1 that may be lost.")] = 0.5,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures to calibrate on, at most.")] = 300,
+    holdout: Annotated[int, typer.Option(min=1, help="Other pictures to measure on, at most.")] = 500,
+    weights_only: Annotated[str, typer.Option(help="int8 or fp16: store weights so, compute in float.")] = "",
+    seed: Annotated[int, typer.Option(help="Decides which pictures.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:
-    """Quantise a network to int8. Layers that hurt stay in float until the allowed drop holds."""
-    from efficientformer.export.quantize import quantize as run
-    from efficientformer.weights.cache import terminal_progress
+    """Quantise a network to int8. Exits 0, 1 if the allowed drop cannot be held, 2 for wrong usage."""
+    from efficientformer.evaluation.report import require_libraries
 
-    with terminal_progress(quiet=quiet) as downloading, _status(quiet) as progress:
-        result = run(
-            str(model),
+    require_libraries()
+    from efficientformer.export.quantize import quantize as make
+
+    with step_bars(quiet) as progress:
+        report = make(
+            model,
             data,
             output,
-            max_drop=max_drop,
+            checkpoint=checkpoint,
+            weights_only=weights_only,
             pictures=pictures,
             holdout=holdout,
-            weights_only=weights_only.value if weights_only else "",
+            max_drop=max_drop,
             seed=seed,
             offline=offline or None,
             progress=progress,
-            download_progress=downloading,
         )
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
-    else:
-        _print(result)
-    for name, reason in result.skipped[:_MAX_SKIPPED]:
-        typer.secho(f"skipped {name}: {reason}", fg="yellow", err=True)
-    if len(result.skipped) > _MAX_SKIPPED:
-        typer.echo(f"{len(result.skipped):,} pictures were skipped; report.json lists them all", err=True)
     if not quiet:
-        if result.note:
-            typer.echo(f"note: {result.note}", err=True)
-        typer.echo(f"Wrote {result.path}, report.json and report.html", err=True)
+        for name, reason in report.skipped:
+            typer.secho(f"skipped {name}: {reason}", fg="yellow", err=True)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        _print(report)
 
 
-@contextmanager
-def _status(quiet: bool) -> Iterator[Progress | None]:
-    """Show on standard error what is being done and for how long; nothing if quiet, or if that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)  # how many layers must stay in float, and so how long, is not known
-        yield lambda text: bar.update(task, description=text)
-
-
-def _print(result: Quantisation) -> None:
+def _print(report: QuantisationReport) -> None:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    from efficientformer.export.quantize_report import score_rows
+    from efficientformer.export.quantize_page import speed_rows
 
     console = Console(highlight=False)
-    times = list(result.timings.items())
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("accuracy on held-out pictures")
-    for heading in ("top-1 %", "agreement %", "points lost"):
-        table.add_column(heading, justify="right")
-    for row in score_rows(result):
-        table.add_row(Text(row[0]), *row[1:])
-    console.print(table)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("one picture")
-    table.add_column("median ms", justify="right")
-    for name, timing in times:
-        table.add_row(Text(name), f"{timing.median_ms:.2f}")
-    console.print(table)
-    before, after = result.sizes
-    console.print(f"size {after / 1e6:.2f} MB (float {before / 1e6:.2f} MB)")
-    if result.layers:
-        console.print(f"layers in float: {len(result.kept)} of {result.layers}")
+    before, after = (size / 1e6 for size in report.sizes)
+    console.print(f"[bold]{report.path}[/bold]: {report.kind}, {before:.2f} to {after:.2f} MB")
+    single = "" if report.top1 is None else f"; single precision: {report.top1:.2f} % top-1"
+    console.print(f"calibrated on {report.calibrated_on} pictures, measured on {report.held_out} others{single}")
+    if report.kept:
+        console.print(f"kept in float: {', '.join(report.kept)}")
+    accuracy = Table("engine", "agreement", "top-1", "points lost", box=None, header_style="bold", pad_edge=False)
+    for each in report.accuracy:
+        top1 = "" if each.top1 is None else f"{each.top1:.2f} %"
+        accuracy.add_row(each.engine, f"{each.agreement:.2f} %", top1, f"{each.drop:.2f}")
+    speed = Table("one picture", "median ms", "p10", "p90", box=None, header_style="bold", pad_edge=False)
+    for row in speed_rows(report):
+        speed.add_row(*row)
+    console.print(accuracy)
+    console.print(speed)

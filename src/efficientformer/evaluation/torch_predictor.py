@@ -39,6 +39,7 @@ class TorchPredictor:
     """
 
     key = "torch"
+    streams = 1  # torch's threads, or the GPU, serve one caller at a time
 
     def __init__(
         self,
@@ -83,6 +84,10 @@ class TorchPredictor:
             images = torch.from_numpy(batch).to(self.device, memory_format=torch.channels_last)
             logits: npt.NDArray[np.float32] = self._forward(images).float().cpu().numpy()
             return logits
+
+    def for_many(self) -> TorchPredictor:
+        """Return itself."""
+        return self
 
 
 def _device(wanted: str) -> torch.device:

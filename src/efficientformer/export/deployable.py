@@ -35,21 +35,19 @@ def deployable(
         model: A zoo name or alias, a weights file of any layout, or an exported file; without it and without a
             checkpoint, the network shipped in the package.
         checkpoint: A weights file or exported file to use instead of the zoo's weights.
-        precision: ``int8`` asks for the network's quantised file, which ``quantize`` left here; an exported file is
-            taken as it is. Everything else is one float file.
+        precision: ``int8`` asks for the file that ``quantize`` made of the network; all others get the float file.
         offline: Forbid (True) or allow (False) connections; None asks the environment.
         progress: Told how a download goes.
 
     Raises:
-        EngineError: If ``int8`` is asked for and the network has not been quantised.
         UnknownModelError: If ``model`` is neither in the zoo nor a file.
+        EngineError: If the network was not quantised yet.
         MissingExtraError: If the file must be built and torch is not installed.
         CheckpointError, DownloadError, ExportError: If the weights cannot be read, fetched or exported.
     """
-    if checkpoint is None and _is_file(model):
-        model, checkpoint = "", model
-    if precision == "int8":
-        return _quantised(model, checkpoint)
+    model, checkpoint = _told_apart(model, checkpoint)
+    if precision == "int8" and (ready := quantised_file(model, checkpoint=checkpoint)) is not None:
+        return _require_quantised(ready, model or str(checkpoint or EMBEDDED))
     if checkpoint is not None:
         return _from_file(model, Path(checkpoint))
     found = resolve(model or EMBEDDED)
@@ -64,37 +62,42 @@ def embedded_file() -> Path:
     return Path(__file__).parent.parent / "assets" / f"{EMBEDDED}{SUFFIX}"
 
 
-def quantised_beside(path: Path) -> Path:
-    """Return where the quantised form of an exported file lies, whether or not there is one."""
-    return path.with_name(f"{path.stem}-int8{SUFFIX}")
+def quantised_file(model: str, *, checkpoint: str | Path | None = None) -> Path | None:
+    """Return where the int8 file of a network is kept, whether there is one or not; None for an exported file.
 
+    Args:
+        model: As for ``deployable``.
+        checkpoint: As for ``deployable``.
 
-def is_cached(path: Path) -> bool:
-    """Tell whether an exported file is one of those ``deployable`` keeps."""
-    return path.is_relative_to(_folder())
-
-
-def _quantised(model: str, checkpoint: str | Path | None) -> Path:
-    """Return the quantised file of a network; no weights are looked at, so it may be older than they are."""
+    Raises:
+        UnknownModelError: If ``model`` is neither in the zoo nor a file.
+        CheckpointError: If there is no such file.
+    """
+    model, checkpoint = _told_apart(model, checkpoint)
     if checkpoint is not None:
         file = _existing(Path(checkpoint))
-        if file.suffix == SUFFIX:
-            return file
-        candidates = [_file_target(model, file)]
-    else:
-        found = resolve(model or EMBEDDED)
-        sources = found.card.sources if found.source is None else (found.source,)
-        is_embedded = found.card.name == EMBEDDED
-        candidates = [embedded_file()] if is_embedded else [_target(found.card, source) for source in sources]
-    for candidate in candidates:
-        if (quantised := quantised_beside(candidate)).exists():
-            return quantised
-    named = str(checkpoint or model)
+        return None if file.suffix == SUFFIX else _kept_for(model, file, "int8")
+    card = resolve(model or EMBEDDED).card
+    own = _folder() / card.name / f"int8{SUFFIX}"
+    shipped = embedded_file().with_name(f"{EMBEDDED}-int8{SUFFIX}")
+    return shipped if card.name == EMBEDDED and not own.exists() else own
+
+
+def _told_apart(model: str, checkpoint: str | Path | None) -> tuple[str, str | Path | None]:
+    """Return name and weights file, also if the name is a file: one, or the folder that ``quantize`` wrote."""
+    if checkpoint is None and _is_file(model):
+        return "", model
+    inside = Path(model) / f"model{SUFFIX}"
+    return ("", inside) if checkpoint is None and model and inside.is_file() else (model, checkpoint)
+
+
+def _require_quantised(path: Path, name: str) -> Path:
+    if path.exists():
+        return path
     raise EngineError(
-        f"{named} has not been quantised here",
-        expected="an int8 file in the cache",
-        found="none",
-        hint=f"Make one: efficientformer quantize {named} --data PICTURES --output FOLDER",
+        f"{name} was not quantised yet",
+        expected="an int8 file made on your pictures",
+        hint=f"Make it: efficientformer quantize {name} --data PICTURES --output {Path(name).stem}-int8",
     )
 
 
@@ -113,16 +116,17 @@ def _existing(file: Path) -> Path:
     return file
 
 
-def _file_target(model: str, file: Path) -> Path:
+def _kept_for(model: str, file: Path, kind: str = "") -> Path:
+    """Return where what is built of a weights file is kept: another name for another content."""
     stat = file.stat()
-    identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{model}"
+    identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{model}" + (f"|{kind}" if kind else "")
     return _folder() / "files" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}{SUFFIX}"
 
 
 def _from_file(model: str, file: Path) -> Path:
     if _existing(file).suffix == SUFFIX:
         return file
-    target = _file_target(model, file)
+    target = _kept_for(model, file)
     if not target.exists():
         _require_torch(str(file))
         from efficientformer.weights.pretrained import load_named

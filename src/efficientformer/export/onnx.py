@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from efficientformer.export.halves import store_half
+from efficientformer.export.qdq import halve_weights
 from efficientformer.export.verify import Agreement, verify
 from efficientformer.models.fold import fold
 from efficientformer.models.network import EfficientFormer
@@ -45,7 +45,7 @@ def export_onnx(
     path = Path(path)
     proto = _to_proto(model)
     if half_storage:
-        store_half(proto)
+        halve_weights(proto)
     entry = proto.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, manifest.to_json()
     path.parent.mkdir(parents=True, exist_ok=True)

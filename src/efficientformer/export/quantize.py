@@ -1,310 +1,343 @@
-"""Post-training quantisation: a network's file in int8, calibrated on pictures and measured on others."""
+"""Post-training quantisation with a guard: layers that cost accuracy stay in float until the allowed drop holds."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from efficientformer.export.calibration import Chosen, Pictures, choose_pictures
-from efficientformer.export.deployable import deployable, is_cached, quantised_beside
-from efficientformer.export.guard import Kept, Score, effect, hold, logits_of, score
-from efficientformer.export.int8 import Quantiser, bytes_with_manifest, load_float, store_weights_int8
+from efficientformer.export.calibration import Pictures, gather_pictures
+from efficientformer.export.deployable import deployable, quantised_file
+from efficientformer.export.qdq import Progress, Quantiser, store_weights_half, store_weights_int8
 from efficientformer.runtime.engines import Engine, installed_engines, open_engine
 from efficientformer.runtime.timing import Timing, environment, time_together
 from efficientformer.spec.errors import ExportError, UsageError
 from efficientformer.spec.fields import check_choice
-from efficientformer.spec.manifest import METADATA_KEY, Manifest
-from efficientformer.spec.zoo import FILE_SUFFIXES, resolve
-from efficientformer.weights.cache import Progress as DownloadProgress
-from efficientformer.weights.cache import sha256_of, writing_to
+from efficientformer.spec.manifest import Manifest
 
-WEIGHTS_ONLY = ("int8", "fp16")
-RANKING_PICTURES = 50  # held-out pictures a layer's effect is measured on
-ROUNDS = 50
-
-Progress = Callable[[str], None]
+WEIGHTS_ONLY = ("", "int8", "fp16")
+MODEL_FILE, REPORT_FILE, PAGE_FILE = "model.onnx", "report.json", "report.html"
+RANKED_ON = 32  # pictures on which each layer's own error is measured
+BATCH = 16
 
 
-@dataclass(frozen=True)
-class Quantisation:
-    """What quantising gave.
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How one engine's results compare with single precision on the held-out pictures.
 
     Attributes:
-        path: The file.
-        manifest: What the file says about itself.
-        scores: Each engine's agreement and top-1 on the held-out pictures, the float network's first.
-        timings: Latency of one picture for each file and engine.
-        sizes: Bytes of the float file and of the new one.
-        kept: Layers that stay in float, by effect.
-        layers: Layers there are.
-        calibration: Pictures it was calibrated on.
-        held_out: Pictures it was measured on.
-        skipped: Name and reason of each picture that could not be read.
-        note: What a reader must know of the figures; may be empty.
+        engine: The engine, its version and precision.
+        agreement: Pictures with single precision's label, in percent.
+        top1: Pictures with the right label, in percent; None if the pictures have no labels of the network's.
+        drop: Points of top-1 lost against single precision; without labels, points of agreement lost.
     """
 
+    engine: str
+    agreement: float
+    top1: float | None
+    drop: float
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisationReport:
+    """What was made, and what it costs and gains.
+
+    Attributes:
+        model: The network.
+        path: The file made.
+        kind: ``int8``, or ``int8 weights`` or ``fp16 weights`` for smaller files that compute in float.
+        calibrated_on: Pictures whose values set the scales.
+        held_out: Other pictures, on which accuracy was measured.
+        skipped: Pictures that could not be read, with reasons.
+        labelled: Whether the held-out pictures have labels of the network's classes.
+        top1: Single precision's top-1 in percent; None without labels.
+        accuracy: For each engine installed.
+        max_drop: The drop that was allowed.
+        kept: Layers that stayed in float, the one with the largest error of its own first.
+        errors: Error of each layer when it alone is int8, relative to the logits' spread; empty if never needed.
+        sizes: Bytes of the float and of the new file.
+        timings: One picture, by engine: before and after, in turns of one run.
+        environment: Hardware, versions, date.
+    """
+
+    model: str
     path: Path
-    manifest: Manifest
-    scores: list[Score]
-    timings: dict[str, Timing]
-    sizes: tuple[int, int]
-    kept: list[Kept]
-    layers: int
-    calibration: int
+    kind: str
+    calibrated_on: int
     held_out: int
-    skipped: list[tuple[str, str]]
-    note: str
+    skipped: tuple[tuple[str, str], ...]
+    labelled: bool
+    top1: float | None
+    accuracy: tuple[Accuracy, ...]
+    max_drop: float
+    kept: tuple[str, ...]
+    errors: dict[str, float]
+    sizes: tuple[int, int]
+    timings: dict[str, Timing]
+    environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {
-            "file": self.path.name,
-            "provenance": dict(self.manifest.provenance),
-            "bytes": {"float": self.sizes[0], "quantised": self.sizes[1]},
-            "scores": [dataclasses.asdict(each) for each in self.scores],
-            "latency": {name: timing.to_dict() for name, timing in self.timings.items()},
-            "layers": self.layers,
-            "kept_in_float": [dataclasses.asdict(each) for each in self.kept],
-            "pictures": {"calibration": self.calibration, "held_out": self.held_out},
-            "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
-            "note": self.note,
-            "environment": environment("efficientformer", "onnxruntime", "openvino", "onnx"),
-        }
+        """Return plain values."""
+        data = dataclasses.asdict(self)
+        data |= {"path": str(self.path), "sizes": dict(zip(("float", "new"), self.sizes, strict=True))}
+        data["timings"] = {name: timing.to_dict() for name, timing in self.timings.items()}
+        return data
+
+    def to_json(self) -> str:
+        """Return ``to_dict`` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
 
 
 def quantize(
     model: str,
-    data: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    data: str | Path,
+    output: str | Path,
     *,
-    max_drop: float = 0.5,
+    checkpoint: str | Path | None = None,
+    weights_only: str = "",
     pictures: int = 300,
     holdout: int = 500,
-    weights_only: str = "",
+    max_drop: float = 0.5,
     seed: int = 0,
     offline: bool | None = None,
     progress: Progress | None = None,
-    download_progress: DownloadProgress | None = None,
-) -> Quantisation:
-    """Quantise a network, measure what it costs, and write the file with a report if it costs no more than allowed.
-
-    The layers that hurt most stay in float until the allowed drop holds on every engine installed. A network named by
-    its zoo name or checkpoint is left in the cache too, where ``precision="int8"`` finds it.
+) -> QuantisationReport:
+    """Make a smaller or faster file of a network, measured on the user's pictures.
 
     Args:
-        model: A zoo name or alias, a weights file of any layout, or an exported file.
-        data: Pictures: a data set of any layout or a plain folder. Top-1 counts if its classes are the network's, else
-            agreement with the float network.
-        output: Folder to write NAME-int8.onnx, report.json and report.html to.
-        max_drop: Points that may be lost.
-        pictures: How many to calibrate on.
-        holdout: How many others to measure on.
-        weights_only: ``int8`` or ``fp16`` stores the weights smaller and computes in float.
-        seed: Which pictures.
+        model: Zoo name or alias, weights file, or exported file; empty for the network in the package.
+        data: Folder with pictures; in folders named after the network's classes they count as labelled. With
+            ``train/`` and ``val/`` (or ``test/``) in it, scales are set on the one and figures measured on the other.
+        output: Folder for the file, the JSON report and the page; it must not hold another network.
+        checkpoint: A weights file to use instead of the zoo's weights.
+        weights_only: ``int8`` or ``fp16``: store weights so and compute in float. Empty: compute in int8.
+        pictures: How many to calibrate on at most.
+        holdout: How many others to measure on at most.
+        max_drop: Points of top-1 (without labels: of agreement with single precision) that may be lost in any engine.
+        seed: Decides which pictures.
         offline: Forbid (True) or allow (False) connections; None asks the environment.
-        progress: Told what is being done.
-        download_progress: Told how a download goes.
+        progress: Told how the work goes.
+
+    Returns:
+        The report; the folder then holds ``model.onnx``, ``report.json`` and ``report.html``.
 
     Raises:
-        UsageError: If an option is illegal, or the output cannot be written.
-        DataError: If there are too few readable pictures.
-        MissingExtraError: If onnx, jinja2 or what builds the float file is not installed.
-        ExportError: If the drop cannot be held. Then nothing is written.
+        UsageError: If an argument makes no sense, or the folder holds something else.
+        DataError: If there are too few pictures.
+        ExportError: If the allowed drop cannot be held; nothing is written.
+        MissingExtraError: If a library of the quantize extra is missing.
     """
-    _check_options(max_drop, pictures, holdout, weights_only)
-    tell = progress or (lambda _: None)
-    from efficientformer.export.quantize_report import require_libraries, write_reports
-
-    require_libraries()
-    tell("preparing the float network")
-    source = deployable(model, offline=offline, progress=download_progress)
-    reference = open_engine(source, "onnxruntime")
-    _refuse_quantised(source, reference.manifest)
-    proto = load_float(source)
-    tell("decoding pictures")
-    chosen = choose_pictures(data, reference.manifest, pictures=pictures, holdout=holdout, seed=seed)
-    job = _Job(source, reference, proto, chosen, weights_only, seed, tell)
-    folder = _output_folder(output)
-    target = folder / f"{_name(model, source)}-{f'weights-{weights_only}' if weights_only else 'int8'}.onnx"
-    with _temporary(folder, target.name) as temporary:
-        kept = job.run(temporary, max_drop)
-        result = job.result(target, temporary, kept)
-        write_reports(result, folder)
-        temporary.chmod(0o644)  # mkstemp's files are for their owner only
-        temporary.replace(target)
-    if is_cached(source) and not weights_only:
-        _leave_in_cache(target, quantised_beside(source))
-    return result
+    check_choice("weights_only", weights_only, WEIGHTS_ONLY)
+    if not 0 <= max_drop <= 100 or pictures < 1 or holdout < 1:
+        found = f"max_drop {max_drop}, {pictures} and {holdout} pictures"
+        raise UsageError("Illegal quantisation", expected="a drop from 0 to 100, pictures from 1", found=found)
+    output = _checked_folder(Path(output))
+    source = deployable(model, checkpoint=checkpoint, offline=offline)
+    reference = open_engine(source, "onnxruntime", precision="fp32")
+    batches = gather_pictures(data, reference.manifest, pictures, holdout, seed, progress)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        work = _Work(source, reference, batches, max_drop, Path(scratch) / MODEL_FILE, progress)
+        if weights_only:
+            work.store_weights(weights_only)
+        else:
+            work.quantise()
+        report = work.report(output / MODEL_FILE, f"{weights_only} weights" if weights_only else "int8")
+        _put(work.target, report, output)
+    if not weights_only:
+        _remember(output / MODEL_FILE, model, checkpoint)
+    return report
 
 
-class _Job:
-    """One quantisation: the float network, the pictures, and what was measured last."""
+class _Work:
+    """One quantisation: the float network, the pictures, the file in the making."""
 
     def __init__(
         self,
         source: Path,
         reference: Engine,
-        proto: Any,  # noqa: ANN401 (an onnx.ModelProto)
-        chosen: Chosen,
-        weights_only: str,
-        seed: int,
-        tell: Progress,
+        pictures: Pictures,
+        max_drop: float,
+        target: Path,
+        progress: Progress | None,
     ) -> None:
-        self.source, self.reference, self.proto, self.chosen = source, reference, proto, chosen
-        self.weights_only, self.seed, self.tell = weights_only, seed, tell
-        tell("running the float network")
-        self.expected = logits_of(reference, chosen.held_out)
-        self.scores: list[Score] = []
-        self.layers = 0
+        self.source, self.reference, self.pictures = source, reference, pictures
+        self.max_drop, self.target, self.progress = max_drop, target, progress
+        self.expected = _logits(reference, pictures.held_out)
+        self.kept: tuple[str, ...] = ()
+        self.errors: dict[str, float] = {}
+        self.accuracy: tuple[Accuracy, ...] = ()
 
-    def run(self, temporary: Path, max_drop: float) -> list[Kept]:
-        """Write the quantised file; return the layers kept in float."""
-        if self.weights_only:
-            self.layers = 0
-            if self.weights_only == "int8":
-                store_weights_int8(self.proto)
+    @property
+    def manifest(self) -> Manifest:
+        return self.reference.manifest
+
+    def quantise(self) -> None:
+        """Write the file with as few layers in float as the allowed drop asks for."""
+        quantiser = Quantiser(self.source, self.pictures.calibration, self.progress)
+        manifest = dataclasses.replace(
+            self.manifest, metrics={}, provenance={**self.manifest.provenance, "precision": "int8"}
+        )
+        if not self._holds(quantiser, manifest, ()):
+            self._keep_layers(quantiser, manifest)
+        tops = [each.top1 for each in self.accuracy if each.top1 is not None]
+        if tops:
+            manifest = dataclasses.replace(manifest, metrics={"top1": min(tops)})
+        quantiser.write(self.target, manifest, keep=self.kept)
+
+    def _keep_layers(self, quantiser: Quantiser, manifest: Manifest) -> None:
+        """Find the fewest of the layers with the largest errors that must stay in float."""
+        ranked = self._ranked(quantiser, manifest)
+        too_few, count = 0, 1
+        while count < len(ranked) and not self._holds(quantiser, manifest, ranked[:count]):
+            too_few, count = count, 2 * count
+        enough = min(count, len(ranked))
+        while enough - too_few > 1:
+            middle = (enough + too_few) // 2
+            if self._holds(quantiser, manifest, ranked[:middle]):
+                enough = middle
             else:
-                from efficientformer.export.halves import store_half
+                too_few = middle
+        if not self._holds(quantiser, manifest, ranked[:enough]):
+            worst = max(self.accuracy, key=lambda each: each.drop)
+            raise ExportError(
+                "No choice of layers in float holds the allowed drop",
+                expected=f"at most {self.max_drop:g} points",
+                found=f"{worst.drop:.2f} points with {worst.engine}, all layers with weights in float",
+                hint="Nothing was written. Allow more (--max-drop), or give more pictures of the kind it will see",
+            )
 
-                store_half(self.proto)
-            scores = self._measure(self.proto, temporary)
-            if not max(each.drop for each in scores) <= max_drop:
-                raise ExportError(
-                    "Storing the weights smaller costs too much",
-                    expected=f"at most {max_drop:g} points lost",
-                    found=f"{max(each.drop for each in scores):.2f}",
-                    hint="Store them in fp16, or allow more with --max-drop",
-                )
-            self.scores = scores
-            return []
-        self.tell("calibrating")
-        quantiser = Quantiser(self.proto, self.chosen.calibration.batches())
-        self.layers = len(quantiser.layers)
+    def store_weights(self, kind: str) -> None:
+        """Write the file with small weights, and check the drop once."""
+        store = {"int8": store_weights_int8, "fp16": store_weights_half}[kind]
+        provenance = {**self.manifest.provenance, "weights": kind}
+        store(self.source, self.target, dataclasses.replace(self.manifest, metrics={}, provenance=provenance))
+        self.accuracy = self._measure()
+        worst = max(self.accuracy, key=lambda each: each.drop)
+        if worst.drop > self.max_drop:
+            raise ExportError(
+                f"{kind} weights lose more than allowed",
+                expected=f"at most {self.max_drop:g} points",
+                found=f"{worst.drop:.2f} points with {worst.engine}",
+                hint="Nothing was written. Allow more (--max-drop), or store them in fp16",
+            )
 
-        def attempt(in_float: Sequence[str]) -> list[Score]:
-            self.tell(f"measuring with {len(in_float)} of {self.layers} layers in float")
-            return self._measure(quantiser.build(in_float), temporary)
-
-        self.scores, kept = hold(attempt, lambda: self._rank(quantiser, temporary), max_drop)
-        return kept
-
-    def result(self, target: Path, temporary: Path, kept: list[Kept]) -> Quantisation:
-        """Put the measured top-1 into the file, time it, and sum up."""
-        top1 = [each.top1 for each in self.scores if each.top1 is not None]
-        manifest = self._manifest({"top1": round(min(top1), 2)} if top1 else {})
-        import onnx
-
-        proto = onnx.load(temporary)
-        temporary.write_bytes(bytes_with_manifest(proto, METADATA_KEY, manifest.to_json()))
-        self.tell("timing")
-        return Quantisation(
-            path=target,
-            manifest=manifest,
-            scores=[score(self.reference, self.chosen.held_out, self.expected), *self.scores],
-            timings=self._times(temporary),
-            sizes=(self.source.stat().st_size, temporary.stat().st_size),
-            kept=kept,
-            layers=self.layers,
-            calibration=0 if self.weights_only else len(self.chosen.calibration),
-            held_out=len(self.chosen.held_out),
-            skipped=self.chosen.skipped,
-            note=self.chosen.note,
+    def report(self, path: Path, kind: str) -> QuantisationReport:
+        """Time the file beside the float one, and put everything together."""
+        engines = {}
+        for name in installed_engines():
+            engines[f"float, {name}"] = open_engine(self.source, name)
+            engines[f"{kind}, {name}"] = open_engine(self.target, name)
+        picture = self.pictures.held_out[:1]
+        named = {f"{key} ({engine.precision})": engine for key, engine in engines.items()}
+        timings = time_together({key: _runner(engine, picture) for key, engine in named.items()}, rounds=30)
+        labels = self.pictures.labels
+        return QuantisationReport(
+            model=self.manifest.provenance.get("model", self.source.name),
+            path=path,
+            kind=kind,
+            calibrated_on=len(self.pictures.calibration),
+            held_out=len(self.pictures.held_out),
+            skipped=self.pictures.skipped,
+            labelled=labels is not None,
+            top1=None if labels is None else _percent(self.expected.argmax(1) == labels),
+            accuracy=self.accuracy,
+            max_drop=self.max_drop,
+            kept=self.kept,
+            errors=self.errors,
+            sizes=(self.source.stat().st_size, self.target.stat().st_size),
+            timings=timings,
+            environment=environment("efficientformer", "onnxruntime", "openvino", "onnx"),
         )
 
-    def _measure(self, proto: Any, path: Path) -> list[Score]:  # noqa: ANN401
-        path.write_bytes(bytes_with_manifest(proto, METADATA_KEY, self._manifest({}).to_json()))
-        engines = [open_engine(path, name) for name in installed_engines()]
-        return [score(engine, self.chosen.held_out, self.expected) for engine in engines]
+    def _holds(self, quantiser: Quantiser, manifest: Manifest, keep: Sequence[str]) -> bool:
+        """Write the file with these layers in float; whether every engine holds the allowed drop."""
+        quantiser.write(self.target, manifest, keep=keep)
+        self.kept, self.accuracy = tuple(keep), self._measure()
+        if self.progress is not None:
+            self.progress(f"{len(keep)} layers in float", len(keep), len(quantiser.layers))
+        return max(each.drop for each in self.accuracy) <= self.max_drop
 
-    def _rank(self, quantiser: Quantiser, path: Path) -> list[Kept]:
-        """Return every layer with the effect of quantising it alone, the largest first."""
-        few = Pictures(self.chosen.held_out.preprocess, self.chosen.held_out.images[:RANKING_PICTURES])
-        expected = self.expected[: len(few)]
-        effects = []
+    def _measure(self) -> tuple[Accuracy, ...]:
+        labels, expected = self.pictures.labels, self.expected.argmax(1)
+        found = []
+        for name in installed_engines():
+            engine = open_engine(self.target, name)
+            said = _logits(engine, self.pictures.held_out).argmax(1)
+            agreement = _percent(said == expected)
+            top1 = None if labels is None else _percent(said == labels)
+            drop = 100 - agreement if top1 is None else _percent(expected == labels) - top1
+            found.append(Accuracy(engine.name, agreement, top1, round(drop, 4)))
+        return tuple(found)
+
+    def _ranked(self, quantiser: Quantiser, manifest: Manifest) -> tuple[str, ...]:
+        """Return the layers, the one that hurts most when it alone is int8 first."""
+        batch = self.pictures.calibration[:RANKED_ON]
+        expected = _logits(self.reference, batch)
+        scale = float(np.linalg.norm(expected - expected.mean(0))) or 1.0
         for index, layer in enumerate(quantiser.layers):
-            self.tell(f"measuring the effect of layer {index + 1} of {self.layers}")
-            proto = quantiser.build([other for other in quantiser.layers if other != layer])
-            path.write_bytes(bytes_with_manifest(proto, METADATA_KEY, self._manifest({}).to_json()))
-            effects.append(Kept(layer, effect(logits_of(open_engine(path, "onnxruntime"), few), expected)))
-        return sorted(effects, key=lambda each: -each.effect)
-
-    def _manifest(self, metrics: dict[str, float]) -> Manifest:
-        made = {"quantised_from": sha256_of(self.source)}
-        if self.weights_only:
-            made["weights"] = self.weights_only
-        else:
-            made["precision"] = "int8"
-            made["calibration"] = f"{len(self.chosen.calibration)} pictures, seed {self.seed}"
-        provenance = {**self.reference.manifest.provenance, **made}
-        return dataclasses.replace(self.reference.manifest, metrics=metrics, provenance=provenance)
-
-    def _times(self, path: Path) -> dict[str, Timing]:
-        picture = next(self.chosen.held_out.batches(1))
-        subjects = {}
-        for kind, file in (("float", self.source), ("quantised", path)):
-            for name in installed_engines():
-                engine = open_engine(file, name)
-                subjects[f"{kind}: {engine.name}"] = lambda engine=engine: engine.run(picture)
-        return time_together(subjects, rounds=ROUNDS)
+            quantiser.write(self.target, manifest, only=layer)
+            found = _logits(open_engine(self.target, "onnxruntime"), batch)
+            self.errors[layer] = round(float(np.linalg.norm(found - expected)) / scale, 6)
+            if self.progress is not None:
+                self.progress("ranking layers", index + 1, len(quantiser.layers))
+        return tuple(sorted(self.errors, key=lambda layer: -self.errors[layer]))
 
 
-def _check_options(max_drop: float, pictures: int, holdout: int, weights_only: str) -> None:
-    if not np.isfinite(max_drop) or not 0 <= max_drop <= 100:
-        raise UsageError("Illegal max_drop", expected="points from 0 to 100", found=repr(max_drop))
-    for name, value in (("pictures", pictures), ("holdout", holdout)):
-        if value < 1:
-            raise UsageError(f"Illegal {name}", expected="a whole number from 1", found=repr(value))
-    if weights_only:
-        check_choice("weights_only", weights_only, WEIGHTS_ONLY)
+def _runner(engine: Engine, picture: npt.NDArray[np.float32]) -> Callable[[], object]:
+    return lambda: engine.run(picture)
 
 
-def _refuse_quantised(path: Path, manifest: Manifest) -> None:
-    found = manifest.provenance.get("precision") or manifest.provenance.get("weights")
-    if found:
-        hint = "Give the float network it was made from"
-        raise UsageError(f"{path} is quantised already", expected="a float network", found=found, hint=hint)
+def _logits(engine: Engine, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return logits (N, num_classes) for preprocessed images (N, C, H, W), a few at a time."""
+    return np.concatenate([engine.run(batch[start : start + BATCH]) for start in range(0, len(batch), BATCH)])
 
 
-def _output_folder(output: str | os.PathLike[str]) -> Path:
-    folder = Path(output)
+def _percent(right: npt.NDArray[np.bool_]) -> float:
+    return round(100 * float(right.mean()), 4)
+
+
+def _checked_folder(folder: Path) -> Path:
+    """Return an output folder that is new, empty, or holds an earlier quantisation."""
+    folder = folder.absolute()
+    ours = {MODEL_FILE, REPORT_FILE, PAGE_FILE}
+    if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - ours):
+        raise UsageError(f"{folder} holds something else", expected="a new folder, or an earlier quantisation's")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"Cannot write to {folder}", expected="a folder", found=str(error)) from error
+        raise UsageError(f"Cannot write to {folder.parent}", found=str(error)) from error
     return folder
 
 
-def _name(model: str, source: Path) -> str:
-    """Return what the new file is called after: the zoo's name, or that of the file."""
-    if Path(model).is_file() or model.endswith(FILE_SUFFIXES):
-        return Path(model).stem
-    return resolve(model).card.name if model else source.stem
+def _put(target: Path, report: QuantisationReport, output: Path) -> None:
+    """Write the reports beside the file, then give the whole its name."""
+    from efficientformer.export.quantize_page import write_page
+
+    folder = target.parent
+    (folder / REPORT_FILE).write_text(report.to_json())
+    write_page(report, folder / PAGE_FILE)
+    output.mkdir(exist_ok=True)
+    for name in (PAGE_FILE, REPORT_FILE, MODEL_FILE):
+        (folder / name).chmod(0o644)
+        (folder / name).replace(output / name)
 
 
-@contextmanager
-def _temporary(folder: Path, name: str) -> Iterator[Path]:
-    """Give a file in a folder that is gone afterwards unless it has been renamed."""
-    try:
-        handle, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
-    except OSError as error:
-        raise UsageError(f"Cannot write to {folder}", found=str(error)) from error
+def _remember(path: Path, model: str, checkpoint: str | Path | None) -> None:
+    """Leave a copy in the cache, where ``precision="int8"`` of this network finds it."""
+    kept = quantised_file(model, checkpoint=checkpoint)
+    if kept is None:
+        return
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=kept.parent, suffix=".tmp")
     os.close(handle)
-    try:
-        yield Path(path)
-    finally:
-        Path(path).unlink(missing_ok=True)
-
-
-def _leave_in_cache(file: Path, target: Path) -> None:
-    with writing_to(target.parent), _temporary(target.parent, target.name) as temporary:
-        temporary.write_bytes(file.read_bytes())
-        temporary.chmod(0o644)
-        temporary.replace(target)
+    shutil.copyfile(path, name)
+    Path(name).replace(kept)

@@ -1,0 +1,204 @@
+"""Bulk prediction beyond one machine: pictures and results in a cluster's storage, Ray Data in between.
+
+Each worker is a Ray actor with the network open; Ray gives it batches of paths, gives a dead worker's batches to
+others, and writes results as part files, each of which replaces what an earlier attempt at it left.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from efficientformer.cluster.storage import Place
+from efficientformer.runtime.classifier import Failed, FileClassifier
+from efficientformer.runtime.inputs import Input
+from efficientformer.runtime.records import arrow_schema, printable, record
+from efficientformer.spec.errors import EngineError, missing_extra
+from efficientformer.spec.fields import check_choice
+
+FORMATS = ("parquet", "json")
+DONE_FILE = "_SUCCESS.json"
+BLOCKS_PER_WORKER = 8  # so that workers of different speed end together
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How each worker predicts.
+
+    Attributes:
+        engine: As in ``runtime.engines.ENGINES``.
+        precision: As in ``runtime.engines.PRECISIONS``.
+        threads: CPU threads of a worker, which Ray reserves for it.
+        top_k: Classes per picture.
+        decode: ``exact`` or ``fast``.
+    """
+
+    engine: str = "auto"
+    precision: str = "auto"
+    threads: int = 1
+    top_k: int = 3
+    decode: str = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run did.
+
+    Attributes:
+        pictures: Pictures in all.
+        skipped: How many could not be classified; their rows say why.
+        workers: Workers.
+        output: Where the rows are.
+    """
+
+    pictures: int
+    skipped: int
+    workers: int
+    output: str
+
+
+class Worker:
+    """The stage that Ray runs: paths in, rows out.
+
+    Args:
+        source: Where the pictures are.
+        model: A Ray reference to the bytes of an exported file.
+        options: How to predict.
+    """
+
+    def __init__(self, source: Place, model: Any, options: Options) -> None:  # noqa: ANN401 (a ray.ObjectRef)
+        import ray
+
+        self._source, self._options = source, options
+        with tempfile.NamedTemporaryFile(suffix=".onnx") as file:  # engines read it once and keep it in memory
+            file.write(ray.get(model))
+            file.flush()
+            self._classify = FileClassifier(
+                file.name, engine=options.engine, precision=options.precision, threads=options.threads
+            )
+            list(self._classify.predict([]))  # opens what runs many pictures, too, while the file is there
+
+    def __call__(self, batch: Any) -> Any:  # noqa: ANN401 (pyarrow.Tables)
+        """Classify the pictures of a table with the column ``path``; returns a table of records."""
+        import pyarrow as arrow
+
+        paths = batch["path"].to_pylist()
+        pictures = [Input(path, partial(self._source.read, path)) for path in paths]
+        outcomes = self._classify.predict(pictures, decode=self._options.decode)
+        rows = [
+            record(printable(path), None, str(outcome.error), self._options.top_k)
+            if isinstance(outcome, Failed)
+            else record(printable(path), outcome, "", self._options.top_k)
+            for path, outcome in zip(paths, outcomes, strict=True)
+        ]
+        return arrow.Table.from_pylist(rows, arrow_schema())
+
+
+def predict_on_cluster(
+    source: str,
+    output: str,
+    model: Path,
+    options: Options | None = None,
+    *,
+    workers: int | None = None,
+    format_: str = "parquet",
+    batch_size: int = 32,
+    quiet: bool = True,
+    worker: type[Worker] = Worker,
+) -> Summary:
+    """Classify every picture of a folder on a Ray cluster.
+
+    A cluster that runs is joined where ``RAY_ADDRESS`` says or ``ray.init`` was called; else one is started on this
+    machine. The package must be installed on every node.
+
+    Args:
+        source: Folder with pictures: a path all nodes see, or a URI such as ``s3://bucket/images``.
+        output: New folder for the rows, likewise.
+        model: An exported file on this machine; it is sent to the workers.
+        options: How each worker predicts.
+        workers: Workers; None takes as many as the cluster's CPUs allow.
+        format_: ``parquet`` or ``json`` (lines).
+        batch_size: Pictures a worker is given at a time.
+        quiet: No progress.
+        worker: The stage; a subclass may do more.
+
+    Returns:
+        The summary, which also stands in ``_SUCCESS.json`` in the output; a folder without that file is not complete.
+
+    Raises:
+        UsageError: If the output is not empty, or a place cannot be opened.
+        DataError: If there is no picture.
+        EngineError: If a worker fails for another reason than its death, or rows are missing.
+        MissingExtraError: If the ray extra is not installed.
+    """
+    try:
+        import pyarrow.dataset  # noqa: F401
+        import ray
+        from ray.exceptions import RayError
+    except ImportError as error:
+        raise missing_extra("ray", "Prediction on a cluster", error) from error
+    check_choice("format", format_, FORMATS)
+    options = options or Options()
+    place, target = Place.of(source), Place.of(output)
+    paths = place.pictures()
+    target.make_empty()
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)) // options.threads)
+    try:
+        _run(paths, place, target, model, options, count, format_, batch_size, quiet, worker)
+    except RayError as error:
+        found = str(error).strip().splitlines()[-1][:300]
+        raise EngineError("The cluster could not do it", found=found, hint=f"Remove {output} and run again") from error
+    summary = _count(target, format_, count, output)
+    if summary.pictures != len(paths):
+        expected, found = f"{len(paths):,} rows", f"{summary.pictures:,}"
+        raise EngineError(f"{output} is not complete", expected=expected, found=found, hint="Remove it and run again")
+    with target.filesystem.open_output_stream(f"{target.path}/{DONE_FILE}") as file:
+        file.write(json.dumps({**asdict(summary), "model": model.name, **asdict(options)}, indent=2).encode())
+    return summary
+
+
+def _run(
+    paths: Sequence[str],
+    place: Place,
+    target: Place,
+    model: Path,
+    options: Options,
+    count: int,
+    format_: str,
+    batch_size: int,
+    quiet: bool,
+    worker: type[Worker],
+) -> None:
+    import ray
+
+    ray.data.DataContext.get_current().enable_progress_bars = not quiet
+    blocks = min(count * BLOCKS_PER_WORKER, len(paths))
+    rows = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=blocks).map_batches(
+        worker,
+        fn_constructor_args=(place, ray.put(model.read_bytes()), options),
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=count),
+        num_cpus=options.threads,
+    )
+    if format_ == "parquet":
+        rows.write_parquet(target.path, filesystem=target.filesystem)
+    else:
+        rows.write_json(target.path, filesystem=target.filesystem)
+
+
+def _count(target: Place, format_: str, workers: int, output: str) -> Summary:
+    """Count the rows that were written."""
+    from pyarrow import dataset
+
+    rows = dataset.dataset(target.path, filesystem=target.filesystem, format=format_, schema=arrow_schema())
+    failed = rows.count_rows(filter=dataset.field("error").is_valid())
+    return Summary(rows.count_rows(), failed, workers, output)

@@ -1,0 +1,96 @@
+"""Pictures and results where pyarrow finds them: local folders, s3://, gs://, hdfs://."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from efficientformer.runtime.image import MAX_BYTES, SUFFIXES
+from efficientformer.spec.errors import DataError, ImageError, UsageError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of some file system.
+
+    Attributes:
+        name: As the user wrote it.
+        filesystem: A pyarrow file system.
+        path: The folder in it.
+    """
+
+    name: str
+    filesystem: Any
+    path: str
+
+    @classmethod
+    def of(cls, name: str) -> Place:
+        """Return the folder of a URI or of a local path.
+
+        Raises:
+            UsageError: If pyarrow knows no such file system, or it cannot be reached.
+        """
+        from pyarrow import fs
+
+        try:
+            if "://" in name:
+                filesystem, path = fs.FileSystem.from_uri(name)
+                return cls(name, filesystem, path)
+        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            expected = "a folder, or a URI such as s3://bucket/folder"
+            raise UsageError(f"Cannot open {name!r}", expected=expected, found=str(error)) from error
+        return cls(name, fs.LocalFileSystem(), str(Path(name).absolute()))
+
+    def pictures(self) -> list[str]:
+        """Return the paths of the pictures below the folder, sorted, hidden ones left out.
+
+        Raises:
+            DataError: If there is no such folder, or no picture in it.
+        """
+        from pyarrow import fs
+
+        try:
+            found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=True))
+        except OSError as error:
+            raise DataError(
+                f"Cannot list {self.name!r}", expected="a folder with pictures", found=str(error)
+            ) from error
+        paths = (PurePosixPath(info.path) for info in found if info.type == fs.FileType.File)
+        wanted = [
+            p for p in paths if p.suffix.lower() in SUFFIXES and not any(part[0] == "." for part in p.parts if part)
+        ]
+        if not wanted:
+            raise DataError(f"No pictures in {self.name!r}", expected=f"files ending in {', '.join(sorted(SUFFIXES))}")
+        return sorted(map(str, wanted))
+
+    def read(self, path: str) -> bytes:
+        """Return a picture's bytes.
+
+        Raises:
+            ImageError: If it cannot be read, or is larger than any picture.
+        """
+        try:
+            with self.filesystem.open_input_file(path) as file:
+                if file.size() > MAX_BYTES:
+                    raise ImageError(f"{path!r} is too large", expected=f"at most {MAX_BYTES:,} bytes", found="more")
+                return bytes(file.read())
+        except OSError as error:
+            raise ImageError(f"Cannot read {path!r}", expected="a readable picture file", found=str(error)) from error
+
+    def make_empty(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UsageError: If it cannot be made, or holds something.
+        """
+        from pyarrow import fs
+
+        try:
+            self.filesystem.create_dir(self.path, recursive=True)
+            held = self.filesystem.get_file_info(fs.FileSelector(self.path))
+        except OSError as error:
+            raise UsageError(f"Cannot write to {self.name!r}", found=str(error)) from error
+        if held:
+            found, hint = f"{len(held)} entries", "Name a new folder, or remove what an earlier run left"
+            raise UsageError(f"{self.name!r} is not empty", expected="a new folder", found=found, hint=hint)

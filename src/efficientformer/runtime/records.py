@@ -1,0 +1,50 @@
+"""Results as plain values: what a JSON line, a row of CSV or of Parquet says of one picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from efficientformer.runtime.classifier import Prediction
+
+Record: TypeAlias = dict[str, Any]
+"""``path``, ``pred_label``, ``pred_score``, ``pred_class`` and ``top_k`` (a list of ``label``, ``score``, ``class``);
+or ``path`` and ``error``."""
+
+
+def record(path: str, prediction: Prediction | None, error: str, top_k: int) -> Record:
+    """Return what became of one picture.
+
+    Args:
+        path: Its name.
+        prediction: The prediction; None if it was skipped.
+        error: Why it was skipped.
+        top_k: Classes to keep.
+    """
+    if prediction is None:
+        return {"path": path, "error": error}
+    best = prediction.top_k(top_k)
+    return {
+        "path": path,
+        "pred_label": prediction.label,
+        "pred_score": round(prediction.score, 6),
+        "pred_class": prediction.name,
+        "top_k": [{"label": i, "score": round(score, 6), "class": name} for i, score, name in best],
+    }
+
+
+def printable(text: str) -> str:
+    """Return text with bytes of file names that are no UTF-8, and control characters, made visible."""
+    visible = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in visible)
+
+
+def arrow_schema() -> Any:  # noqa: ANN401 (a pyarrow.Schema; pyarrow has no types)
+    """Return the columns of records in Arrow and Parquet; ``error`` is null for classified pictures."""
+    import pyarrow as arrow
+
+    label, score, name = arrow.int32(), arrow.float32(), arrow.string()
+    top = arrow.list_(arrow.struct({"label": label, "score": score, "class": name}))
+    return arrow.schema(
+        {"path": name, "pred_label": label, "pred_score": score, "pred_class": name, "top_k": top, "error": name}
+    )

@@ -1,0 +1,127 @@
+"""Prediction on a Ray cluster of two workers: the same labels, nothing lost or doubled, also when one is killed."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import ray
+from pyarrow import dataset
+
+from efficientformer.cluster.predict import DONE_FILE, Options, Worker, predict_on_cluster
+from efficientformer.cluster.storage import Place
+from efficientformer.export.deployable import embedded_file
+from efficientformer.runtime.classifier import FileClassifier
+from efficientformer.runtime.records import arrow_schema
+from efficientformer.spec.errors import DataError, UsageError
+from tests.pictures import write_folders
+
+OPTIONS = Options(engine="onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = write_folders(tmp_path_factory.mktemp("cloud") / "images", per_class=40)
+    (root / "broken.jpg").write_bytes(b"no picture")
+    (root / ".hidden.png").write_bytes(b"")
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    source = str(Path(__file__).parents[2])  # workers unpickle this module's classes by name
+    environment = {"env_vars": {"PYTHONPATH": source}}
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20, runtime_env=environment
+    )
+    yield
+    ray.shutdown()
+
+
+def rows(folder, format_="parquet"):
+    files = [str(path) for path in Path(folder).iterdir() if path.name != DONE_FILE]
+    found = dataset.dataset(files, format=format_, schema=arrow_schema()).to_table().to_pylist()
+    return sorted(found, key=lambda row: row["path"])
+
+
+def check(found, folder):
+    paths = sorted(str(path) for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    assert [row["path"] for row in found] == paths  # each once
+    classify = FileClassifier(embedded_file(), engine="onnxruntime", threads=1)
+    for row in found:
+        if row["path"].endswith("broken.jpg"):
+            assert "Cannot decode" in row["error"]
+            assert row["pred_label"] is None
+        else:
+            single = classify(row["path"])
+            assert (row["error"], row["pred_label"], row["pred_class"]) == (None, single.label, single.name)
+            assert [top["class"] for top in row["top_k"]] == [name for *_, name in single.top_k(3)]
+
+
+@pytest.mark.parametrize("format_", ["parquet", "json"])
+def test_two_workers_say_what_one_process_says(folder, tmp_path, format_):
+    output = tmp_path / "labels"
+    summary = predict_on_cluster(
+        str(folder), output.as_uri(), embedded_file(), OPTIONS, workers=2, format_=format_, batch_size=8
+    )
+    assert (summary.pictures, summary.skipped, summary.workers) == (121, 1, 2)
+    assert json.loads((output / DONE_FILE).read_text())["pictures"] == 121
+    check(rows(output, format_), folder)
+
+
+class DiesOnce(Worker):
+    """Is killed in the middle of its work, once: when it meets a certain picture for the first time."""
+
+    def __call__(self, batch):
+        note = Path(self._source.path).parent / "killed"
+        if any(path.endswith("green/020.png") for path in batch["path"].to_pylist()) and not note.exists():
+            note.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(batch)
+
+
+def test_a_killed_worker_loses_nothing_and_doubles_nothing(folder, tmp_path):
+    output = tmp_path / "labels"
+    summary = predict_on_cluster(
+        str(folder), str(output), embedded_file(), OPTIONS, workers=2, batch_size=8, worker=DiesOnce
+    )
+    assert (folder.parent / "killed").exists()
+    assert summary.pictures == 121
+    check(rows(output), folder)
+
+
+def test_command(cli, folder, tmp_path):
+    code, _, err = cli("predict", folder, "--ray", "-o", tmp_path / "labels", "--engine", "onnxruntime")
+    assert code == 1, err
+    assert "1 of 121 inputs were skipped" in err
+    assert "121 pictures by 2 workers" in err
+    check(rows(tmp_path / "labels"), folder)
+    code, _, err = cli("predict", folder, "--ray", "-o", tmp_path / "labels")
+    assert code == 2
+    assert "not empty" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("--ray",), 2, "--output"),
+        (("more", "--ray", "-o", "x"), 2, "one folder"),
+        (("--ray", "-o", "x", "-f", "csv"), 2, "'json'"),
+        (("--ray", "-o", "x", "--annotate", "y"), 2, "--annotate"),
+    ],
+)
+def test_wrong_usage(cli, folder, tmp_path, monkeypatch, arguments, code, says):
+    monkeypatch.chdir(tmp_path)
+    found, _, err = cli("predict", folder, *arguments)
+    assert found == code
+    assert says in err
+
+
+def test_places_that_lead_nowhere(tmp_path):
+    with pytest.raises(UsageError, match="s4"):
+        Place.of("s4://bucket/images")
+    with pytest.raises(DataError, match="Cannot list"):
+        Place.of(str(tmp_path / "none")).pictures()
+    with pytest.raises(DataError, match="No pictures"):
+        Place.of(str(tmp_path)).pictures()
