@@ -128,7 +128,7 @@ def channel_scores(state: Mapping[str, Tensor], axis: str, size: int) -> Tensor:
 
 
 def _strength(rows: Tensor) -> Tensor:
-    norms = rows.detach().float().cpu().norm(dim=1)
+    norms: Tensor = rows.detach().float().cpu().norm(dim=1)
     return norms / norms.mean().clamp(min=1e-12)
 
 

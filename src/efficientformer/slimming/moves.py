@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from efficientformer.slimming.importance import Importances
-from efficientformer.slimming.space import EXPANSION_STEP, IDENTITY, WITHOUT_ATTENTION, Candidate, Space
+from efficientformer.slimming.space import IDENTITY, WITHOUT_ATTENTION, Candidate, Space
 from efficientformer.spec.errors import SpecError
 from efficientformer.spec.fields import check_choice, check_int, check_keys
 
@@ -109,14 +109,15 @@ def propose(space: Space, candidate: Candidate, importances: Importances, breadt
 
 def _lowered(space: Space, candidate: Candidate, stage: int) -> tuple[float, ...]:
     """Return a stage's expansions after the largest of its blocks lost a step."""
-    kept = candidate.positions(stage)
-    values = candidate.expansions[stage]
+    kept, values = candidate.positions(stage), candidate.expansions[stage]
     highest = max(values[position] for position in kept)
-    return tuple(
-        value - EXPANSION_STEP if position in kept and value == highest and value > space.expansions(stage, position)[-1]
-        else value
-        for position, value in enumerate(values)
-    )  # fmt: skip
+
+    def lowered(position: int) -> float:
+        smaller = [value for value in space.expansions(stage, position) if value < values[position]]
+        cut = position in kept and values[position] == highest and smaller
+        return smaller[0] if cut else values[position]
+
+    return tuple(lowered(position) for position in range(len(values)))
 
 
 def _can_lower(space: Space, candidate: Candidate, stage: int) -> bool:

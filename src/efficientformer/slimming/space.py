@@ -83,7 +83,8 @@ class Candidate:
     def _with_row(self, field: str, stage: int, row: object) -> Candidate:
         rows = list(getattr(self, field))
         rows[stage] = row
-        return dataclasses.replace(self, **{field: tuple(rows)})
+        changes: dict[str, Any] = {field: tuple(rows)}
+        return dataclasses.replace(self, **changes)
 
     @property
     def key(self) -> str:

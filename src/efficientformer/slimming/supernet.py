@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from efficientformer.data.loader import Batch
 from efficientformer.models.blocks import MapBlock, TokenBlock
-from efficientformer.models.network import EfficientFormer
+from efficientformer.models.network import EfficientFormer, Stage
 from efficientformer.slimming.space import IDENTITY, WITHOUT_ATTENTION
 from efficientformer.spec.arch import ArchSpec, BlockSpec, StageSpec
 from efficientformer.spec.errors import CheckpointError
@@ -97,13 +97,13 @@ class Supernet(EfficientFormer):
         }  # fmt: skip
         super().__init__(spec, **rates)
         plain = EfficientFormer(without_attention(spec), **rates)
-        for index, stage in enumerate(spec.stages):
-            mine, others = self.stages[index].blocks, plain.stages[index].blocks
+        for stage, mine, others in zip(spec.stages, self.stages, plain.stages, strict=True):
+            assert isinstance(mine, Stage) and isinstance(others, Stage)
             for position, block in enumerate(stage.blocks):
-                candidates = {block.kind: mine[position]}
+                candidates: dict[str, nn.Module] = {block.kind: mine.blocks[position]}
                 if block.has_attention:
-                    candidates[WITHOUT_ATTENTION[block.kind]] = others[position]
-                mine[position] = MetaPath(candidates)
+                    candidates[WITHOUT_ATTENTION[block.kind]] = others.blocks[position]
+                mine.blocks[position] = MetaPath(candidates)
 
     @classmethod
     def around(cls, network: EfficientFormer, *, inherited: bool, layer_scale_init: float, drop_path_rate: float,
