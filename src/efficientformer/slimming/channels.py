@@ -40,6 +40,7 @@ _RULES: tuple[tuple[str, str, str], ...] = (
 _BLOCK = re.compile(r"stages\.(\d)\.blocks\.(\d+)\.(?:candidates\.(\w+)\.)?")
 _STAGE = re.compile(r"stages\.(\d)\.")
 
+Order = Callable[[Tensor], Tensor]  # scores of channels (C,) to their indices (C,), the most important first
 Cut = dict[str, Tensor]  # axis (``stream.2``, ``hidden.2.0.mb4d``, ``half``) to the indices that stay, in order
 
 
@@ -80,14 +81,14 @@ def axes_of(name: str) -> Axes:
     raise CheckpointError(f"No slimming rule for {name}", hint="It belongs to no EfficientFormer")
 
 
-def plan_cut(state: Mapping[str, Tensor], old: ArchSpec, new: ArchSpec, order: Callable[[Tensor], Tensor]) -> Cut:
+def plan_cut(state: Mapping[str, Tensor], old: ArchSpec, new: ArchSpec, order: Order) -> Cut:
     """Choose which channels and hidden units stay when ``old`` becomes the narrower ``new``.
 
     Args:
         state: The weights of ``old``, of a network or a supernet.
         old: What they are of.
         new: The same blocks at smaller widths or expansions.
-        order: Scores (C,) to indices (C,), the most important first.
+        order: Which channels matter most.
 
     Returns:
         Only the axes that shrink; indices in increasing order, so that nothing is reordered.
@@ -103,6 +104,15 @@ def plan_cut(state: Mapping[str, Tensor], old: ArchSpec, new: ArchSpec, order: C
 def by_importance(scores: Tensor) -> Tensor:
     """Return the indices of the scores (C,), largest first; the earlier one of equals."""
     return scores.sort(descending=True, stable=True).indices
+
+
+def by_chance(seed: int) -> Order:
+    """Return an order that knows nothing of the scores: what slimming without channel importance would keep."""
+
+    def order(scores: Tensor) -> Tensor:
+        return torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
+
+    return order
 
 
 def channel_scores(state: Mapping[str, Tensor], axis: str, size: int) -> Tensor:

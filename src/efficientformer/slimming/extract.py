@@ -8,20 +8,17 @@ mixture did; from then on cutting copies numbers and changes none.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from efficientformer.models.network import EfficientFormer
-from efficientformer.slimming.channels import axes_of, by_importance, plan_cut
+from efficientformer.slimming.channels import Order, axes_of, by_importance, plan_cut
 from efficientformer.slimming.space import IDENTITY, Candidate
 from efficientformer.slimming.supernet import Supernet
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import SpecError
-
-Order = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,9 +107,3 @@ def pool_names(candidate: Candidate, network: EfficientFormer) -> dict[str, str]
         else:
             names[name] = name
     return names
-
-
-def chance(seed: int) -> Order:
-    """Return an order of channels by chance: what slimming without channel importance would keep."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda scores: torch.randperm(len(scores), generator=generator)
