@@ -18,6 +18,10 @@ SURFACE = {
         "recipe", "data", "output", "resume", "model", "epochs", "batch_size", "lr", "seed", "settings", "device",
         "show", "quiet",
     },
+    "slim": {
+        "data", "target_latency", "engine", "precision", "threads", "table", "model", "recipe", "epochs",
+        "final_epochs", "settings", "output", "resume", "quiet",
+    },
     "list": {"pattern", "as_json"},
     "info": {"model", "as_json"},
     "convert": {"source", "target", "to", "model", "input_size", "ema", "half", "force"},

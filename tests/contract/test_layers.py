@@ -18,8 +18,11 @@ ALLOWED = {
     "data": {"spec", "runtime", "reporting"},
     "evaluation": {"spec", "runtime", "data", "reporting"},
     "training": {"spec", "models", "weights", "runtime", "data", "evaluation", "reporting", "export"},
+    "slimming": {
+        "spec", "models", "weights", "runtime", "data", "evaluation", "reporting", "export", "training", "latency",
+    },
     "cli": {
-        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training",
+        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training", "slimming",
     },
 }  # fmt: skip
 TORCH = {"torch", "torchvision", "timm", "onnx", "onnxscript"}

@@ -15,6 +15,7 @@ from efficientformer.cli.download import download
 from efficientformer.cli.info import info
 from efficientformer.cli.listing import list_
 from efficientformer.cli.predict import predict
+from efficientformer.cli.slim import slim
 from efficientformer.cli.test import test
 from efficientformer.cli.train import train
 from efficientformer.spec.errors import EfficientFormerError
@@ -51,6 +52,7 @@ for _name, _verb in (
     ("info", info),
     ("convert", convert),
     ("train", train),
+    ("slim", slim),
     ("download", download),
 ):
     app.command(_name)(_verb)

@@ -152,7 +152,7 @@ class PoolJudge:
 
     def _network(self, pool: Pool, candidate: Candidate) -> EfficientFormer:
         network = pool.network(candidate).to(self._device)
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)
         with self._autocast():
             estimate_statistics(network, self._calibration, self._device)
         return network.eval()
@@ -181,7 +181,7 @@ class PoolJudge:
             images, labels = batch.images.to(self._device), batch.labels.to(self._device)
             with self._autocast():
                 loss = self._recovery.task(network, Batch(images, labels, batch.draws, batch.cut)).total
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             clip_gradients(network, recipe)
             optimizer.step()
             optimizer.zero_grad()

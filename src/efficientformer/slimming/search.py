@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,10 +127,10 @@ class PathFile:
     Args:
         path: A JSON file.
         space: What the networks are cut out of.
-        identity: What the path depends on; a file of another search is refused.
+        identity: What the path depends on; a file of another search is refused. None to read any.
     """
 
-    def __init__(self, path: Path, space: Space, identity: str) -> None:
+    def __init__(self, path: Path, space: Space, identity: str | None = None) -> None:
         self._path, self._space, self._identity = path, space, identity
 
     def read(self) -> list[Step]:
@@ -142,7 +142,7 @@ class PathFile:
         if not self._path.exists():
             return []
         data = load_json(f"the path {self._path}", self._path.read_bytes())
-        if not isinstance(data, dict) or data.get("identity") != self._identity:
+        if not isinstance(data, dict) or self._identity not in (None, data.get("identity")):
             hint = "Start a new run in another folder"
             raise UsageError(f"{self._path} is the path of another search", hint=hint)
         steps = [step_from_dict(self._space, each) for each in as_list("the path", data.get("steps"), 100_000)]
@@ -157,7 +157,7 @@ class PathFile:
             file.write((json.dumps(data, indent=1) + "\n").encode())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Search:
     """A gradual slimming.
 
@@ -168,7 +168,8 @@ class Search:
         judge: Accuracies.
         file: Where the path is kept.
         breadth: Cuts of each kind that are scored for a step; 1 as in the paper.
-        progress: Told every step: the step, and every cut scored for it.
+        progress: Told every new step.
+        steps: The path so far.
     """
 
     space: Space
@@ -178,6 +179,7 @@ class Search:
     file: PathFile
     breadth: int = 1
     progress: Callable[[Step], None] | None = None
+    steps: list[Step] = field(default_factory=list)
 
     def check(self, targets: Sequence[float]) -> None:
         """Raise UsageError, naming the reachable range, if a target cannot be met."""
@@ -193,18 +195,21 @@ class Search:
             UsageError: If the target cannot be reached, or the file holds another search.
         """
         self.check([target_ms])
-        steps = self.file.read()
-        for step in steps[1:]:
-            self.judge.follow(step.candidate)
-        if not steps:
-            steps = [self._step(0, "start", self.space.largest, self.judge.take(self.space.largest))]
-            self.file.write(steps)
-            self._tell(steps[0])
-        while steps[-1].predicted_ms > target_ms:
-            steps.append(self._next(steps[-1], target_ms))
-            self.file.write(steps)
-            self._tell(steps[-1])
-        return steps
+        if not self.steps:
+            self.steps = self.file.read()
+            for step in self.steps:
+                self.judge.follow(step.candidate)
+        if not self.steps:
+            self._add(self._step(0, "start", self.space.largest, self.judge.take(self.space.largest)))
+        while self.steps[-1].predicted_ms > target_ms:
+            self._add(self._next(self.steps[-1], target_ms))
+        return list(self.steps)
+
+    def _add(self, step: Step) -> None:
+        self.steps.append(step)
+        self.file.write(self.steps)
+        if self.progress is not None:
+            self.progress(step)
 
     def _next(self, step: Step, target_ms: float) -> Step:
         """Score the cuts that are possible and take the best."""
@@ -242,10 +247,6 @@ class Search:
     ) -> Step:
         latency = self.device.predict(candidate.spec)
         return Step(number, what, candidate, round(latency.ms, 7), round(latency.error_ms, 7), top1, considered)
-
-    def _tell(self, step: Step) -> None:
-        if self.progress is not None:
-            self.progress(step)
 
 
 def _cost(cut: Considered) -> tuple[float, float]:

@@ -295,7 +295,7 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = device == "cpu" or (world > 1 and not torch.cuda.is_available())  # else each would train on its own
-    accelerator = Accelerator(mixed_precision=_precision(recipe, device), cpu=on_cpu)
+    accelerator = Accelerator(mixed_precision=mixed_precision(recipe, device), cpu=on_cpu)
     if accelerator.num_processes != world:
         raise UsageError(
             "The processes do not find each other",
@@ -306,7 +306,7 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
     return accelerator
 
 
-def _precision(recipe: Recipe, device: str) -> str:
+def mixed_precision(recipe: Recipe, device: str) -> str:
     """Return Accelerate's name of the recipe's precision; bf16 by itself only where the hardware computes in it."""
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if recipe.precision == "fp16" and not on_gpu:

@@ -171,7 +171,7 @@ def _decide(recipe: Recipe, train: ImageSource) -> Recipe:
     """Return the recipe with the model and the number of workers decided, and files named from the root."""
     changes: dict[str, object] = {}
     if recipe.model == "auto" and recipe.spec is None:
-        changes["model"] = EMBEDDED if _typical_side(train) <= SMALL else DEFAULT_MODEL
+        changes["model"] = EMBEDDED if typical_side(train) <= SMALL else DEFAULT_MODEL
     if recipe.workers < 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         changes["workers"] = min(16, cores)
@@ -306,7 +306,7 @@ def _preprocess_from_scratch(recipe: Recipe) -> PreprocessSpec:
     return PreprocessSpec()
 
 
-def _typical_side(source: ImageSource) -> float:
+def typical_side(source: ImageSource) -> float:
     """Return the median of the shorter side of some pictures, in pixels."""
     sides = []
     for index in np.linspace(0, len(source) - 1, min(64, len(source))).astype(int):
