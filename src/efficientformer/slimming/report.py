@@ -225,8 +225,8 @@ def _add_networks(page: Page, networks: Sequence[Finished], comparisons: Sequenc
                "widths", "depths", "attention", "file")  # fmt: skip
     page.table(columns, rows)
     if any(each.quiet_ms != each.measured_ms for each in networks):
-        page.text("The machine was busy when the last latency was measured: the start network, measured in turns with "
-                  "it, took longer than its table says. Whether a budget holds is judged with that taken off.")  # fmt: skip
+        page.text("The machine was busy when a latency was measured: the start network, measured in turns with it, "
+                  "took longer than its table says. Whether a budget holds is judged with that taken off.")  # fmt: skip
     if comparisons:
         page.text("Other networks on the same pictures:")
         values = [(other.name, f"{other.latency_ms:.3f}", f"{other.top1:.2f}") for other in comparisons]

@@ -3,7 +3,8 @@
 slim.json              the plan: data, targets, engine, recipes; table.json: the latency table
 supernet/              the run folder of the supernet's training; importances.json: what it learned
 search/path.json       every step of the search; search/measured.json: latencies measured on this machine's engine
-targets/2ms/           choice.json: which step; sliced.safetensors: with inherited weights; train/: the final training
+targets/2ms/           choice.json: which step; sliced-2ms.safetensors: with inherited
+                       weights; train/: the final training
 slimmed-2ms.safetensors  the network: an ordinary checkpoint
 path.csv, path.json, accuracy_latency.png, report.html
 """
@@ -189,7 +190,7 @@ class _SlimRun:
                 hint="Is the machine busy? Then resume when it is not; else measure the latency table again",
             )
         folder.mkdir(parents=True, exist_ok=True)
-        bench.save(search.steps, step.number, folder / "sliced.safetensors")
+        bench.save(search.steps, step.number, folder / f"sliced-{target:g}ms.safetensors")
         if self.plan.final.teacher == SUPERNET:
             bench.save(search.steps, 0, self.folder / "search" / "start.safetensors")
         _write(folder / CHOICE, {"step": step.number, "predicted_ms": step.predicted_ms})
@@ -215,7 +216,7 @@ class _SlimRun:
         result = folder / "result.json"
         weights = self.folder / f"slimmed-{target:g}ms.safetensors"
         if not (result.exists() and weights.exists()):
-            recipe = self._final_recipe(folder / "sliced.safetensors", step)
+            recipe = self._final_recipe(folder / f"sliced-{target:g}ms.safetensors", step)
             outcome = self._train(recipe, folder / "train", PlainNetwork(self._command))
             if not outcome.finished:
                 return None
