@@ -1,0 +1,119 @@
+"""How well a latency table predicts networks it has never seen.
+
+    python benchmarks/latency_prediction.py [--engine openvino --precision bf16] [--networks 50] [--threads 1]
+
+For each engine and precision: measure a table of the space (V1 networks of CIFAR-10's size, stem stride 1 or 2), then
+draw networks at random from the same space, measure them afterwards, and compare with the table's predictions: mean
+and worst error, rank correlation, and how many fell within the table's error bars. Writes the figures and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from common import RESULTS, save
+
+from efficientformer.latency.design import TableSpace, design, sample
+from efficientformer.latency.measure import NETWORKS, build_table, measure_specs
+from efficientformer.latency.table import LatencyTable
+from efficientformer.reporting.page import new_figure, png
+from efficientformer.spec.arch import ArchSpec
+
+TARGETS = (("openvino", "fp32"), ("openvino", "bf16"), ("openvino", "int8"), ("onnxruntime", "fp32"))
+SEED = 2206_01191  # of the unseen networks; the table's sample has seed 0
+
+
+def unseen(space: TableSpace, networks: int, count: int) -> list[ArchSpec]:
+    """Draw networks that are not in the table's sample."""
+    known, rng = set(design(space, networks)), random.Random(SEED)
+    found: dict[ArchSpec, None] = {}
+    while len(found) < count:
+        spec = sample(space, rng)
+        if spec not in known:
+            found[spec] = None
+    return list(found)
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Return the rank of each value."""
+    return np.argsort(np.argsort(values))
+
+
+def judge(table: LatencyTable, specs: list[ArchSpec], measured: list[float]) -> dict[str, object]:
+    """Compare predictions with measurements."""
+    predictions = [table.predict(spec) for spec in specs]
+    predicted = np.array([each.ms for each in predictions])
+    bars = np.array([each.error_ms for each in predictions])
+    truth = np.array(measured)
+    error = predicted / truth - 1
+    return {
+        "mean_error_percent": round(100 * float(np.abs(error).mean()), 2),
+        "worst_error_percent": round(100 * float(np.abs(error).max()), 2),
+        "bias_percent": round(100 * float(error.mean()), 2),
+        "rank_correlation": round(float(np.corrcoef(ranks(predicted), ranks(truth))[0, 1]), 4),
+        "within_error_bar_percent": round(100 * float((np.abs(predicted - truth) <= bars).mean()), 1),
+        "fastest_ms": round(float(truth.min()), 4),
+        "slowest_ms": round(float(truth.max()), 4),
+        "predicted_ms": [round(float(value), 4) for value in predicted],
+        "measured_ms": [round(float(value), 4) for value in truth],
+    }
+
+
+def draw(results: dict[str, dict[str, object]], path: Path) -> None:
+    """Plot predicted against measured latency."""
+    figure = new_figure(3.4 * len(results), 3.4)
+    grid = figure.subplots(1, len(results), squeeze=False)[0]
+    for axes, (name, figures) in zip(grid, results.items(), strict=True):
+        measured, predicted = figures["measured_ms"], figures["predicted_ms"]
+        ends = (0.9 * figures["fastest_ms"], 1.1 * figures["slowest_ms"])
+        axes.loglog(ends, ends, color="grey", linewidth=0.8)
+        axes.loglog(measured, predicted, ".")
+        axes.set_title(f"{name}\nmean {figures['mean_error_percent']} %, worst {figures['worst_error_percent']} %")
+        axes.set_xlabel("measured, ms")
+        axes.set_ylabel("predicted, ms")
+        axes.grid(alpha=0.3)
+    path.write_bytes(png(figure))
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine")
+    parser.add_argument("--precision")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--networks", type=int, default=50, help="unseen networks")
+    parser.add_argument("--sample", type=int, default=NETWORKS, help="networks the table is made of")
+    parser.add_argument("--tables", type=Path, help="keep the tables in this folder")
+    options = parser.parse_args()
+    space = TableSpace()
+    results: dict[str, dict[str, object]] = {}
+    for engine, precision in TARGETS:
+        if options.engine not in (None, engine) or options.precision not in (None, precision):
+            continue
+        start = time.perf_counter()
+        table = build_table(space, engine=engine, precision=precision, threads=options.threads, networks=options.sample)
+        seconds = time.perf_counter() - start
+        if options.tables is not None:
+            table.save(options.tables / f"{engine}-{precision}.json")
+        specs = unseen(space, options.sample, options.networks)
+        timings = measure_specs(specs, engine=engine, precision=precision, threads=options.threads)
+        figures = judge(table, specs, [timing.p10_ms for timing in timings])
+        figures |= {"table_seconds": round(seconds, 1), "table_networks": table.networks, "spread": table.spread}
+        results[f"{engine} {precision}"] = figures
+        short = {name: value for name, value in figures.items() if not isinstance(value, list)}
+        print(f"{engine} {precision}: {short}", file=sys.stderr, flush=True)
+    suffix = "" if options.threads is None else f"-{options.threads}-threads"
+    what = f"latency-prediction{suffix}"
+    packages = ("openvino", "onnxruntime", "efficientformer")
+    path = save(what, {"space": str(space), "threads": options.threads, "results": results}, packages)
+    draw(results, path.with_suffix(".png"))
+    print(path.relative_to(RESULTS.parents[1]))
+
+
+if __name__ == "__main__":
+    main()

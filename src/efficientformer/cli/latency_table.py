@@ -1,0 +1,154 @@
+"""``efficientformer latency-table``: measure what each block costs on an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from efficientformer.runtime.engines import ENGINES, PRECISIONS
+from efficientformer.spec.errors import UsageError
+
+if TYPE_CHECKING:
+    from efficientformer.latency.design import TableSpace
+    from efficientformer.spec.arch import ArchSpec
+
+
+def latency_table(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The table's file, .json.")],
+    engine: Annotated[str, typer.Option(help=f"Engine: {', '.join(ENGINES)}.")] = "auto",
+    precision: Annotated[str, typer.Option(help=f"Precision: {', '.join(PRECISIONS)}.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
+    like: Annotated[
+        str, typer.Option(help="Take what is not given below from a zoo network, or from a spec in a .json file.")
+    ] = "",
+    widths: Annotated[str, typer.Option(help="Widths of any stage: FIRST:LAST:STEP, or a list 32,48,64.")] = "",
+    depths: Annotated[str, typer.Option(help="Most blocks of the four stages, such as 3,3,6,4.")] = "",
+    expansions: Annotated[str, typer.Option(help="Expansion ratios of any block, such as 3,4.")] = "",
+    input_size: Annotated[str, typer.Option(help="Input sizes in pixels, such as 32 or 192x256,224.")] = "",
+    stem_stride: Annotated[str, typer.Option(help="Total strides of the stem, such as 1,2.")] = "",
+    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
+    networks: Annotated[int, typer.Option(min=8, help="How many networks to measure.")] = 160,
+    max_spread: Annotated[
+        float, typer.Option(min=0.0001, max=1.0, help="Measure until latencies repeat within this share.")
+    ] = 0.01,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+) -> None:
+    """Measure a latency table: what each block, stem, embedding and head of a space costs on an engine.
+
+    Without other options the space is that of small V1 networks for 32-pixel images.
+    """
+    _check_target(output)
+    space = _space(like, widths, depths, expansions, input_size, stem_stride, classes)
+    from efficientformer.cli.progress import step_bars
+    from efficientformer.latency.measure import build_table
+
+    with step_bars(quiet) as progress:
+        table = build_table(
+            space,
+            engine=engine,
+            precision=precision,
+            threads=threads,
+            networks=networks,
+            max_spread=max_spread,
+            progress=progress,
+        )
+    table.save(output)
+    if not quiet:
+        typer.echo(
+            f"{len(table.costs):,} parts from {table.networks} networks on {table.environment['engine']}; networks the "
+            f"fit had not seen were predicted within {table.spread:.1%} (one standard error)",
+            err=True,
+        )
+    typer.echo(output)
+
+
+def _check_target(output: Path) -> None:
+    """Find out now, not after minutes of measuring, that the file cannot be written."""
+    if output.exists():
+        raise UsageError(f"{output} exists", hint="Choose another name, or remove it")
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"Cannot write {output}", expected="a file in an existing folder")
+
+
+def _space(  # noqa: PLR0917 (the options of the verb, in its order)
+    like: str, widths: str, depths: str, expansions: str, input_size: str, stem_stride: str, classes: int | None
+) -> TableSpace:
+    import dataclasses
+
+    from efficientformer.latency.design import TableSpace
+
+    space = _space_of(_read_spec(like)) if like else TableSpace()
+    given: dict[str, Any] = {}
+    if widths:
+        given["widths"] = _widths(widths)
+    if depths:
+        given["depths"] = _numbers("--depths", depths, int)
+    if expansions:
+        given["expansions"] = _numbers("--expansions", expansions, float)
+    if input_size:
+        given["input_sizes"] = tuple(_size(text) for text in input_size.split(","))
+    if stem_stride:
+        given["stem_strides"] = _numbers("--stem-stride", stem_stride, int)
+    if classes is not None:
+        given["num_classes"] = classes
+    return dataclasses.replace(space, **given)
+
+
+def _read_spec(like: str) -> ArchSpec:
+    from efficientformer.spec.arch import ArchSpec
+    from efficientformer.spec.zoo import resolve
+
+    if not like.endswith(".json"):
+        return resolve(like).card.spec
+    try:
+        return ArchSpec.from_json(Path(like).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the spec {like}", found=str(error)) from error
+
+
+def _space_of(spec: ArchSpec) -> TableSpace:
+    """Return the space below a network: its widths in steps of 16, its depths and ratios."""
+    from efficientformer.latency.design import TableSpace
+
+    blocks = [block for stage in spec.stages for block in stage.blocks]
+    widest = max(stage.width for stage in spec.stages)
+    strided = any(block.stride == 2 for block in blocks)
+    return TableSpace(
+        family=spec.family,
+        widths=tuple(sorted({*range(16, widest + 1, 16), *(stage.width for stage in spec.stages)})),
+        depths=tuple(len(stage.blocks) for stage in spec.stages),
+        expansions=tuple(sorted({block.expansion for block in blocks})) or (4.0,),
+        input_sizes=(spec.input_size,),
+        stem_strides=(spec.stem_stride,),
+        in_chans=spec.in_chans,
+        num_classes=spec.num_classes,
+        attention=spec.attention,
+        stage3_stride=2 if strided else 1,
+        max_widths=tuple(stage.width for stage in spec.stages),
+    )
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    if ":" not in text:
+        return _numbers("--widths", text, int)
+    ends = _numbers("--widths", text.replace(":", ","), int)
+    if len(ends) != 3 or ends[2] < 1:
+        raise UsageError("Illegal --widths", expected="FIRST:LAST:STEP or a list of widths", found=text)
+    return tuple(range(ends[0], min(ends[1], 8192) + 1, ends[2]))
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = _numbers("--input-size", text.replace("x", ","), int)
+    if len(sides) > 2:
+        raise UsageError("Illegal --input-size", expected="a side or HEIGHTxWIDTH", found=text)
+    return sides[0], sides[-1]
+
+
+def _numbers(option: str, text: str, kind: Any) -> Any:  # noqa: ANN401 (int or float)
+    try:
+        return tuple(kind(each) for each in text.split(","))
+    except ValueError:
+        kinds = "whole numbers" if kind is int else "numbers"
+        raise UsageError(f"Illegal {option}", expected=f"{kinds} with commas between", found=text) from None

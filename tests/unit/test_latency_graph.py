@@ -1,0 +1,71 @@
+"""The graph that is timed is the graph that is exported: operators, their order, attributes and shapes of weights."""
+
+import numpy as np
+import pytest
+import torch
+
+from efficientformer.export.onnx import _to_proto
+from efficientformer.latency.graph import network_proto, write_network
+from efficientformer.models.network import EfficientFormer
+from efficientformer.runtime.engines import open_engine
+from efficientformer.spec.variants import VARIANTS, v1_spec, v2_spec
+
+SPECS = {
+    "v1": v1_spec((8, 16, 24, 32), (1, 1, 2, 2), (1, 1), input_size=32, num_classes=10, stem_stride=2),
+    "v1 without attention": v1_spec((8, 16, 24, 32), (1, 0, 1, 1), 0, input_size=32, num_classes=7, stem_stride=1),
+    "v2": v2_spec((8, 16, 24, 32), ((2,), (2,), (2, 2), (2, 3)), 1, input_size=64, num_classes=10, stem_stride=2),
+    "embedded": VARIANTS["efficientformer_cifar10"],
+}
+DEFAULTS = {"alpha", "beta", "transA", "auto_pad", "stash_type", "keep_aspect_ratio_policy", "antialias", "allowzero"}
+DEFAULTS |= {"extrapolation_value", "exclude_outside", "cubic_coeff_a"}
+
+
+def trained(spec):
+    """Return a network none of whose weights is zero or one, as after training, so that the exporter keeps them all."""
+    torch.manual_seed(0)
+    net = EfficientFormer(spec)
+    with torch.no_grad():
+        for value in (*net.parameters(), *net.buffers()):
+            if value.is_floating_point():
+                value.uniform_(0.1, 1.0)
+    return net.eval()
+
+
+def operators(proto):
+    """Return (kind, attributes, shapes of its constants) of every node in order."""
+    from onnx import helper
+
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    found = []
+    for node in proto.graph.node:
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name not in DEFAULTS}
+        attributes = {k: round(v, 8) if isinstance(v, float) else v for k, v in attributes.items()}
+        constants = sorted(shapes[name] for name in node.input if name in shapes)
+        found.append((node.op_type, attributes, constants))
+    return found
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_same_operators_as_the_exporter(name):
+    expected = operators(_to_proto(trained(SPECS[name])))
+    found = operators(network_proto(SPECS[name]))
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == theirs
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_an_engine_runs_it(tmp_path, name):
+    spec = SPECS[name]
+    engine = open_engine(write_network(spec, tmp_path / "net.onnx"))
+    logits = engine.run(np.random.default_rng(0).standard_normal((3, 3, *spec.input_size), np.float32))
+    assert logits.shape == (3, spec.num_classes)
+    assert np.isfinite(logits).all()
+    assert engine.manifest.spec == spec
+
+
+def test_every_node_is_named_after_its_part():
+    from efficientformer.spec.count import count_parts
+
+    parts = {node.name.partition("/")[0] for node in network_proto(SPECS["v1"]).graph.node}
+    assert parts == {part.name for part in count_parts(SPECS["v1"])} - {"head_dist"}
