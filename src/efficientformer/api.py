@@ -10,35 +10,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efficientformer.export.deployable import deployable
-from efficientformer.runtime.classifier import FileClassifier
-from efficientformer.runtime.engines import ENGINES, open_engine
+from efficientformer.runtime.choice import choose
+from efficientformer.runtime.classifier import EngineClassifier
+from efficientformer.runtime.engines import ENGINES, PRECISIONS, Engine, open_engine
 from efficientformer.runtime.image import Source
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import UnknownModelError, UsageError, missing_extra
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, resolve
+from efficientformer.weights.cache import cache_root
 
 if TYPE_CHECKING:
-    from efficientformer.evaluation.evaluate import Predictor, Progress
+    from efficientformer.evaluation.evaluate import Progress
     from efficientformer.evaluation.result import Evaluation
     from efficientformer.models.network import EfficientFormer
     from efficientformer.weights.cache import Progress as DownloadProgress
 
 _UNNAMED = "these weights do not name their classes: the data set's order of classes is taken for theirs"
+TORCH_ENGINES = ("torch", "torch-compile")
 EVALUATION_ENGINES = ("auto", "torch", *ENGINES[1:])
 
 
-class Classifier(FileClassifier):
+class Classifier(EngineClassifier):
     """Classifies pictures with a zoo network, a checkpoint of any layout, or an exported file.
 
-    The first use of a zoo name or checkpoint builds an exported file, which needs the torch extra, and caches it.
+    The first use of a zoo name or checkpoint builds an exported file, which needs the torch extra, and caches it. With
+    ``engine="auto"`` the engines and precisions there are here are measured once for each file (about two seconds), and
+    the fastest whose results are right is taken from then on; ``reason`` tells what was measured.
 
     Args:
         model: A zoo name or alias, a weights file, or an exported file; by default the network in the package.
         checkpoint: A weights file to use instead of the zoo's weights.
-        engine: ``auto`` or an engine's name.
+        engine: ``auto`` or an engine's name: ``onnxruntime``, ``openvino``, ``torch``, ``torch-compile``.
+        precision: ``fp32``, ``bf16``, ``fp16``, ``int8`` (for a quantised network), or ``auto``.
         threads: CPU threads of the engine; None lets it choose.
+        device: For torch: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ...
         offline: Forbid (True) or allow (False) connections; None asks the environment.
+        progress: Told how a download goes.
 
     Raises:
         EfficientFormerError: Of the kind that says what is wrong: an unknown name, missing weights, a damaged file.
@@ -55,13 +63,30 @@ class Classifier(FileClassifier):
         *,
         checkpoint: str | Path | None = None,
         engine: str = "auto",
+        precision: str = "auto",
         threads: int | None = None,
+        device: str = "auto",
         offline: bool | None = None,
+        progress: DownloadProgress | None = None,
     ) -> None:
-        super().__init__(deployable(model, checkpoint=checkpoint, offline=offline), engine=engine, threads=threads)
+        check_choice("engine", engine, (*ENGINES, *TORCH_ENGINES))
+        check_choice("precision", precision, PRECISIONS)
+        if engine in TORCH_ENGINES:
+            compiled = engine == "torch-compile"
+            in_torch = _in_torch(model, checkpoint, precision, device, offline, progress, threads, compiled=compiled)
+            super().__init__(in_torch, reason="asked for")
+            return
+        if device not in ("auto", "cpu"):
+            raise UsageError("Only torch lets you choose the device", found=f"device {device}", hint="Use engine torch")
+        path = deployable(model, checkpoint=checkpoint, offline=offline, progress=progress)
+        reason = "asked for"
+        if engine == "auto":
+            choice = choose(path, precision, threads=threads, store=cache_root() / "engines")
+            engine, precision, reason = choice.engine, choice.precision, choice.reason
+        super().__init__(open_engine(path, engine, precision=precision, threads=threads), reason=reason)
 
 
-def inference_model(model: str | FileClassifier, image: Source) -> dict[str, Any]:
+def inference_model(model: str | EngineClassifier, image: Source) -> dict[str, Any]:
     """Classify one picture, as mmpretrain's function of this name does; a network named again is not built again.
 
     Args:
@@ -77,7 +102,7 @@ def inference_model(model: str | FileClassifier, image: Source) -> dict[str, Any
         UnknownModelError: If no network has that name.
         ImageError: If the picture cannot be read.
     """
-    classifier = model if isinstance(model, FileClassifier) else _classifier(str(model))
+    classifier = model if isinstance(model, EngineClassifier) else _classifier(str(model))
     return classifier(image).to_dict()
 
 
@@ -245,7 +270,7 @@ def _predictor(
     device: str,
     offline: bool | None,
     progress: DownloadProgress | None,
-) -> Predictor:
+) -> Engine:
     """Open a network in torch, or as an exported file; which of the two is settled here and nowhere else."""
     check_choice("engine", engine, EVALUATION_ENGINES)
     if checkpoint is not None and Path(model).is_file():
@@ -271,18 +296,27 @@ def _in_torch(
     device: str,
     offline: bool | None,
     progress: DownloadProgress | None,
-) -> Predictor:
+    threads: int | None = None,
+    *,
+    compiled: bool = False,
+) -> Engine:
+    """Open a network in torch, in deploy form."""
     try:
         import torch
     except ImportError as error:
         raise missing_extra("torch", "Running a network in torch", error) from error
     from efficientformer.evaluation.torch_predictor import TorchPredictor
+    from efficientformer.models.fold import fold
     from efficientformer.weights.pretrained import build, load_named
 
     name = model or str(checkpoint or EMBEDDED)
+    if name.endswith(".onnx") or str(checkpoint).endswith(".onnx"):
+        raise UsageError("An exported file does not run in torch", hint="Take another engine, or give its checkpoint")
+    if threads is not None:
+        torch.set_num_threads(threads)
     weights, manifest = load_named(name, checkpoint or True, offline=offline, progress=progress)
-    network = build(manifest.spec, weights).to(memory_format=torch.channels_last)
-    return TorchPredictor(network, manifest, device, "fp32" if precision == "auto" else precision)
+    network = fold(build(manifest.spec, weights)).to(memory_format=torch.channels_last)
+    return TorchPredictor(network, manifest, device, precision, compiled=compiled)
 
 
 def _without_config(model: str) -> str:

@@ -6,8 +6,8 @@ from efficientformer.cli.app import app
 
 SURFACE = {
     "predict": {
-        "inputs", "model", "checkpoint", "top_k", "format_", "output", "annotate", "batch_size", "engine", "threads",
-        "offline", "quiet",
+        "inputs", "model", "checkpoint", "top_k", "format_", "output", "annotate", "decode", "engine", "precision",
+        "threads", "offline", "quiet",
     },
     "test": {
         "model", "data", "checkpoint", "split", "engine", "precision", "device", "batch_size", "workers", "as_json",

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
-from efficientformer.runtime.engines import ENGINES
+from efficientformer.runtime.engines import ENGINES, PRECISIONS
 
 if TYPE_CHECKING:
-    from efficientformer.cli.results import Result
-    from efficientformer.runtime.classifier import FileClassifier
+    from efficientformer.api import Classifier
+    from efficientformer.cli.results import Record, Result
     from efficientformer.runtime.inputs import Input
+
+Tick: TypeAlias = Callable[[], None]
+ClassifyFrom: TypeAlias = "Callable[[int], Iterator[Result]]"
+
+FEW = 32  # pictures up to which the engine that opens fastest beats the one that runs fastest
 
 
 class Format(StrEnum):
-    """How results are printed."""
+    """How results are written."""
 
     TABLE = "table"
     JSON = "json"
     CSV = "csv"
+    PARQUET = "parquet"
+
+
+class Decode(StrEnum):
+    """How large JPEGs are decoded."""
+
+    EXACT = "exact"
+    FAST = "fast"
 
 
 def predict(
@@ -34,44 +48,108 @@ def predict(
     model: Annotated[str, typer.Option("--model", "-m", help="Zoo name, weights file or exported file.")] = "",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Classes per picture.")] = 3,
-    format_: Annotated[Format, typer.Option("--format", "-f", help="Table, JSON lines or CSV.")] = Format.TABLE,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write results to a file instead.")] = None,
+    format_: Annotated[
+        Format | None, typer.Option("--format", "-f", help="By default that of the output's ending, or a table.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write results to a file; a killed run goes on where it was.")
+    ] = None,
     annotate: Annotated[Path | None, typer.Option(help="Folder for copies with their label written on.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per run of the engine.")] = 16,
-    engine: Annotated[str, typer.Option(help=f"Engine: {', '.join(ENGINES)}.")] = "auto",
+    decode: Annotated[Decode, typer.Option(help="fast: large JPEGs are decoded at reduced size.")] = Decode.EXACT,
+    engine: Annotated[str, typer.Option(help=f"Engine: {', '.join(ENGINES)}, torch, torch-compile.")] = "auto",
+    precision: Annotated[str, typer.Option(help=f"Precision: {', '.join(PRECISIONS)}.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:
     """Classify pictures. Exits 0 if all were classified, 1 if some were skipped, 2 for wrong usage."""
-    from efficientformer.cli.results import open_writer, prepare_folder
+    from efficientformer.cli.results import choose_format, prepare_folder
 
-    with ExitStack() as stack:
-        if annotate is not None:
-            prepare_folder(annotate)
-        writer = stack.enter_context(open_writer(format_.value, top_k, output))
-        classifier = _load(model, checkpoint, engine, threads, offline, quiet)
-        skipped = total = 0
-        for result in _classify(classifier, inputs, batch_size, quiet):
-            writer.write(result)
-            total += 1
-            if result.error:
-                skipped += 1
-                typer.secho(f"skipped {result.path}: {result.error}", fg="yellow", err=True)
-            elif annotate is not None:
-                from efficientformer.cli.annotate import annotate as draw
+    chosen = choose_format(format_.value if format_ else "", output)
+    if annotate is not None:
+        prepare_folder(annotate)
+    classifier = _load(inputs, model, checkpoint, engine, precision, threads, offline, quiet)
+    question = {
+        "inputs": inputs, "model": model, "checkpoint": checkpoint and str(checkpoint), "top_k": top_k,
+        "engine": classifier.engine, "decode": decode.value, "network": classifier.manifest.to_json(),
+    }  # fmt: skip
 
-                draw(result, annotate)
+    def classify(already: int) -> Iterator[Result]:
+        pictures = islice(_gather(inputs), already, None)
+        with _progress(inputs, already, quiet) as tick:
+            for result in _classify(classifier, pictures, decode.value):
+                if result.error:
+                    typer.secho(f"skipped {result.path}: {result.error}", fg="yellow", err=True)
+                elif annotate is not None:
+                    from efficientformer.cli.annotate import annotate as draw
+
+                    draw(result, annotate)
+                yield result
+                tick()
+
+    if output is None:
+        total, skipped = _to_terminal(classify(0), chosen, top_k)
+    else:
+        total, skipped = _to_file(classify, inputs, output, chosen, top_k, question, quiet)
     if skipped:
         typer.echo(f"{skipped} of {total} inputs were skipped", err=True)
         raise typer.Exit(1)
 
 
+def _to_terminal(results: Iterable[Result], format_: str, top_k: int) -> tuple[int, int]:
+    """Print results; return how many there were, and how many of them errors."""
+    from efficientformer.cli.results import WRITERS
+
+    writer = WRITERS[format_](None, top_k)
+    total = skipped = 0
+    for result in results:
+        writer.write(result.record(top_k))
+        total += 1
+        skipped += bool(result.error)
+    writer.close()
+    return total, skipped
+
+
+def _to_file(
+    classify: ClassifyFrom,
+    inputs: list[str],
+    output: Path,
+    format_: str,
+    top_k: int,
+    question: Record,
+    quiet: bool,
+) -> tuple[int, int]:
+    """Write results to a file by way of its journal; return how many there are in all, and how many of them errors."""
+    from efficientformer.cli.journal import Journal
+
+    with contextlib.closing(Journal(output, question)) as journal:
+        if journal.done and not quiet:
+            typer.echo(f"Going on after {journal.done:,} pictures of {journal.path}", err=True)
+        place = -1
+        for place, picture in enumerate(islice(_gather(inputs), journal.done)):
+            journal.check(place, picture.name)
+        if place + 1 < journal.done:
+            journal.check(place + 1, "nothing: there are fewer inputs")
+        total, skipped = journal.done, journal.failed
+        for result in classify(journal.done):
+            journal.write(result.record(top_k))
+            total += 1
+            skipped += bool(result.error)
+        journal.finish(format_, top_k)
+    return total, skipped
+
+
 def _load(
-    model: str, checkpoint: Path | None, engine: str, threads: int | None, offline: bool, quiet: bool
-) -> FileClassifier:
-    from efficientformer.export.deployable import deployable
-    from efficientformer.runtime.classifier import FileClassifier
+    inputs: list[str],
+    model: str,
+    checkpoint: Path | None,
+    engine: str,
+    precision: str,
+    threads: int | None,
+    offline: bool,
+    quiet: bool,
+) -> Classifier:
+    from efficientformer.api import Classifier
     from efficientformer.spec.zoo import EMBEDDED
 
     if not model and checkpoint is None and not quiet:
@@ -80,33 +158,70 @@ def _load(
             "--model efficientformer_l1 (or l3, l7, efficientformerv2_s0, s1, s2, l).",
             err=True,
         )
+    chosen = engine == "auto"
+    if chosen and precision in ("auto", "fp32", "int8") and not any(True for _ in islice(_gather(inputs), FEW, None)):
+        engine = "onnxruntime"  # opens in half the time of any other
+    options = {"checkpoint": checkpoint, "engine": engine, "precision": precision, "threads": threads}
     if not model and checkpoint is None:
-        path = deployable()
+        classifier = Classifier(**options)  # type: ignore[arg-type]
     else:
         from efficientformer.weights.cache import terminal_progress
 
         with terminal_progress(quiet=quiet) as progress:
-            path = deployable(model, checkpoint=checkpoint, offline=offline or None, progress=progress)
-    return FileClassifier(path, engine=engine, threads=threads)
+            classifier = Classifier(model, **options, offline=offline or None, progress=progress)  # type: ignore[arg-type]
+    if chosen and engine == "auto" and not quiet:
+        typer.echo(f"{classifier.engine}: {classifier.reason}", err=True)
+    return classifier
 
 
-def _classify(classifier: FileClassifier, inputs: list[str], batch_size: int, quiet: bool) -> Iterator[Result]:
-    from efficientformer.cli.results import Result
-    from efficientformer.runtime.classifier import Failed
+def _gather(inputs: list[str]) -> Iterator[Input]:
     from efficientformer.runtime.inputs import gather
 
-    gathered = list(gather(inputs, stdin=sys.stdin.buffer))
-    predictions = classifier.predict(gathered, batch_size=batch_size)
-    progress = not quiet and len(gathered) > batch_size and sys.stderr.isatty()
-    for each, outcome in zip(_track(gathered) if progress else gathered, predictions, strict=True):
+    return gather(inputs, stdin=sys.stdin.buffer)
+
+
+def _classify(classifier: Classifier, pictures: Iterator[Input], decode: str) -> Iterator[Result]:
+    """Yield the result of each input, in order; inputs are drawn no further ahead than the classifier does."""
+    from collections import deque
+
+    from efficientformer.cli.results import Result
+    from efficientformer.runtime.classifier import Failed
+
+    drawn: deque[Input] = deque()
+
+    def noted() -> Iterator[Input]:
+        for picture in pictures:
+            drawn.append(picture)
+            yield picture
+
+    for outcome in classifier.predict(noted(), decode=decode):
+        each = drawn.popleft()
         if isinstance(outcome, Failed):
             yield Result(each.name, None, str(outcome.error), each)
         else:
             yield Result(each.name, outcome, "", each)
 
 
-def _track(gathered: list[Input]) -> Iterator[Input]:
+@contextlib.contextmanager
+def _progress(inputs: list[str], already: int, quiet: bool) -> Iterator[Tick]:
+    """Give a function to call after each picture: it moves a bar on standard error, if that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    total = sum(1 for _ in _gather(inputs))  # only names are listed, nothing is read
+    if total - already <= FEW:
+        yield lambda: None
+        return
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    yield from track(gathered, "classifying", console=Console(stderr=True), transient=True)
+    speed = TextColumn("{task.fields[speed]} images/s")
+    columns = (TextColumn("classifying"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total, completed=already, speed="-")
+
+        def tick() -> None:
+            at = bar.tasks[0]
+            bar.update(task, advance=1, speed=f"{at.speed:.0f}" if at.speed else "-")
+
+        yield tick

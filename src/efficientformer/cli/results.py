@@ -1,4 +1,8 @@
-"""Results of ``predict`` as a table, as JSON lines or as CSV, on the terminal or in a file."""
+"""Results of ``predict`` as a table, as JSON lines, as CSV or as Parquet, on the terminal or in a file.
+
+A result travels as a record, the object of a JSON line: ``path``, ``pred_label``, ``pred_score``, ``pred_class`` and
+``top_k`` (a list of ``label``, ``score``, ``class``); or ``path`` and ``error``.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from efficientformer.spec.errors import UsageError
+from efficientformer.spec.errors import UsageError, missing_extra
 
 if TYPE_CHECKING:
     from efficientformer.runtime.classifier import Prediction
     from efficientformer.runtime.inputs import Input
+
+Record: TypeAlias = dict[str, Any]
+
+SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "table"}
+ROWS = 8192  # rows of a Parquet file's row group
 
 
 @dataclass(frozen=True)
@@ -37,60 +46,184 @@ class Result:
     error: str
     input: Input
 
+    def record(self, top_k: int) -> Record:
+        """Return the result as plain values, with ``top_k`` classes."""
+        if self.prediction is None:
+            return {"path": self.path, "error": self.error}
+        best = self.prediction.top_k(top_k)
+        return {
+            "path": self.path,
+            "pred_label": self.prediction.label,
+            "pred_score": round(self.prediction.score, 6),
+            "pred_class": self.prediction.name,
+            "top_k": [{"label": i, "score": round(score, 6), "class": name} for i, score, name in best],
+        }
+
 
 class Writer(ABC):
-    """Takes results one by one; ``close`` finishes what is shown at the end.
+    """Takes records one by one; ``close`` finishes what is shown at the end.
 
     Args:
-        file: Where to write.
+        path: The file to write; None for standard output.
         top_k: Classes per picture.
     """
 
-    def __init__(self, file: TextIO, top_k: int) -> None:
-        self._file, self._top_k = file, top_k
+    def __init__(self, path: Path | None, top_k: int) -> None:
+        self._file = sys.stdout if path is None else path.open("w", encoding="utf-8", newline="")
+        self._top_k, self._on_terminal = top_k, path is None
 
     @abstractmethod
-    def write(self, result: Result) -> None:
-        """Take one result."""
+    def write(self, record: Record) -> None:
+        """Take one record."""
 
-    @abstractmethod
     def close(self) -> None:
         """Finish."""
+        if not self._on_terminal:
+            self._file.close()
+
+
+def json_line(record: Record) -> str:
+    """Return a record as one line of JSON.
+
+    Names of files may hold bytes that are no text; ASCII escapes keep them, and every line stays valid JSON.
+    """
+    return json.dumps(record) + "\n"
+
+
+class JsonWriter(Writer):
+    """One record a line."""
+
+    def write(self, record: Record) -> None:
+        """Write one line."""
+        self._file.write(json_line(record))
+        self._file.flush()
+
+
+class CsvWriter(Writer):
+    """A header, then one row a picture: path, error, and index, probability and name of each of the top classes."""
+
+    def __init__(self, path: Path | None, top_k: int) -> None:
+        super().__init__(path, top_k)
+        self._csv = csv.writer(self._file, lineterminator="\n")
+        columns = [f"{field}_{rank}" for rank in range(2, top_k + 1) for field in ("label", "score", "class")]
+        self._csv.writerow(["path", "error", "pred_label", "pred_score", "pred_class", *columns])
+
+    def write(self, record: Record) -> None:
+        """Write one row."""
+        top = record.get("top_k", [])
+        values = [value for each in top for value in (each["label"], f"{each['score']:.6f}", each["class"])]
+        self._csv.writerow([_printable(record["path"]), _printable(record.get("error", "")), *values])
+
+
+class TableWriter(Writer):
+    """A table with one row a picture, shown at the end."""
+
+    def __init__(self, path: Path | None, top_k: int) -> None:
+        super().__init__(path, top_k)
+        self._rows: list[tuple[str, ...]] = []
+
+    def write(self, record: Record) -> None:
+        """Keep one row."""
+        if "error" in record:
+            self._rows.append((_printable(record["path"]), "skipped", "", ""))
+            return
+        best, *others = record["top_k"]
+        rest = ", ".join(f"{_short(other['class'])} {other['score']:.1%}" for other in others)
+        self._rows.append((_printable(record["path"]), _short(best["class"]), f"{best['score']:.1%}", rest))
+
+    def close(self) -> None:
+        """Print the table."""
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("picture", overflow="fold")
+        table.add_column("class", style="green")
+        table.add_column("score", justify="right")
+        table.add_column("then", style="dim")
+        for row in self._rows:
+            table.add_row(*(Text(cell) for cell in row))  # Text: a name such as "[b].jpg" is no markup
+        Console(file=self._file, highlight=False).print(table)
+        super().close()
+
+
+class ParquetWriter(Writer):
+    """Columns of the records' fields; ``top_k`` is a list of structs, ``error`` is null for classified pictures."""
+
+    def __init__(self, path: Path | None, top_k: int) -> None:
+        try:
+            import pyarrow as arrow
+            from pyarrow import parquet
+        except ImportError as error:
+            raise missing_extra("parquet", "Writing Parquet", error) from error
+        if path is None:
+            raise UsageError("Parquet is not for a terminal", hint="Name a file: --output labels.parquet")
+        fields = {"label": arrow.int32(), "score": arrow.float32(), "class": arrow.string()}
+        self._schema = arrow.schema(
+            {
+                "path": arrow.string(),
+                "pred_label": fields["label"],
+                "pred_score": fields["score"],
+                "pred_class": fields["class"],
+                "top_k": arrow.list_(arrow.struct(fields)),
+                "error": arrow.string(),
+            }
+        )
+        self._table, self._rows = arrow.Table, list[Record]()
+        self._parquet = parquet.ParquetWriter(path, self._schema)
+
+    def write(self, record: Record) -> None:
+        """Keep one row, and write the rows kept when they are many."""
+        self._rows.append(record | {"path": _printable(record["path"])})
+        if len(self._rows) >= ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        """Write the rest and the file's index."""
+        self._flush()
+        self._parquet.close()
+
+    def _flush(self) -> None:
+        self._parquet.write_table(self._table.from_pylist(self._rows, self._schema))
+        self._rows.clear()
+
+
+WRITERS: dict[str, type[Writer]] = {
+    "table": TableWriter, "json": JsonWriter, "csv": CsvWriter, "parquet": ParquetWriter,
+}  # fmt: skip
+
+
+def choose_format(wanted: str, output: Path | None) -> str:
+    """Return the format asked for, or that of the output file's ending, or the table.
+
+    Raises:
+        UsageError: If Parquet is to go to the terminal.
+    """
+    chosen = wanted or (SUFFIXES.get(output.suffix.lower(), "table") if output else "table")
+    if chosen == "parquet" and output is None:
+        raise UsageError("Parquet is not for a terminal", hint="Name a file: --output labels.parquet")
+    return chosen
 
 
 @contextlib.contextmanager
-def open_writer(format_: str, top_k: int, output: Path | None) -> Iterator[Writer]:
-    """Open the writer of a format on standard output, or on a file that gets its name once it is complete.
-
-    Args:
-        format_: ``table``, ``json`` or ``csv``.
-        top_k: Classes per picture.
-        output: The file, or None.
+def whole_file(output: Path) -> Iterator[Path]:
+    """Give a temporary file that gets its name when the block ends well, and vanishes when it does not.
 
     Raises:
-        UsageError: If the file cannot be created.
+        UsageError: If no file can be created there.
     """
-    kinds: dict[str, type[Writer]] = {"table": TableWriter, "json": JsonWriter, "csv": CsvWriter}
-    kind = kinds[format_]
-    if output is None:
-        writer = kind(sys.stdout, top_k)
-        yield writer
-        writer.close()
-        return
     try:
         if output.is_dir():
             raise IsADirectoryError(f"{output} is a folder")
-        handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".part", text=True)
+        handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp")
     except OSError as error:
-        raise UsageError(
-            f"Cannot write {output}", found=str(error), hint="Choose a file in a writable folder"
-        ) from error
+        hint = "Choose a file in a writable folder"
+        raise UsageError(f"Cannot write {output}", found=str(error), hint=hint) from error
+    os.close(handle)
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            writer = kind(file, top_k)
-            yield writer
-            writer.close()
+        yield temporary
         temporary.chmod(0o644)
         temporary.replace(output)
     finally:
@@ -107,83 +240,6 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"Cannot create the folder {folder}", found=str(error)) from error
-
-
-class JsonWriter(Writer):
-    """One JSON object a line: path, pred_label, pred_score, pred_class, top_k; or path and error."""
-
-    def write(self, result: Result) -> None:
-        """Write one line."""
-        prediction = result.prediction
-        line: dict[str, object] = {"path": result.path}
-        if prediction is None:
-            line["error"] = result.error
-        else:
-            best = prediction.top_k(self._top_k)
-            top = [{"label": i, "score": round(score, 6), "class": name} for i, score, name in best]
-            line |= {
-                "pred_label": prediction.label,
-                "pred_score": round(prediction.score, 6),
-                "pred_class": prediction.name,
-                "top_k": top,
-            }
-        # names of files may hold bytes that are no text; ASCII escapes keep them, and every line stays valid JSON
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Nothing is held back."""
-
-
-class CsvWriter(Writer):
-    """A header, then one row a picture: path, error, and index, probability and name of each of the top classes."""
-
-    def __init__(self, file: TextIO, top_k: int) -> None:
-        super().__init__(file, top_k)
-        self._csv = csv.writer(file, lineterminator="\n")
-        columns = [f"{field}_{rank}" for rank in range(2, top_k + 1) for field in ("label", "score", "class")]
-        self._csv.writerow(["path", "error", "pred_label", "pred_score", "pred_class", *columns])
-
-    def write(self, result: Result) -> None:
-        """Write one row."""
-        top = result.prediction.top_k(self._top_k) if result.prediction else []
-        values = [value for i, score, name in top for value in (i, f"{score:.6f}", name)]
-        self._csv.writerow([_printable(result.path), _printable(result.error), *values])
-
-    def close(self) -> None:
-        """Nothing is held back."""
-
-
-class TableWriter(Writer):
-    """A table with one row a picture, shown at the end."""
-
-    def __init__(self, file: TextIO, top_k: int) -> None:
-        super().__init__(file, top_k)
-        self._rows: list[tuple[str, ...]] = []
-
-    def write(self, result: Result) -> None:
-        """Keep one row."""
-        if result.prediction is None:
-            self._rows.append((_printable(result.path), "skipped", "", ""))
-            return
-        (_, score, name), *others = result.prediction.top_k(self._top_k)
-        rest = ", ".join(f"{_short(other)} {share:.1%}" for _, share, other in others)
-        self._rows.append((_printable(result.path), _short(name), f"{score:.1%}", rest))
-
-    def close(self) -> None:
-        """Print the table."""
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("picture", overflow="fold")
-        table.add_column("class", style="green")
-        table.add_column("score", justify="right")
-        table.add_column("then", style="dim")
-        for row in self._rows:
-            table.add_row(*(Text(cell) for cell in row))  # Text: a name such as "[b].jpg" is no markup
-        Console(file=self._file, highlight=False).print(table)
 
 
 def _short(name: str) -> str:

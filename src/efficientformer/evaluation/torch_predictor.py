@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 class TorchPredictor:
@@ -29,14 +29,27 @@ class TorchPredictor:
         manifest: What the network is.
         device: ``auto`` takes a GPU if there is one (under torchrun, the process's own), else the CPU; or a torch
             device such as ``cpu`` or ``cuda:1``.
-        precision: ``fp32`` (in full: no TF32), or autocast to ``bf16`` or ``fp16``.
+        precision: ``fp32`` or ``auto`` (in full: no TF32), or autocast to ``bf16`` or ``fp16``.
+        compiled: Compile the network when it first runs, for each batch size (tens of seconds); on a GPU its kernels
+            are also recorded as a CUDA graph.
 
     Raises:
         MissingExtraError: If torch is not installed.
         UsageError: If there is no such precision or device.
     """
 
-    def __init__(self, model: nn.Module, manifest: Manifest, device: str = "auto", precision: str = "fp32") -> None:
+    key = "torch"
+    streams = 1  # torch's threads, or the GPU, serve one caller at a time
+
+    def __init__(
+        self,
+        model: nn.Module,
+        manifest: Manifest,
+        device: str = "auto",
+        precision: str = "fp32",
+        *,
+        compiled: bool = False,
+    ) -> None:
         try:
             import torch
         except ImportError as error:
@@ -49,8 +62,13 @@ class TorchPredictor:
         except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA is asked for it
             found = str(error).strip().splitlines()[0]
             raise UsageError(f"Cannot use the device {device!r}", expected="a device torch has", found=found) from error
+        self.precision = "fp32" if precision == "auto" else precision
+        self._forward: Callable[[torch.Tensor], torch.Tensor] = self._model
+        if compiled:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self._forward = torch.compile(self._model, mode=mode)
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-        self.name = f"torch {torch.__version__} ({self.device}, {precision})"
+        self.name = f"torch {torch.__version__} ({self.device}, {self.precision}{', compiled' if compiled else ''})"
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return logits (N, num_classes) in float32 for preprocessed images (N, C, H, W)."""
@@ -64,8 +82,12 @@ class TorchPredictor:
             elif self.device.type == "cuda":
                 stack.enter_context(_full_precision())
             images = torch.from_numpy(batch).to(self.device, memory_format=torch.channels_last)
-            logits: npt.NDArray[np.float32] = self._model(images).float().cpu().numpy()
+            logits: npt.NDArray[np.float32] = self._forward(images).float().cpu().numpy()
             return logits
+
+    def for_many(self) -> TorchPredictor:
+        """Return itself."""
+        return self
 
 
 def _device(wanted: str) -> torch.device:

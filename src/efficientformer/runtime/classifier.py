@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from efficientformer.runtime.engines import open_engine
+from efficientformer.runtime.engines import Engine, open_engine
 from efficientformer.runtime.image import Source, decode, normalise, resize_crop
 from efficientformer.runtime.inputs import Input
+from efficientformer.runtime.pipeline import in_order
+from efficientformer.runtime.timing import available_cores
 from efficientformer.spec.errors import ImageError, UsageError
+from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
+
+DECODINGS = ("exact", "fast")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,27 +73,21 @@ class Failed:
     error: ImageError
 
 
-class FileClassifier:
-    """Classifies pictures with one exported file.
+class EngineClassifier:
+    """Classifies pictures with an engine that has a network open.
 
     Args:
-        path: A file exported by this package.
-        engine: ``auto`` or an engine's name.
-        precision: ``auto`` or a precision's name.
-        threads: CPU threads of the engine; None lets it choose.
-
-    Raises:
-        EngineError: If the file cannot be run.
+        engine: The engine.
+        reason: Why this one.
     """
 
-    def __init__(
-        self, path: str | Path, *, engine: str = "auto", precision: str = "auto", threads: int | None = None
-    ) -> None:
-        self._engine = open_engine(Path(path), engine, precision=precision, threads=threads)
+    def __init__(self, engine: Engine, *, reason: str = "") -> None:
+        self._engine, self.reason = engine, reason
+        self._for_many: Engine | None = None
 
     @property
     def engine(self) -> str:
-        """The engine that runs, and its version."""
+        """The engine that runs, its version and precision."""
         return self._engine.name
 
     @property
@@ -105,46 +104,85 @@ class FileClassifier:
         Raises:
             ImageError: If it is no readable picture.
         """
-        return self._classify([self._prepare(picture)])[0]
+        return self._classify(self._engine, [self._prepare(picture, "exact")])[0]
 
-    def predict(self, pictures: Iterable[Source | Input], *, batch_size: int = 16) -> Iterator[Prediction | Failed]:
-        """Classify many pictures in batches, lazily and in order; a bad picture gives a ``Failed`` in its place.
+    def predict(
+        self,
+        pictures: Iterable[Source | Input],
+        *,
+        batch_size: int | None = None,
+        workers: int | None = None,
+        decode: str = "exact",
+    ) -> Iterator[Prediction | Failed]:
+        """Classify many pictures, lazily and in order; a bad picture gives a ``Failed`` in its place.
+
+        Each core takes a picture from file to label, so decoding and inference overlap. A CPU's engines run pictures
+        one by one, which keeps their maps in the caches and was faster than any batch (benchmarks/folder.py).
 
         Args:
             pictures: As for one picture, or what ``runtime.inputs.gather`` found.
-            batch_size: Pictures per run of the engine.
+            batch_size: Pictures per run of the engine; None takes 1 for engines of exported files, 64 for torch.
+            workers: Threads that decode and run; None takes one per core.
+            decode: ``exact``, or ``fast``: large JPEGs are decoded at a half, a quarter or an eighth of their size
+                where that is still at least the size they are resized to.
 
         Raises:
-            UsageError: If the batch size is not positive.
+            UsageError: If the batch size or the number of workers is not positive, or there is no such decoding.
         """
-        if batch_size < 1:
-            raise UsageError("Illegal batch size", expected="a whole number from 1", found=repr(batch_size))
-        return self._predict(pictures, batch_size)
+        for name, value in (("batch size", batch_size), ("number of workers", workers)):
+            if value is not None and value < 1:
+                raise UsageError(f"Illegal {name}", expected="a whole number from 1", found=repr(value))
+        check_choice("decode", decode, DECODINGS)
+        if self._for_many is None:
+            self._for_many = self._engine.for_many()
+        engine = self._for_many
+        chunk = batch_size or (64 if engine.streams == 1 and engine.key == "torch" else 1)
+        turns = threading.BoundedSemaphore(engine.streams)
 
-    def _predict(self, pictures: Iterable[Source | Input], batch_size: int) -> Iterator[Prediction | Failed]:
-        remaining = iter(pictures)
-        while chunk := list(islice(remaining, batch_size)):
-            prepared = [self._try_prepare(picture) for picture in chunk]
+        def work(taken: list[Source | Input]) -> list[Prediction | Failed]:
+            prepared = [self._try_prepare(picture, decode) for picture in taken]
             images = [image for image in prepared if isinstance(image, Image.Image)]
-            predictions = iter(self._classify(images) if images else ())
-            for image in prepared:
-                yield next(predictions) if isinstance(image, Image.Image) else image
+            with turns:
+                found = iter(self._classify(engine, images) if images else ())
+            return [next(found) if isinstance(image, Image.Image) else image for image in prepared]
 
-    def _try_prepare(self, picture: Source | Input) -> Image.Image | Failed:
+        return in_order(pictures, work, workers=workers or max(engine.streams, available_cores()), chunk=chunk)
+
+    def _try_prepare(self, picture: Source | Input, how: str) -> Image.Image | Failed:
         try:
-            return self._prepare(picture)
+            return self._prepare(picture, how)
         except ImageError as error:
             return Failed(error)
 
-    def _prepare(self, picture: Source | Input) -> Image.Image:
+    def _prepare(self, picture: Source | Input, how: str) -> Image.Image:
         """Decode and crop, so that a batch holds small pictures only."""
         spec = self.manifest.preprocess
         name, source = (picture.name, picture.read()) if isinstance(picture, Input) else ("", picture)
-        return resize_crop(decode(source, mode=spec.mode, exif=spec.exif, name=name), spec)
+        shrink_for = spec if how == "fast" else None
+        return resize_crop(decode(source, mode=spec.mode, exif=spec.exif, name=name, shrink_for=shrink_for), spec)
 
-    def _classify(self, images: Sequence[Image.Image]) -> list[Prediction]:
-        logits = self._engine.run(normalise(images, self.manifest.preprocess))  # (N, num_classes)
+    def _classify(self, engine: Engine, images: Sequence[Image.Image]) -> list[Prediction]:
+        logits = engine.run(normalise(images, self.manifest.preprocess))  # (N, num_classes)
         return [Prediction(scores, self.manifest) for scores in softmax(logits)]
+
+
+class FileClassifier(EngineClassifier):
+    """Classifies pictures with one exported file.
+
+    Args:
+        path: A file exported by this package.
+        engine: ``auto`` or an engine's name.
+        precision: ``auto`` or a precision's name.
+        threads: CPU threads of the engine; None lets it choose.
+
+    Raises:
+        EngineError: If the file cannot be run.
+    """
+
+    def __init__(
+        self, path: str | Path, *, engine: str = "auto", precision: str = "auto", threads: int | None = None
+    ) -> None:
+        super().__init__(open_engine(Path(path), engine, precision=precision, threads=threads))
 
 
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -27,15 +27,20 @@ class Engine(Protocol):
         name: The engine, its version and its precision, for people.
         precision: What it computes in, as in ``PRECISIONS``; of an int8 file, ``int8``.
         manifest: What the file says about itself.
+        streams: Callers at a time.
     """
 
     key: str
     name: str
     precision: str
     manifest: Manifest
+    streams: int
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return logits (N, num_classes) for preprocessed images (N, C, H, W)."""
+
+    def for_many(self) -> Engine:
+        """Return the engine to run many pictures with: of the same results, for as many callers as serve it best."""
 
 
 def installed_engines() -> tuple[str, ...]:

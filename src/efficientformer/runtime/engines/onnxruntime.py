@@ -10,6 +10,7 @@ import onnxruntime as ort
 
 from efficientformer.runtime.engines import check_ports, settle_precision
 from efficientformer.runtime.manifests import parse_manifest
+from efficientformer.runtime.timing import available_cores
 from efficientformer.spec.errors import EngineError
 from efficientformer.spec.manifest import METADATA_KEY
 
@@ -54,8 +55,16 @@ class OnnxRuntimeEngine:
         found = [list(port.shape[1:]) for port in (*inputs, *outputs)]
         check_ports(path, self.manifest, found, is_float=inputs[0].type == "tensor(float)")
         self._input = str(inputs[0].name)
+        self.streams, self._path, self._threads = streams, path, threads
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return logits (N, num_classes) for preprocessed images (N, C, H, W)."""
         logits: npt.NDArray[np.float32] = self._session.run(None, {self._input: batch})[0]
         return logits
+
+    def for_many(self) -> OnnxRuntimeEngine:
+        """Return an engine in which each core takes a picture of its own: no core waits for another's layer."""
+        cores = self._threads or available_cores()
+        if cores == self.streams:
+            return self
+        return OnnxRuntimeEngine(self._path, precision=self.precision, threads=self._threads, streams=cores)

@@ -75,7 +75,7 @@ class OpenVinoEngine:
             # pinned threads of two processes, or of two networks in one, would sit on the same cores
             "ENABLE_CPU_PINNING": False,
         }
-        self._streams = streams
+        self.streams, self._path, self._threads = streams, path, threads
         self._lock = threading.Lock()
         self._compiled: OrderedDict[int, queue.SimpleQueue[Any]] = OrderedDict()
 
@@ -111,9 +111,16 @@ class OpenVinoEngine:
         self._model.reshape([size, spec.in_chans, *spec.input_size])
         compiled = self._core.compile_model(self._model, "CPU", self._options)
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for _ in range(self._streams):
+        for _ in range(self.streams):
             requests.put(compiled.create_infer_request())
         return requests
+
+    def for_many(self) -> OpenVinoEngine:
+        """Return an engine in which each core takes a picture of its own: no core waits for another's layer."""
+        cores = self._threads or available_cores()
+        if cores == self.streams:
+            return self
+        return OpenVinoEngine(self._path, precision=self.precision, threads=self._threads, streams=cores)
 
 
 @contextmanager

@@ -1,0 +1,123 @@
+"""Which engine and precision runs a file fastest on this machine, and still right: measured once, then remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from efficientformer.runtime.engines import Engine, installed_engines, open_engine
+from efficientformer.runtime.samples import sample_batch
+from efficientformer.runtime.timing import environment, time_together
+from efficientformer.spec.errors import EngineError
+
+# Largest difference of a logit that half precision may make, relative to the largest logit: bf16 keeps 8 bits and
+# makes 0.004 to 0.02 in the networks of both papers; a network it breaks is off by far more.
+TOLERANCE = 0.05
+ROUNDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What runs a file.
+
+    Attributes:
+        engine: The engine, as in ``ENGINES``.
+        precision: What it computes in, as in ``PRECISIONS``.
+        reason: Why, in words, with what was measured.
+    """
+
+    engine: str
+    precision: str
+    reason: str
+
+
+def choose(path: Path, precision: str = "auto", *, threads: int | None = None, store: Path | None = None) -> Choice:
+    """Choose the engine and precision that run a file fastest here.
+
+    Every engine that is installed runs the package's photographs in each precision it has; those whose logits are not
+    the single-precision ones (within half precision's rounding) are out, and the fastest for one picture wins.
+
+    Args:
+        path: An exported file.
+        precision: ``auto``, or the one precision to choose an engine for.
+        threads: CPU threads of the engine; None lets it choose.
+        store: Folder in which choices are remembered, by file, machine and versions; None remembers nothing. A folder
+            that cannot be written is as good as none.
+
+    Raises:
+        EngineError: If no engine can run the file so.
+    """
+    note = None if store is None else store / f"{_key(path, precision, threads)}.json"
+    if note is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Choice(**json.loads(note.read_text()))
+    choice = _measure(path, precision, threads)
+    if note is not None:
+        with contextlib.suppress(OSError):
+            _write(note, json.dumps(asdict(choice)))
+    return choice
+
+
+def _measure(path: Path, precision: str, threads: int | None) -> Choice:
+    candidates, refused = _candidates(path, precision, threads)
+    if not candidates:
+        raise refused[-1]
+    if len(candidates) == 1:
+        only = candidates[0]
+        return Choice(only.key, only.precision, f"{only.name}: the only one installed that runs this file so")
+    batch = sample_batch(candidates[0].manifest.preprocess)
+    right = list(_that_agree(candidates, batch))
+    picture = batch[:1]
+    timings = time_together({engine.name: lambda e=engine: e.run(picture) for engine in right}, rounds=ROUNDS)  # type: ignore[misc]
+    best = min(right, key=lambda engine: timings[engine.name].median_ms)
+    measured = ", ".join(f"{name} {timing.median_ms:.2f} ms" for name, timing in timings.items())
+    wrong = [engine.name for engine in candidates if engine not in right]
+    out = f"; left out for other results: {', '.join(wrong)}" if wrong else ""
+    return Choice(best.key, best.precision, f"fastest here for one picture: {measured}{out}")
+
+
+def _candidates(path: Path, precision: str, threads: int | None) -> tuple[list[Engine], list[EngineError]]:
+    """Open a file in every engine and precision; the single-precision ones come first."""
+    opened, refused = [], []
+    for each in ("fp32", "bf16", "fp16", "int8") if precision == "auto" else (precision,):
+        for engine in installed_engines():
+            try:
+                opened.append(open_engine(path, engine, precision=each, threads=threads))
+            except EngineError as error:
+                refused.append(error)
+    return opened, refused
+
+
+def _that_agree(candidates: list[Engine], batch: npt.NDArray[np.float32]) -> Iterator[Engine]:
+    """Yield the engines whose logits are the first one's, within half precision's rounding."""
+    expected = candidates[0].run(batch)
+    limit = TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    for engine in candidates:
+        if float(np.abs(engine.run(batch) - expected).max()) <= limit:
+            yield engine
+
+
+def _key(path: Path, precision: str, threads: int | None) -> str:
+    """Return what a choice depends on, as a file name: the file, the machine, the versions, the question."""
+    info = path.stat() if path.exists() else None
+    here = environment("onnxruntime", "openvino", "efficientformer")
+    here.pop("date")
+    question = [str(path.resolve()), info and info.st_size, info and info.st_mtime_ns, precision, threads, here]
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+    Path(name).replace(path)

@@ -1,0 +1,47 @@
+"""Many pictures at once: several threads take chunks from file to result, and results come out in order.
+
+Every thread decodes a chunk and then runs the network on it, so that decoding and inference overlap without a queue
+between them; what is read ahead is bounded by the number of chunks in flight.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+AHEAD = 4  # chunks in flight for each thread: enough that none waits for a slow picture at the head of the line
+
+
+def in_order(items: Iterable[T], work: Callable[[list[T]], list[R]], *, workers: int, chunk: int = 1) -> Iterator[R]:
+    """Yield what ``work`` returns for each item, in the items' order.
+
+    Items are drawn lazily, at most ``AHEAD * workers`` chunks before they are needed. When the caller stops early, or
+    is interrupted, chunks that have not begun are dropped and the running ones waited for.
+
+    Args:
+        items: What to work on.
+        work: Turns a chunk of items into as many results; called by ``workers`` threads at the same time.
+        workers: Threads.
+        chunk: Items given to ``work`` together.
+
+    Raises:
+        Exception: Whatever ``work`` raises, in the place of that chunk's results.
+    """
+    remaining = iter(items)
+    waiting: deque[Future[list[R]]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="efficientformer")
+    try:
+        while True:
+            while len(waiting) < AHEAD * workers and (taken := list(islice(remaining, chunk))):
+                waiting.append(pool.submit(work, taken))
+            if not waiting:
+                return
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

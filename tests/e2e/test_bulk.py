@@ -1,0 +1,158 @@
+"""Bulk prediction: every format, and killed at any moment it goes on with no line lost or doubled."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from efficientformer.cli import journal as journal_module
+from efficientformer.cli.journal import Journal
+from efficientformer.spec.errors import UsageError
+from tests.pictures import write_folders
+
+ENGINE = ("--engine", "onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("many") / "pictures"
+    write_folders(root, per_class=40)
+    (root / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    return root
+
+
+def run(folder, output, *options):
+    command = [sys.executable, "-m", "efficientformer", "predict", folder, "-o", output, *ENGINE, *options]
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "labels.jsonl"
+    process = run(folder, output)
+    _, err = process.communicate()
+    assert process.returncode == 1, err  # one is broken
+    assert "1 of" in err
+    return output.read_text()
+
+
+def test_every_format_says_the_same(cli, folder, undisturbed, tmp_path):
+    records = [json.loads(line) for line in undisturbed.splitlines()]
+    assert len(records) == len(list(folder.rglob("*.*")))
+    for name in ("labels.csv", "labels.parquet"):
+        code, _, _ = cli("predict", folder, "-o", tmp_path / name, *ENGINE)
+        assert code == 1
+    rows = list(csv.DictReader((tmp_path / "labels.csv").open()))
+    from pyarrow import parquet
+
+    table = parquet.read_table(tmp_path / "labels.parquet").to_pylist()
+    for record, row, entry in zip(records, rows, table, strict=True):
+        assert record["path"] == row["path"] == entry["path"]
+        assert record.get("error", "") == row["error"] == (entry["error"] or "")
+        if "error" not in record:
+            assert record["pred_label"] == int(row["pred_label"]) == entry["pred_label"]
+            assert record["pred_class"] == row["pred_class"] == entry["pred_class"]
+            assert record["pred_score"] == pytest.approx(float(row["pred_score"]), abs=1e-6)
+            assert [top["class"] for top in record["top_k"]] == [top["class"] for top in entry["top_k"]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.csv", "labels.parquet"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 25, 60])
+def test_killed_and_run_again_it_goes_on(folder, undisturbed, tmp_path, after):
+    output = tmp_path / "labels.jsonl"
+    part = tmp_path / "labels.jsonl.part"
+    process = run(folder, output)
+    while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") <= after):
+        time.sleep(0.002)
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    if not output.exists():
+        done = part.read_bytes().count(b"\n") - 1
+        with part.open("ab") as file:  # a line that was being written
+            file.write(b'{"path": "torn')
+        again = run(folder, output)
+        _, err = again.communicate()
+        assert again.returncode == 1, err
+        assert done <= 0 or "Going on after" in err
+    assert output.read_text() == undisturbed
+    assert not part.exists()
+
+
+def test_another_command_never_goes_on(cli, folder, tmp_path):
+    output = tmp_path / "labels.jsonl"
+    part = Path(f"{output}.part")
+    part.write_text('{"efficientformer": 1, "inputs": ["x"], "model": "L1"}\n{"path": "a.jpg", "error": "x"}\n')
+    before = part.read_text()
+    code, _, err = cli("predict", folder, "-o", output, *ENGINE)
+    assert code == 2
+    assert "begun by another command" in err
+    assert "model" in err
+    assert part.read_text() == before
+    part.write_text("something else entirely\n")
+    code, _, err = cli("predict", folder, "-o", output, *ENGINE)
+    assert code == 2
+    assert "no journal" in err
+
+
+def test_inputs_that_changed_are_noticed(cli, tmp_path):
+    root = tmp_path / "pictures"
+    write_folders(root, per_class=3)
+    pictures = sorted(path for path in root.rglob("*") if path.is_file())
+    output = tmp_path / "labels.jsonl"
+    assert cli("predict", root, "-o", output, *ENGINE)[0] == 0
+    whole = output.read_text()
+    question = {"efficientformer": journal_module.VERSION}
+    # the journal of a run that was killed after two pictures, then the first picture vanished
+    saved = {}
+
+    class Spy(Journal):
+        def finish(self, format_, top_k):
+            saved["journal"] = self.path.read_text()
+            super().finish(format_, top_k)
+
+    output.unlink()
+    journal_module.Journal, kept = Spy, journal_module.Journal
+    try:
+        assert cli("predict", root, "-o", output, *ENGINE)[0] == 0
+    finally:
+        journal_module.Journal = kept
+    assert output.read_text() == whole
+    assert question.items() <= json.loads(saved["journal"].splitlines()[0]).items()
+    output.unlink()
+    lines = saved["journal"].splitlines(keepends=True)
+    Path(f"{output}.part").write_text("".join(lines[:3]))
+    pictures[0].unlink()
+    code, _, err = cli("predict", root, "-o", output, *ENGINE)
+    assert code == 2
+    assert "not those" in err
+    assert not output.exists()
+
+
+def test_a_journal_has_one_writer(tmp_path):
+    pytest.importorskip("fcntl")
+    output = tmp_path / "labels.jsonl"
+    first = Journal(output, {"a": 1})
+    with pytest.raises(UsageError, match="Another process"):
+        Journal(output, {"a": 1})
+    first.close()
+    Journal(output, {"a": 1}).close()
+
+
+def test_parquet_needs_a_file(cli, folder):
+    code, _, err = cli("predict", folder, "-f", "parquet", *ENGINE)
+    assert code == 2
+    assert "--output" in err
+
+
+def test_many_pictures_say_which_engine_runs_and_why(cli, folder, tmp_path):
+    _, _, err = cli("predict", folder, "-o", tmp_path / "x.csv")
+    assert "fastest here for one picture" in err
+    _, _, err = cli("predict", folder, "-o", tmp_path / "y.csv", "--quiet")
+    assert "fastest" not in err

@@ -1,0 +1,117 @@
+"""The engine is chosen by what was measured here, never at the price of other results, and remembered."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from efficientformer import Classifier
+from efficientformer.export.deployable import embedded_file
+from efficientformer.runtime import choice as module
+from efficientformer.runtime.choice import choose
+from efficientformer.runtime.timing import Timing
+from efficientformer.spec.errors import EngineError, UsageError
+
+FILE = embedded_file()
+PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
+
+
+def timed(**ms):
+    """Return a stand-in for time_together: the figures of the engines whose name holds a word, else 9 ms."""
+
+    def stand_in(subjects, **_):
+        found = {name: next((v for word, v in ms.items() if word in name), 9.0) for name in subjects}
+        return {name: Timing(v, v, v, v, 1) for name, v in found.items()}
+
+    return stand_in
+
+
+@pytest.mark.parametrize(
+    ("word", "engine", "precision"), [("ONNX", "onnxruntime", "fp32"), ("bf16", "openvino", "bf16")]
+)
+def test_the_fastest_wins(monkeypatch, word, engine, precision):
+    monkeypatch.setattr(module, "time_together", timed(**{word: 1.0}))
+    if precision == "bf16":
+        pytest.importorskip("openvino")
+        capable = [each.precision for each in module._candidates(FILE, "auto", None)[0]]
+        if "bf16" not in capable:
+            pytest.skip("this processor does not compute in bf16")
+    found = choose(FILE)
+    assert (found.engine, found.precision) == (engine, precision)
+    assert "1.00 ms" in found.reason
+
+
+def test_an_engine_with_other_results_is_out_however_fast(monkeypatch):
+    real = module.open_engine
+
+    def spoilt(path, name, **options):
+        engine = real(path, name, **options)
+        if name == "openvino":
+            run = engine.run
+            engine.run = lambda batch: run(batch) + np.float32([3, *[0] * 9])
+        return engine
+
+    monkeypatch.setattr(module, "open_engine", spoilt)
+    monkeypatch.setattr(module, "time_together", timed(OpenVINO=1.0))
+    monkeypatch.setattr(module, "installed_engines", lambda: ("onnxruntime", "openvino"))
+    found = choose(FILE)
+    assert found.engine == "onnxruntime"
+    assert "left out for other results: OpenVINO" in found.reason
+
+
+def test_a_choice_is_remembered_for_this_file_and_question(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "time_together", timed(ONNX=1.0))
+    first = choose(FILE, store=tmp_path)
+    monkeypatch.setattr(module, "time_together", timed(OpenVINO=1.0))
+    assert choose(FILE, store=tmp_path) == first
+    assert choose(FILE, "fp32", store=tmp_path).engine == "openvino"
+    assert choose(FILE, threads=1, store=tmp_path).engine == "openvino"
+    note = next(tmp_path.glob("*.json"))
+    for damaged in ("{", json.dumps({"engine": "openvino"})):
+        note.write_text(damaged)
+        assert choose(FILE, store=tmp_path).reason
+
+
+def test_a_folder_that_cannot_be_written_is_as_good_as_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "time_together", timed())
+    (tmp_path / "file").write_text("")
+    assert choose(FILE, store=tmp_path / "file" / "below").engine
+
+
+def test_one_engine_needs_no_measurement(monkeypatch):
+    monkeypatch.setattr(module, "installed_engines", lambda: ("onnxruntime",))
+    monkeypatch.setattr(module, "time_together", None)
+    assert choose(FILE).engine == "onnxruntime"
+
+
+def test_no_engine_for_a_precision():
+    with pytest.raises(EngineError, match="not quantised"):
+        choose(FILE, "int8")
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "torch"])
+def test_classifier_runs_any_engine(engine):
+    classify = Classifier(engine=engine, precision="fp32")
+    assert classify.engine.endswith(("(fp32)", "fp32)"))
+    assert classify(PHOTO).name == Classifier(engine="onnxruntime")(PHOTO).name
+
+
+def test_classifier_chooses_and_says_why():
+    classify = Classifier()
+    assert classify.engine
+    assert "fastest here" in classify.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"engine": "onnx"}, "Did you mean onnxruntime"),
+        ({"precision": "int4"}, "'int8'"),
+        ({"device": "cuda", "engine": "openvino"}, "Only torch"),
+        ({"model": str(FILE), "engine": "torch"}, "does not run in torch"),
+    ],
+)
+def test_what_classifier_refuses(options, text):
+    with pytest.raises(UsageError, match=text):
+        Classifier(**options)

@@ -1,0 +1,143 @@
+"""Many pictures: in order, drawn lazily, nothing left running, the same labels as one by one."""
+
+import threading
+import time
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientformer import Classifier
+from efficientformer.runtime.classifier import EngineClassifier, Failed
+from efficientformer.runtime.image import decode, resize_crop
+from efficientformer.runtime.pipeline import AHEAD, in_order
+from efficientformer.spec.errors import UsageError
+from efficientformer.spec.preprocess import PreprocessSpec
+
+PHOTOS = sorted((Path(__file__).parents[2] / "examples").glob("*.jpg"))
+
+
+def test_results_come_in_order_whatever_takes_long():
+    def work(chunk):
+        time.sleep(0.02 if chunk[0] % 3 == 0 else 0)
+        return [item * item for item in chunk]
+
+    for chunk in (1, 4):
+        assert list(in_order(range(30), work, workers=3, chunk=chunk)) == [item * item for item in range(30)]
+    assert list(in_order([], work, workers=2)) == []
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_inputs_are_drawn_a_bounded_number_ahead(chunk):
+    drawn = []
+    results = in_order((drawn.append(i) or i for i in range(10_000)), lambda taken: taken, workers=2, chunk=chunk)
+    for done in range(1, 200):
+        next(results)
+        assert len(drawn) <= done + (AHEAD * 2 + 1) * chunk
+    results.close()
+    assert len(drawn) < 400
+
+
+def test_an_error_comes_in_its_place_and_leaves_no_thread():
+    before = threading.active_count()
+
+    def work(chunk):
+        if chunk == [3]:
+            raise ZeroDivisionError
+        return chunk
+
+    results = in_order(range(100), work, workers=2)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert threading.active_count() == before
+
+
+def test_stopping_early_drops_what_has_not_begun():
+    begun = []
+    results = in_order(range(1000), lambda taken: begun.append(taken) or taken, workers=1)
+    next(results)
+    results.close()
+    assert len(begun) <= AHEAD + 1
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("options", [{}, {"workers": 3}, {"batch_size": 5}])
+def test_many_give_the_labels_of_one_by_one(engine, options):
+    classify = Classifier(engine=engine)
+    pictures = [*PHOTOS, b"broken", *PHOTOS[::-1], Path("missing.jpg")] * 2
+    outcomes = list(classify.predict(pictures, **options))
+    assert len(outcomes) == len(pictures)
+    for picture, outcome in zip(pictures, outcomes, strict=True):
+        if picture == b"broken" or picture == Path("missing.jpg"):
+            assert isinstance(outcome, Failed)
+        else:
+            single = classify(picture)
+            assert outcome.label == single.label
+            np.testing.assert_allclose(outcome.scores, single.scores, atol=2e-2)  # bf16 engines: batches round apart
+
+
+def test_no_more_callers_than_streams(monkeypatch):
+    class Counting:
+        key, name, precision, streams = "x", "x", "fp32", 2
+        manifest = Classifier().manifest
+        inside = most = 0
+        lock = threading.Lock()
+
+        def for_many(self):
+            return self
+
+        def run(self, batch):
+            with self.lock:
+                self.inside += 1
+                self.most = max(self.most, self.inside)
+            time.sleep(0.003)
+            with self.lock:
+                self.inside -= 1
+            return np.zeros((len(batch), 10), np.float32)
+
+    engine = Counting()
+    assert len(list(EngineClassifier(engine).predict(PHOTOS * 3, workers=6))) == 24
+    assert engine.most == 2
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"workers": 0}, {"decode": "quick"}])
+def test_illegal_options(options):
+    with pytest.raises(UsageError):
+        Classifier().predict(PHOTOS, **options)
+
+
+def jpeg(width, height):
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 255, (height // 16, width // 16, 3), np.uint8))
+    file = BytesIO()
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "decoded"),
+    [
+        ((1600, 1200), (400, 300)),  # a quarter is still above 235
+        ((960, 704), (480, 352)),
+        ((480, 470), (240, 235)),  # just the size it is resized to
+        ((480, 468), (480, 468)),  # a half would be 234
+        ((320, 240), (320, 240)),
+    ],
+)
+def test_fast_decoding_never_goes_below_the_resize(size, decoded):
+    spec = PreprocessSpec(resize_size=235)
+    data = jpeg(*size)
+    assert decode(data).size == size
+    small = decode(data, shrink_for=spec)
+    assert small.size == decoded
+    exact, fast = (np.asarray(resize_crop(image, spec), float) for image in (decode(data), small))
+    assert np.abs(exact - fast).mean() < 4
+
+
+def test_fast_decoding_leaves_other_formats_alone():
+    file = BytesIO()
+    Image.open(BytesIO(jpeg(1600, 1200))).save(file, "PNG")
+    assert decode(file.getvalue(), shrink_for=PreprocessSpec(resize_size=235)).size == (1600, 1200)
