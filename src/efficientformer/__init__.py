@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from efficientformer.api import Classifier, evaluate_model, get_model, inference_model
     from efficientformer.runtime.classifier import Failed, Prediction
+    from efficientformer.slimming.run import slim
+    from efficientformer.slimming.start import make_plan
     from efficientformer.spec.arch import ArchSpec
     from efficientformer.spec.errors import EfficientFormerError
     from efficientformer.spec.preprocess import PreprocessSpec
@@ -33,6 +35,8 @@ _ROOMS = {
     "inference_model": "api",
     "list_models": "spec.zoo",
     "load_recipe": "training.recipe",
+    "make_plan": "slimming.start",
+    "slim": "slimming.run",
     "train": "training.run",
 }
 
@@ -50,6 +54,8 @@ __all__ = [  # noqa: PLE0604, RUF100 (names load lazily)
     "inference_model",
     "list_models",
     "load_recipe",
+    "make_plan",
+    "slim",
     "train",
 ]
 

@@ -96,7 +96,8 @@ class Plan:
             check_number("target latency in ms", target, 1e-4, 1e6)
         if not self.targets:
             raise UsageError("No target", hint="Name one: --target-latency 2.0ms")
-        object.__setattr__(self, "targets", tuple(sorted({float(f"{target:g}") for target in self.targets}, reverse=True)))
+        targets = {float(f"{target:g}") for target in self.targets}  # as their files are named
+        object.__setattr__(self, "targets", tuple(sorted(targets, reverse=True)))
         check_choice("engine", self.engine, ENGINES)
         check_choice("precision", self.precision, PRECISIONS)
         if self.threads is not None:
