@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import TrainingError
 from efficientformer.spec.variants import v1_spec
 from efficientformer.training import loop
+from efficientformer.training import run as training
 from efficientformer.weights.checkpoint import load_checkpoint
 from tests.pictures import write_folders
 
@@ -28,6 +30,21 @@ SETTINGS = ("batch_size=8", "workers=1", "opt=adamw", "opt_args={}", "lr=0.003",
             "search.width_step=8", "search.min_width=8", "search.recover_steps=1", "search.held_out=9",
             "search.calibration=16")  # fmt: skip
 BUDGET = 0.6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small are slower on two; and a killed process computes the same bits as this one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_training_report(monkeypatch):
+    """The reports of the two trainings take longer than the trainings."""
+    monkeypatch.setattr(training, "write_report", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +160,7 @@ class Killed(BaseException):
     ],
     ids=["table", "supernet", "final training", "search", "choice", "delivery"],
 )
+@pytest.mark.usefixtures("no_training_report")
 def test_a_run_that_dies_anywhere_ends_with_the_same_network(place, finished, tmp_path, monkeypatch, owner, name, call):
     original, calls, folder = getattr(owner, name), [], tmp_path / "run"
 
@@ -160,12 +178,14 @@ def test_a_run_that_dies_anywhere_ends_with_the_same_network(place, finished, tm
     assert_same(folder, finished[0])
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_a_killed_process_ends_with_the_same_network(place, finished, tmp_path):
     """SIGKILL once the search has begun."""
     folder = tmp_path / "run"
     line = command(place, "--target-latency", f"{BUDGET}ms", "--output", folder, "--quiet")
     code = "from efficientformer.cli.app import main; main()"
-    killed = subprocess.Popen([sys.executable, "-c", code, *map(str, line)], stderr=subprocess.PIPE)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen([sys.executable, "-c", code, *map(str, line)], stderr=subprocess.PIPE, env=alone)
     while not (folder / "search" / "path.json").exists():
         assert killed.poll() is None, killed.stderr.read().decode()
         time.sleep(0.005)
@@ -183,6 +203,7 @@ def assert_same(folder, other):
     assert (folder / "path.csv").read_text() == (other / "path.csv").read_text()
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_a_second_target_comes_from_the_same_search(place, finished, cli):
     folder = finished[0]
     before = json.loads((folder / "search" / "path.json").read_text())["steps"]
@@ -234,7 +255,8 @@ def test_folders_are_not_mixed_up(place, finished, cli, tmp_path):
     assert "Nothing to train on" in cli("slim", "--target-latency", "1")[2]
 
 
-def test_a_network_that_takes_longer_than_predicted_is_cut_further(place, finished, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("no_training_report")
+def test_a_network_that_takes_longer_than_predicted_is_cut_further(place, monkeypatch, tmp_path):
     """The engine here takes a tenth longer than the table says; the budget must hold in what is measured."""
     table = LatencyTable.load(place / "phone.json")
 

@@ -83,6 +83,8 @@ def measure_table(plan: Plan, space: Space, *, quiet: bool) -> LatencyTable:
         in_chans=start.in_chans,
         num_classes=start.num_classes,
         attention=start.attention,
+        stage3_stride=max((block.stride for block in start.stages[2].blocks), default=1),
+        max_widths=tuple(stage.width for stage in start.stages),
     )
     with table_progress(quiet=quiet) as progress:
         return build_table(

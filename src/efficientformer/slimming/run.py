@@ -41,7 +41,6 @@ from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from efficientformer.weights.files import atomic_write
 
 PATH, CHOICE = "search/path.json", "choice.json"
-MAX_TRIES = 20  # steps further down the path, for networks that take longer than predicted
 
 
 @dataclass(frozen=True)
@@ -174,20 +173,20 @@ class _SlimRun:
         goes on. Where the machine is busy just now, that counts for nothing (see ``Measured``).
         """
         folder, bound = self._target(target), target
-        step = first_within(search.run(bound), bound)
-        for _ in range(MAX_TRIES):
+        low, _ = reachable(self.space, self.table)
+        while bound >= low:
+            step = first_within(search.run(bound), bound)
             assert step is not None
             found = self._measure([step])[0]
             if found is None or found.quiet_ms <= target:
                 break
             bound = step.predicted_ms * min(0.999, target / found.quiet_ms)
-            step = first_within(search.run(bound), bound)
-        assert step is not None
-        if found is not None and found.quiet_ms > target:
+        else:
+            hint = "Is the machine busy? Then resume when it is not; else measure the latency table again"
             raise TrainingError(
                 f"No network of the path is measured within {target:g} ms",
                 found=f"{found.ms:.3f} ms at a predicted {step.predicted_ms:.3f} ms",
-                hint="Is the machine busy? Then resume when it is not; else measure the latency table again",
+                hint=hint,
             )
         folder.mkdir(parents=True, exist_ok=True)
         bench.save(search.steps, step.number, folder / f"sliced-{target:g}ms.safetensors")
