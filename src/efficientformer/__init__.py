@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from efficientformer.api import Classifier, evaluate_model, get_model, inference_model
+    from efficientformer.latency.table import LatencyTable
     from efficientformer.runtime.classifier import Failed, Prediction
     from efficientformer.slimming.run import slim
     from efficientformer.slimming.start import make_plan
@@ -27,6 +28,7 @@ _ROOMS = {
     "Classifier": "api",
     "EfficientFormerError": "spec.errors",
     "Failed": "runtime.classifier",
+    "LatencyTable": "latency.table",
     "Prediction": "runtime.classifier",
     "PreprocessSpec": "spec.preprocess",
     "Recipe": "training.recipe",
@@ -45,6 +47,7 @@ __all__ = [  # noqa: PLE0604, RUF100 (names load lazily)
     "Classifier",
     "EfficientFormerError",
     "Failed",
+    "LatencyTable",
     "Prediction",
     "PreprocessSpec",
     "Recipe",

@@ -44,6 +44,8 @@ class Classifier(EngineClassifier):
         engine: ``auto`` or an engine's name: ``onnxruntime``, ``openvino``, ``torch``, ``torch-compile``.
         precision: ``fp32``, ``bf16``, ``fp16``, ``int8`` (for a quantised network), or ``auto``.
         threads: CPU threads of the engine; None lets it choose.
+        streams: Callers of an exported file's engine at a time, which share its threads. ``predict`` opens an engine
+            with one stream a core when it is first called; with as many here, the one that is open serves.
         device: For torch: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ...
         offline: Forbid (True) or allow (False) connections; None asks the environment.
         progress: Told how a download goes.
@@ -65,6 +67,7 @@ class Classifier(EngineClassifier):
         engine: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
+        streams: int = 1,
         device: str = "auto",
         offline: bool | None = None,
         progress: DownloadProgress | None = None,
@@ -83,7 +86,8 @@ class Classifier(EngineClassifier):
         if engine == "auto":
             choice = choose(path, precision, threads=threads, store=cache_root() / "engines")
             engine, precision, reason = choice.engine, choice.precision, choice.reason
-        super().__init__(open_engine(path, engine, precision=precision, threads=threads), reason=reason)
+        opened = open_engine(path, engine, precision=precision, threads=threads, streams=streams)
+        super().__init__(opened, reason=reason)
 
 
 def inference_model(model: str | EngineClassifier, image: Source) -> dict[str, Any]:

@@ -26,6 +26,14 @@ SURFACE = {
     "info": {"model", "as_json"},
     "convert": {"source", "target", "to", "model", "input_size", "ema", "half", "force"},
     "download": {"model", "source", "verify", "offline"},
+    "profile": {
+        "model", "checkpoint", "engine", "precision", "threads", "observations", "as_json", "output", "offline",
+        "quiet",
+    },
+    "latency-table": {
+        "output", "engine", "precision", "threads", "like", "widths", "depths", "expansions", "input_size",
+        "stem_stride", "classes", "networks", "max_spread", "quiet",
+    },
 }  # fmt: skip
 
 

@@ -18,11 +18,13 @@ ALLOWED = {
     "data": {"spec", "runtime", "reporting"},
     "evaluation": {"spec", "runtime", "data", "reporting"},
     "training": {"spec", "models", "weights", "runtime", "data", "evaluation", "reporting", "export"},
+    "latency": {"spec", "runtime", "export", "reporting"},
     "slimming": {
         "spec", "models", "weights", "runtime", "data", "evaluation", "reporting", "export", "training", "latency",
     },
     "cli": {
-        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training", "slimming",
+        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training", "latency",
+        "slimming",
     },
 }  # fmt: skip
 TORCH = {"torch", "torchvision", "timm", "onnx", "onnxscript"}

@@ -30,7 +30,7 @@ def run_without_torch(*arguments):
 
 
 def test_help_of_every_verb():
-    for verb in ("predict", "test", "list", "info", "convert", "download"):
+    for verb in ("predict", "test", "list", "info", "convert", "download", "profile", "latency-table"):
         result = run_without_torch(verb, "--help")
         assert result.returncode == 0, result.stderr
         assert "Usage" in result.stdout

@@ -13,8 +13,10 @@ from efficientformer.cli.convert import convert
 from efficientformer.cli.data import data_app
 from efficientformer.cli.download import download
 from efficientformer.cli.info import info
+from efficientformer.cli.latency_table import latency_table
 from efficientformer.cli.listing import list_
 from efficientformer.cli.predict import predict
+from efficientformer.cli.profile import profile
 from efficientformer.cli.slim import slim
 from efficientformer.cli.test import test
 from efficientformer.cli.train import train
@@ -54,6 +56,8 @@ for _name, _verb in (
     ("train", train),
     ("slim", slim),
     ("download", download),
+    ("profile", profile),
+    ("latency-table", latency_table),
 ):
     app.command(_name)(_verb)
 app.add_typer(data_app, name="data")

@@ -72,7 +72,7 @@ def _check_target(output: Path) -> None:
         raise UsageError(f"Cannot write {output}", expected="a file in an existing folder")
 
 
-def _space(  # noqa: PLR0917 (the options of the verb, in its order)
+def _space(
     like: str, widths: str, depths: str, expansions: str, input_size: str, stem_stride: str, classes: int | None
 ) -> TableSpace:
     import dataclasses
@@ -82,7 +82,7 @@ def _space(  # noqa: PLR0917 (the options of the verb, in its order)
     space = _space_of(_read_spec(like)) if like else TableSpace()
     given: dict[str, Any] = {}
     if widths:
-        given["widths"] = _widths(widths)
+        given |= {"widths": _widths(widths), "max_widths": ()}
     if depths:
         given["depths"] = _numbers("--depths", depths, int)
     if expansions:
@@ -132,7 +132,8 @@ def _space_of(spec: ArchSpec) -> TableSpace:
 
 def _widths(text: str) -> tuple[int, ...]:
     if ":" not in text:
-        return _numbers("--widths", text, int)
+        widths: tuple[int, ...] = _numbers("--widths", text, int)
+        return widths
     ends = _numbers("--widths", text.replace(":", ","), int)
     if len(ends) != 3 or ends[2] < 1:
         raise UsageError("Illegal --widths", expected="FIRST:LAST:STEP or a list of widths", found=text)

@@ -150,6 +150,7 @@ def _load(
     quiet: bool,
 ) -> Classifier:
     from efficientformer.api import Classifier
+    from efficientformer.runtime.timing import available_cores
     from efficientformer.spec.zoo import EMBEDDED
 
     if not model and checkpoint is None and not quiet:
@@ -158,10 +159,12 @@ def _load(
             "--model efficientformer_l1 (or l3, l7, efficientformerv2_s0, s1, s2, l).",
             err=True,
         )
-    chosen = engine == "auto"
-    if chosen and precision in ("auto", "fp32", "int8") and not any(True for _ in islice(_gather(inputs), FEW, None)):
+    chosen, many = engine == "auto", any(True for _ in islice(_gather(inputs), FEW, None))
+    if chosen and precision in ("auto", "fp32", "int8") and not many:
         engine = "onnxruntime"  # opens in half the time of any other
-    options = {"checkpoint": checkpoint, "engine": engine, "precision": precision, "threads": threads}
+    streams = threads or available_cores() if many else 1
+    options = {"checkpoint": checkpoint, "engine": engine, "precision": precision, "threads": threads,
+               "streams": streams}  # fmt: skip
     if not model and checkpoint is None:
         classifier = Classifier(**options)  # type: ignore[arg-type]
     else:

@@ -1,4 +1,4 @@
-"""The exported graph of any spec with random weights, written without torch: what is timed when there is no network yet.
+"""The exported graph of any spec with random weights, written without torch: what is timed before there is a network.
 
 ``export/onnx.py`` traces a trained network, which takes seconds; a latency table needs hundreds of networks. The graph
 here has the same operators in the same order with the same shapes (a test holds the two together), and every node is
@@ -109,10 +109,23 @@ class GraphWriter:
         self._tensors.append(self._numpy.from_array(values, name))
         return name
 
-    def conv(self, x: str, dim: int, out_dim: int, kernel: int = 1, *, stride: int = 1, groups: int = 1) -> str:
-        """Add a convolution with bias, BatchNorm already folded in: (B, dim, h, w) to (B, out_dim, h', w')."""
+    def conv(
+        self,
+        x: str,
+        dim: int,
+        out_dim: int,
+        kernel: int = 1,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        pad: int | None = None,
+    ) -> str:
+        """Add a convolution with bias, BatchNorm already folded in: (B, dim, h, w) to (B, out_dim, h', w').
+
+        ``pad`` is on each side; by default it keeps the map at stride 1.
+        """
         weight = self.weight(out_dim, dim // groups, kernel, kernel, fan_in=dim // groups * kernel**2)
-        pad = kernel // 2
+        pad = kernel // 2 if pad is None else pad
         return self.op(
             "Conv", x, weight, self.weight(out_dim),
             group=groups, pads=[pad] * 4, strides=[stride] * 2, dilations=[1, 1], kernel_shape=[kernel] * 2,
@@ -176,12 +189,12 @@ def _stage(graph: GraphWriter, spec: ArchSpec, index: int, dim: int, x: str) -> 
     for number, block in enumerate(stage.blocks):
         graph.part = f"stages.{index}.blocks.{number}"
         if block.kind != "mb3d":
-            x = _map_block(graph, spec, stage, block, grid, x)
+            x = map_block(graph, spec, stage, block, grid, x)
             continue
         if not on_tokens:
             x = graph.transpose(graph.reshape(x, stage.width, _area(grid)), 0, 2, 1)  # (B, N, C)
             on_tokens = True
-        x = _token_block(graph, spec, stage, block, grid, x)
+        x = token_block(graph, spec, stage, block, grid, x)
     if on_tokens:
         # before the head the exporter merges the reshape back to a map with the head's own to tokens
         shape = grid if index < len(spec.stages) - 1 else (_area(grid),)
@@ -193,7 +206,7 @@ def _area(grid: Grid) -> int:
     return grid[0] * grid[1]
 
 
-def _map_block(graph: GraphWriter, spec: ArchSpec, stage: StageSpec, block: BlockSpec, grid: Grid, x: str) -> str:
+def map_block(graph: GraphWriter, spec: ArchSpec, stage: StageSpec, block: BlockSpec, grid: Grid, x: str) -> str:
     """Add an MB4D, FFN or attention block on maps: (B, C, h, w) to (B, C, h, w)."""
     dim, hidden = stage.width, stage.hidden(block)
     if block.kind == "mb4d":
@@ -209,7 +222,7 @@ def _map_block(graph: GraphWriter, spec: ArchSpec, stage: StageSpec, block: Bloc
     return graph.op("Add", x, graph.conv(y, hidden, dim))
 
 
-def _token_block(graph: GraphWriter, spec: ArchSpec, stage: StageSpec, block: BlockSpec, grid: Grid, x: str) -> str:
+def token_block(graph: GraphWriter, spec: ArchSpec, stage: StageSpec, block: BlockSpec, grid: Grid, x: str) -> str:
     """Add an MB3D: (B, N, C) to (B, N, C)."""
     dim, hidden, tokens, sizes = stage.width, stage.hidden(block), _area(grid), spec.attention
     heads, key_dim, value_dim = sizes.num_heads, sizes.key_dim, sizes.key_dim * sizes.value_ratio
@@ -218,14 +231,14 @@ def _token_block(graph: GraphWriter, spec: ArchSpec, stage: StageSpec, block: Bl
     widths = graph.ints(key_dim, key_dim, value_dim)
     q = graph.op("Split", qkv, widths, outputs=3, axis=3)
     k, v = f"{q}_1", f"{q}_2"
-    y = _weighted(graph, q, graph.transpose(k, 0, 1, 3, 2), v, (heads, tokens, tokens), None)  # (B, H, N, V)
+    y = weighted_attention(graph, q, graph.transpose(k, 0, 1, 3, 2), v, (heads, tokens, tokens), None)  # (B, H, N, V)
     y = graph.reshape(graph.transpose(y, 0, 2, 1, 3), tokens, heads * value_dim)
     x = graph.op("Add", x, graph.linear(y, heads * value_dim, dim))
     y = graph.gelu(graph.linear(graph.layer_norm(x, dim), dim, hidden))
     return graph.op("Add", x, graph.linear(y, hidden, dim))
 
 
-def _weighted(
+def weighted_attention(
     graph: GraphWriter, q: str, k: str, v: str, shape: tuple[int, int, int], talking_heads: int | None
 ) -> str:
     """Add biased attention: queries (B, H, Q, K), keys (B, H, K, N) and values (B, H, N, V) to (B, H, Q, V)."""
@@ -250,7 +263,7 @@ def _map_attention(graph: GraphWriter, spec: ArchSpec, dim: int, block: BlockSpe
     v = graph.conv(x, dim, values)
     local = graph.conv(v, values, values, 3, groups=values)
     v = graph.transpose(graph.reshape(v, heads, values // heads, tokens), 0, 1, 3, 2)
-    y = _weighted(graph, q, k, v, (heads, tokens, tokens), heads)
+    y = weighted_attention(graph, q, k, v, (heads, tokens, tokens), heads)
     y = graph.op("Add", graph.reshape(graph.transpose(y, 0, 1, 3, 2), values, *inner), local)
     if stride > 1:
         y = graph.op(
@@ -278,7 +291,7 @@ def _attention_embedding(graph: GraphWriter, spec: ArchSpec, stage: StageSpec, d
     v = graph.conv(x, dim, values)
     local = graph.conv(v, values, values, 3, stride=2, groups=values)
     v = graph.transpose(graph.reshape(v, heads, values // heads, tokens), 0, 1, 3, 2)
-    y = _weighted(graph, q, k, v, (heads, queries, tokens), None)
+    y = weighted_attention(graph, q, k, v, (heads, queries, tokens), None)
     y = graph.op("Add", graph.reshape(graph.transpose(y, 0, 1, 3, 2), values, *inner), local)
     return graph.conv(graph.gelu(y), values, stage.width)
 

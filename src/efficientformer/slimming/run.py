@@ -174,20 +174,18 @@ class _SlimRun:
         """
         folder, bound = self._target(target), target
         low, _ = reachable(self.space, self.table)
+        last = ""
         while bound >= low:
             step = first_within(search.run(bound), bound)
             assert step is not None
             found = self._measure([step])[0]
             if found is None or found.quiet_ms <= target:
                 break
+            last = f"{found.ms:.3f} ms at a predicted {step.predicted_ms:.3f} ms"
             bound = step.predicted_ms * min(0.999, target / found.quiet_ms)
         else:
             hint = "Is the machine busy? Then resume when it is not; else measure the latency table again"
-            raise TrainingError(
-                f"No network of the path is measured within {target:g} ms",
-                found=f"{found.ms:.3f} ms at a predicted {step.predicted_ms:.3f} ms",
-                hint=hint,
-            )
+            raise TrainingError(f"No network of the path is measured within {target:g} ms", found=last, hint=hint)
         folder.mkdir(parents=True, exist_ok=True)
         bench.save(search.steps, step.number, folder / f"sliced-{target:g}ms.safetensors")
         if self.plan.final.teacher == SUPERNET:

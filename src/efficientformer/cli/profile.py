@@ -1,0 +1,115 @@
+"""``efficientformer profile``: where the time of a network goes on an engine, and the paper's observations there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from efficientformer.runtime.engines import ENGINES, PRECISIONS
+from efficientformer.spec.errors import UsageError, missing_extra
+
+if TYPE_CHECKING:
+    from efficientformer.latency.observations import Observations
+    from efficientformer.latency.profile import Profile
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="Zoo name, weights file or exported file.")] = "",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
+    engine: Annotated[str, typer.Option(help=f"Engine: {', '.join(ENGINES)}.")] = "auto",
+    precision: Annotated[str, typer.Option(help=f"Precision: {', '.join(PRECISIONS)}.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
+    observations: Annotated[
+        bool, typer.Option("--observations", help="Repeat the paper's four latency comparisons instead.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for an HTML page and JSON.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+) -> None:
+    """Show where the time of a network goes: by block and by kind of operator; or test the paper's observations."""
+    if observations == bool(model or checkpoint):
+        expected = "a network, or --observations"
+        raise UsageError("Nothing to profile" if not observations else "Too much to do at once", expected=expected)
+    if output is not None:
+        _prepare(output)
+    from efficientformer.cli.progress import step_bars
+
+    if observations:
+        from efficientformer.latency.observations import observe
+
+        with step_bars(quiet) as progress:
+            found = observe(engine=engine, precision=precision, threads=threads, progress=progress)
+        typer.echo(json.dumps(found.to_dict(), indent=2)) if as_json else _print_observations(found)
+    else:
+        from efficientformer.export.deployable import deployable
+        from efficientformer.latency.profile import profile_file
+        from efficientformer.weights.cache import terminal_progress
+
+        with terminal_progress(quiet=quiet) as downloading:
+            file = deployable(model, checkpoint=checkpoint, offline=offline or None, progress=downloading)
+        with step_bars(quiet) as progress:
+            result = profile_file(file, engine=engine, precision=precision, threads=threads, progress=progress)
+        typer.echo(json.dumps(result.to_dict(), indent=2)) if as_json else _print_profile(result)
+    if output is None:
+        return
+    from efficientformer.latency.report import write_observations, write_profile
+
+    written = write_observations(found, output) if observations else write_profile(result, output)
+    for path in () if quiet else written:
+        typer.echo(f"Wrote {path}", err=True)
+
+
+def _prepare(output: Path) -> None:
+    """Create the folder and find the report's libraries before anything is measured."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"Cannot create the folder {output}", found=str(error)) from error
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("report", "An HTML report", error) from error
+
+
+def _print_profile(result: Profile) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    timing = result.latency
+    console.print(f"[bold]{result.model}[/bold]  {result.engine}", soft_wrap=True)
+    console.print(
+        f"  latency {timing.p10_ms:.3f} ms (10th percentile), median {timing.median_ms:.3f}, 90th {timing.p90_ms:.3f}; "
+        f"operators {result.operators_ms:.3f} ms by the engine's own counters",
+        soft_wrap=True,
+    )
+    rows = [(part.name, part.kind, part.ms, part.share) for part in result.parts()]
+    total = result.operators_ms or 1.0
+    kinds = [(kind, f"{count} operators", ms, ms / total) for kind, ms, count in result.kinds()]
+    for title, lines in (("part", rows), ("kind", kinds)):
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column(title)
+        table.add_column("")
+        table.add_column("ms", justify="right")
+        table.add_column("share", justify="right")
+        for name, note, ms, share in lines:
+            table.add_row(name, note, f"{ms:.4f}", f"{share:.1%}")
+        console.print()
+        console.print(table)
+
+
+def _print_observations(found: Observations) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(f"[bold]The paper's observations[/bold]  {found.engine}", soft_wrap=True)
+    for each in found.observations:
+        answer = {True: "holds here", False: "does not hold here", None: "left to the device"}[each.holds]
+        console.print(f"\n[bold]{each.title}[/bold]: {answer}", soft_wrap=True)
+        console.print(f"  paper  {each.claim}", soft_wrap=True, markup=False)
+        console.print(f"  here   {each.verdict}", soft_wrap=True, markup=False)

@@ -1,0 +1,101 @@
+"""A network as the parts whose latencies add up: the keys of a latency table. Standard library only.
+
+A part is named by all its latency depends on and by nothing else, so that the same block in another network, stage or
+position has the same key: ``mb4d 64 x4 at 16x16``, ``embedding conv 32-64 at 8x8``, ``stem 3-32 stride 2 at 16x16``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from efficientformer.spec.arch import BLOCK_KINDS, ArchSpec
+from efficientformer.spec.count import count_parts
+from efficientformer.spec.errors import SpecError
+
+Grid = tuple[int, int]
+
+BLOCKS = sum(BLOCK_KINDS.values(), ())
+_KEY = re.compile(
+    r"(?P<kind>stem|embedding conv|embedding attn|head|[a-z0-9_]+) "
+    r"(?:(?P<dim>\d{1,5})-)?(?P<width>\d{1,5})"
+    r"(?: x(?P<expansion>\d{1,2}(?:\.\d{1,6})?))?"
+    r"(?: stride (?P<stride>[124]))?"
+    r" at (?P<height>\d{1,4})x(?P<breadth>\d{1,4})"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a network.
+
+    Attributes:
+        kind: ``stem``, ``embedding conv``, ``embedding attn``, a block kind, or ``head`` (final norm, mean and head).
+        dim: Input channels: of the picture, of the embedding's input; of a head, its input; 0 for blocks.
+        width: Output channels: of a head, the classes.
+        grid: Height and width of its map: the output's, except for a head.
+        expansion: For blocks: hidden width of the MLP over ``width``.
+        stride: Total stride of a stem, or of the attention of ``attn_ffn``.
+    """
+
+    kind: str
+    dim: int
+    width: int
+    grid: Grid
+    expansion: float = 0.0
+    stride: int = 1
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is a block, as opposed to stem, embedding and head."""
+        return self.kind in BLOCKS
+
+    @property
+    def key(self) -> str:
+        """Its name in a table; ``parse`` gives the equal part back."""
+        size = str(self.width) if self.is_block else f"{self.dim}-{self.width}"
+        ratio = f" x{self.expansion:g}" if self.is_block else ""
+        stride = f" stride {self.stride}" if self.kind in ("stem", "attn_ffn") else ""
+        return f"{self.kind} {size}{ratio}{stride} at {self.grid[0]}x{self.grid[1]}"
+
+    @classmethod
+    def parse(cls, key: str) -> Part:
+        """Read a key.
+
+        Raises:
+            SpecError: If it names no part.
+        """
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise SpecError("Illegal key of a latency table", expected="such as 'mb4d 64 x4 at 16x16'", found=repr(key))
+        found = match.groupdict(default="0")
+        grid = (int(found["height"]), int(found["breadth"]))
+        stride = int(found["stride"]) or 1
+        part = cls(found["kind"], int(found["dim"]), int(found["width"]), grid, float(found["expansion"]), stride)
+        if part.key != key:
+            raise SpecError("Illegal key of a latency table", expected=repr(part.key), found=repr(key))
+        return part
+
+    def widened(self, *, dim: int | None = None, width: int | None = None) -> Part:
+        """Return the same part with other channels."""
+        new_dim, new_width = self.dim if dim is None else dim, self.width if width is None else width
+        return dataclasses.replace(self, dim=new_dim, width=new_width)
+
+
+def parts_of(spec: ArchSpec) -> tuple[Part, ...]:
+    """Return the parts of a network in the order of execution; what remains is the table's ``base``."""
+    width, grid = spec.stages[0].width, spec.grids[0]
+    parts = [Part("stem", spec.in_chans, width, grid, stride=spec.stem_stride)]
+    for stage, grid in zip(spec.stages, spec.grids, strict=True):
+        if stage.embedding != "stem":
+            parts.append(Part(f"embedding {stage.embedding}", width, stage.width, grid))
+        width = stage.width
+        parts += [Part(b.kind, 0, width, grid, b.expansion, b.stride) for b in stage.blocks]
+    parts.append(Part("head", width, spec.num_classes, spec.grids[-1]))
+    return tuple(parts)
+
+
+def weights_of(spec: ArchSpec) -> int:
+    """Return the weights of a network as it is deployed: with one head."""
+    return sum(part.count.params for part in count_parts(spec) if part.name != "head_dist")

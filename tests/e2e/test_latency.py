@@ -1,0 +1,117 @@
+"""``efficientformer profile`` and ``latency-table`` as a user runs them, with tiny networks."""
+
+import json
+
+import pytest
+
+from efficientformer.export.deployable import embedded_file
+from efficientformer.latency.graph import write_network
+from efficientformer.latency.int8 import quantise
+from efficientformer.latency.table import LatencyTable
+from efficientformer.spec.arch import AttentionSpec
+from efficientformer.spec.count import count_parts
+from efficientformer.spec.variants import v1_spec, v2_spec
+
+SMALL = {
+    "v1": v1_spec((8, 16, 16, 24), (1, 1, 1, 2), 1, input_size=32, num_classes=10, stem_stride=2),
+    "v2": v2_spec((8, 16, 16, 24), ((2,), (2,), (2, 2), (2,)), 1, input_size=64, num_classes=5, stem_stride=2),
+}
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("kind", ["v1", "v2", "int8", "embedded"])
+def test_a_profile_names_every_part(cli, tmp_path, engine, kind):
+    pytest.importorskip(engine)
+    file = embedded_file() if kind == "embedded" else write_network(SMALL.get(kind, SMALL["v1"]), tmp_path / "n.onnx")
+    if kind == "int8":
+        quantise(file, SMALL["v1"])
+    code, out, err = cli("profile", file, "--engine", engine, "--threads", 1, "--json", "--quiet")
+    assert code == 0, err
+    found = json.loads(out)
+    times = {part["name"]: part["ms"] for part in found["parts"]}
+    from efficientformer.spec.arch import ArchSpec
+
+    spec = ArchSpec.from_dict(found["spec"])
+    expected = [part.name for part in count_parts(spec) if part.name != "head_dist"]
+    assert [name for name in times if name != "other"] == expected
+    blocks = [ms for name, ms in times.items() if "blocks" in name]
+    assert all(ms > 0 for ms in blocks)
+    assert times.get("other", 0) < 0.2 * sum(times.values())
+    assert sum(part["share"] for part in found["parts"]) == pytest.approx(1)
+    assert sum(kind["ms"] for kind in found["kinds"]) == pytest.approx(found["operators_ms"], abs=1e-3)
+
+
+def test_a_profile_is_shown_and_written(cli, tmp_path):
+    code, out, err = cli("profile", "efficientformer_cifar10", "--engine", "onnxruntime", "--output", tmp_path / "p")
+    assert code == 0, err
+    assert "stages.1.blocks.0" in out
+    assert "Conv" in out
+    page = (tmp_path / "p" / "profile.html").read_text()
+    assert "data:image/png" in page
+    assert "stages.1.blocks.0" in page
+    assert json.loads((tmp_path / "p" / "profile.json").read_text())["model"] == "efficientformer_cifar10"
+
+
+def test_the_four_observations(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("efficientformer.latency.observations.PICTURE", (64, 64))
+    monkeypatch.setattr("efficientformer.latency.observations.MIN_PASSES", 1)
+    code, out, err = cli("profile", "--observations", "--engine", "onnxruntime", "--threads", 1, "-o", tmp_path / "o")
+    assert code == 0, err
+    assert out.count("paper  ") == 4
+    found = json.loads((tmp_path / "o" / "observations.json").read_text())
+    assert [len(each["variants"]) for each in found["observations"]] == [4, 5, 2, 3]
+    assert all(each["verdict"] for each in found["observations"])
+    assert "hard-swish" in (tmp_path / "o" / "observations.html").read_text()
+
+
+def test_a_table_of_a_spec_in_a_file(cli, tmp_path):
+    spec = v1_spec((8, 16, 16, 24), (1, 0, 1, 1), 1, input_size=32, num_classes=10, stem_stride=2)
+    spec = type(spec).from_dict(spec.to_dict() | {"attention": {"num_heads": 2, "key_dim": 8}})
+    (tmp_path / "spec.json").write_text(spec.to_json())
+    arguments = ("--like", tmp_path / "spec.json", "--engine", "onnxruntime", "--threads", 1, "--networks", 8)
+    target = tmp_path / "table.json"
+    code, out, err = cli("latency-table", *arguments, "--widths", "8:24:8", "--max-spread", 1, "--output", target)
+    assert code == 0, err
+    assert out.strip() == str(target)
+    table = LatencyTable.load(target)
+    assert table.predict(spec).ms > 0
+    assert table.attention == AttentionSpec(2, 8)
+    code, _, err = cli("latency-table", *arguments, "--output", target)
+    assert code == 2
+    assert "exists" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("profile",), "Nothing to profile"),
+        (("profile", "x", "--observations"), "Too much"),
+        (("profile", "no_such_network"), "no_such_network"),
+        (("profile", "efficientformer_cifar10", "--engine", "tpu"), "Illegal engine"),
+        (("latency-table", "-o", "t.json", "--widths", "a"), "--widths"),
+        (("latency-table", "-o", "t.json", "--widths", "1:2"), "--widths"),
+        (("latency-table", "-o", "t.json", "--input-size", "32x32x32"), "--input-size"),
+        (("latency-table", "-o", "nowhere/t.json"), "nowhere"),
+        (("latency-table", "-o", "t.json", "--like", "absent.json"), "absent.json"),
+    ],
+)
+def test_wrong_usage(cli, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cli(*arguments)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_file_of_another_graph_is_refused(cli, tmp_path):
+    import onnx
+
+    path = write_network(SMALL["v1"], tmp_path / "net.onnx")
+    proto = onnx.load(path)
+    gelu = next(node for node in proto.graph.node if node.op_type == "Gelu")
+    gelu.op_type = "Relu"
+    del gelu.attribute[:]
+    onnx.save(proto, path)
+    code, _, err = cli("profile", path, "--engine", "onnxruntime")
+    assert code == 1
+    assert "other operators" in err

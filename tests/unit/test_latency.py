@@ -1,0 +1,233 @@
+"""Latency tables: keys, hostile files, missing parts, fitted costs; measuring and profiling with tiny networks."""
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+
+from efficientformer.latency.design import TableSpace, all_parts, design, sample
+from efficientformer.latency.fit import fit_parts
+from efficientformer.latency.measure import build_table, measure_specs, merge, quiet_passes
+from efficientformer.latency.parts import Part, parts_of, weights_of
+from efficientformer.latency.table import ELSEWHERE, HERE, Cost, LatencyTable
+from efficientformer.runtime.timing import Timing, environment
+from efficientformer.spec.arch import AttentionSpec
+from efficientformer.spec.errors import SpecError, UsageError
+from efficientformer.spec.variants import VARIANTS, v1_spec
+
+SPACE = TableSpace(widths=(8, 16, 24), depths=(1, 1, 2, 2), stem_strides=(2,), attention=AttentionSpec(2, 8, 2))
+SPEC = dataclasses.replace(
+    v1_spec((8, 16, 16, 24), (1, 0, 1, 2), 1, input_size=32, num_classes=10, stem_stride=2), attention=SPACE.attention
+)
+
+
+def made_up(space=SPACE, **changes):
+    """Return a table in which part number i costs i microseconds."""
+    costs = {part.key: Cost(index / 1000, 0.0001) for index, part in enumerate(all_parts(space))}
+    fields = {
+        "engine": "onnxruntime", "precision": "fp32", "threads": 2, "family": space.family,
+        "attention": space.attention, "base": Cost(0.5, 0.01), "costs": costs, "weights": {0.001: Cost(2.0, 0.1)},
+        "spread": 0.02, "networks": 3, "environment": {"hardware": "a phone"}, "input_sizes": ((32, 32),),
+    }  # fmt: skip
+    return LatencyTable(**(fields | changes))
+
+
+def test_keys_name_every_part_and_are_read_back():
+    keys = [part.key for part in parts_of(SPEC)]
+    assert keys == [
+        "stem 3-8 stride 2 at 16x16", "mb4d 8 x4 at 16x16", "embedding conv 8-16 at 8x8", "embedding conv 16-16 at 4x4",
+        "mb4d 16 x4 at 4x4", "embedding conv 16-24 at 2x2", "mb4d 24 x4 at 2x2", "mb3d 24 x4 at 2x2",
+        "head 24-10 at 2x2",
+    ]  # fmt: skip
+    for spec in (SPEC, *VARIANTS.values()):
+        assert tuple(Part.parse(part.key) for part in parts_of(spec)) == parts_of(spec)
+
+
+@pytest.mark.parametrize("key", ["", "mb4d", "mb4d 8 at 4x4", "mb4d 08 x4 at 4x4", "stem 3-8 at 4x4", "x" * 100_000])
+def test_other_keys_are_refused(key):
+    with pytest.raises(SpecError):
+        Part.parse(key)
+
+
+def test_a_prediction_adds_up():
+    table = made_up()
+    expected = 0.5 + sum(table.costs[part.key].ms for part in parts_of(SPEC)) + 2.0 * (weights_of(SPEC) / 1e6 - 0.001)
+    found = table.predict(SPEC)
+    assert found.ms == pytest.approx(expected)
+    assert found.error_ms > 2 * 0.02 * found.ms
+
+
+def test_the_second_head_is_not_counted():
+    assert weights_of(SPEC) == weights_of(dataclasses.replace(SPEC, distilled=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"input_size": (64, 64)}, "stem 3-8 stride 2 at 32x32"),
+        ({"num_classes": 11}, "head 24-11 at 2x2"),
+        ({"attention": AttentionSpec(4, 8, 2)}, "another attention"),
+    ],
+)
+def test_what_is_not_in_the_table_is_an_error_that_names_the_command(change, named):
+    with pytest.raises(UsageError, match=named) as caught:
+        made_up().predict(dataclasses.replace(SPEC, **change))
+    assert "efficientformer latency-table --engine onnxruntime --precision fp32 --threads 2" in str(caught.value)
+
+
+def test_widths_between_are_an_error_unless_asked_for():
+    table = made_up()
+    odd = dataclasses.replace(
+        SPEC, stages=(SPEC.stages[0], dataclasses.replace(SPEC.stages[1], width=12), *SPEC.stages[2:])
+    )
+    assert table.missing(odd) == ("embedding conv 8-12 at 8x8", "embedding conv 12-16 at 4x4")
+    with pytest.raises(UsageError):
+        table.predict(odd)
+    part = Part.parse("embedding conv 12-16 at 4x4")
+    ends = [table.costs[part.widened(dim=dim).key].ms for dim in (8, 16)]
+    assert table._lookup(part, True).ms == pytest.approx(sum(ends) / 2)
+    assert table.predict(odd, interpolate=True).error_ms > table.predict(SPEC).error_ms
+    wide = dataclasses.replace(SPEC, stages=(*SPEC.stages[:3], dataclasses.replace(SPEC.stages[3], width=32)))
+    with pytest.raises(UsageError, match="16-32"):
+        table.predict(wide, interpolate=True)
+
+
+def test_files_are_read_back_and_nothing_half_written(tmp_path):
+    table = made_up()
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == table
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+    with pytest.raises(UsageError):
+        table.save(tmp_path / "nowhere" / "table.json")
+    with pytest.raises(UsageError):
+        LatencyTable.load(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 2}, {"costs": {}}, {"costs": {"mb4d 8 x4 at 4x4": [1]}}, {"costs": {"nonsense": [1, 1]}},
+        {"costs": {"mb4d 8 x4 at 4x4": [-1.0, 0]}}, {"costs": [1]}, {"base": "x"}, {"engine": "tflite"}, {"extra": 1},
+        {"spread": float("nan")}, {"weights": [[1, 2]]}, {"input_sizes": [[0, 1]]}, {"threads": True},
+        {"environment": 3}, {"attention": {}, "family": "v3"},
+    ],
+)  # fmt: skip
+def test_hostile_tables_are_refused(tmp_path, change):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(made_up().to_dict() | change))
+    with pytest.raises(SpecError):
+        LatencyTable.load(path)
+
+
+def test_no_json_is_refused(tmp_path):
+    path = tmp_path / "table.json"
+    for content in (b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"null"):
+        path.write_bytes(content)
+        with pytest.raises(SpecError):
+            LatencyTable.load(path)
+
+
+def test_the_origin_is_found_by_the_environment():
+    here = environment("onnxruntime")
+    assert made_up(environment=here).origin == HERE
+    assert made_up().origin == ELSEWHERE
+    assert made_up(environment=here | {"hardware": "a phone"}).origin == ELSEWHERE
+    assert made_up(environment=here | {"versions": {"onnxruntime": "0.1"}}).origin == ELSEWHERE
+    assert made_up(environment=here | {"versions": 7}).origin == ELSEWHERE
+
+
+def test_a_sample_shows_every_block_and_has_no_part_the_table_lacks():
+    specs = design(SPACE, 5)
+    assert specs == design(SPACE, 5)
+    assert specs != design(SPACE, 5, seed=1)
+    shown, known = {part for spec in specs for part in parts_of(spec)}, set(all_parts(SPACE))
+    assert {part for part in known if part.is_block} <= shown
+    rng = random.Random(3)
+    for space in (
+        SPACE,
+        TableSpace(family="v2", widths=(8, 16), input_sizes=((64, 32), (96, 96)), max_widths=(8, 8, 16, 16)),
+    ):
+        known = set(all_parts(space))
+        assert all(set(parts_of(sample(space, rng))) <= known for _ in range(200))
+
+
+@pytest.mark.parametrize(
+    "change", [{"widths": ()}, {"widths": (8, 8)}, {"depths": (1, 1)}, {"family": "v3"}, {"input_sizes": (4,)}]
+)
+def test_spaces_without_networks_are_refused(change):
+    with pytest.raises(SpecError):
+        dataclasses.replace(SPACE, **change)
+
+
+def test_the_fit_finds_the_costs_that_made_the_latencies():
+    rng = np.random.default_rng(0)
+    specs = design(TableSpace(), 150, seed=1)
+
+    def truth(spec):
+        ms = 0.1 + 0.05 * max(0.0, weights_of(spec) / 1e6 - 2)
+        for part in parts_of(spec):
+            scale = {"stem": 0.1, "head": 0.01, "mb4d": 0.2, "mb3d": 0.5}.get(part.kind, 0.05)
+            channels = part.width / 64 if part.kind != "head" else part.dim / 64
+            ms += scale * (0.02 + 0.1 * channels + 0.1 * channels**2) * (1 + part.grid[0] / 8)
+        return ms
+
+    measured = [truth(spec) * (1 + 0.01 * rng.standard_normal()) for spec in specs]
+    measured[3] *= 1.5  # a disturbed network
+    fit = fit_parts(specs, measured, all_parts(TableSpace()))
+    assert 0.005 < fit.spread < 0.025
+    table = made_up(
+        TableSpace(),
+        base=Cost(*fit.base),
+        costs={part.key: Cost(*cost) for part, cost in fit.parts.items()},
+        weights={bend: Cost(*cost) for bend, cost in fit.weights.items()},
+        spread=fit.spread,
+    )
+    unseen = [sample(TableSpace(), random.Random(seed)) for seed in range(100, 140)]
+    errors = np.array([table.predict(spec).ms / truth(spec) - 1 for spec in unseen])
+    assert np.abs(errors).mean() < 0.02
+    inside = [abs(table.predict(spec).ms - truth(spec)) < table.predict(spec).error_ms for spec in unseen]
+    assert np.mean(inside) > 0.85
+
+
+def timings(*p10):
+    return [Timing(value * 1.1, value, value * 1.5, value * 0.9, 10) for value in p10]
+
+
+def test_busy_passes_are_left_out():
+    passes = [timings(1.0, 2.0), timings(1.8, 3.0), timings(1.01, 2.02), timings(1.0, 2.04)]
+    quiet = quiet_passes(passes)
+    assert quiet == [passes[0], passes[2], passes[3]]
+    merged = merge(quiet)
+    assert [round(each.p10_ms, 1) for each in merged] == [1.0, 2.0]
+    assert merged[0].runs == 30
+    assert merged[1].min_ms == pytest.approx(1.8)
+
+
+def test_a_table_is_measured_and_predicts(tmp_path):
+    steps = []
+    table = build_table(
+        SPACE, engine="onnxruntime", threads=1, networks=12, max_spread=1.0, progress=lambda *step: steps.append(step)
+    )
+    assert (table.engine, table.precision, table.threads, table.origin) == ("onnxruntime", "fp32", 1, HERE)
+    assert {step for step, _, _ in steps} == {"opening networks", "timing"}
+    table.save(tmp_path / "table.json")
+    loaded = LatencyTable.load(tmp_path / "table.json")
+    for spec in (SPEC, sample(SPACE, random.Random(9))):
+        assert 0 < loaded.predict(spec).ms < 1000
+        assert loaded.predict(spec).error_ms > 0
+    timing = measure_specs([SPEC], engine="onnxruntime", threads=1, rounds=10, max_spread=1.0)[0]
+    assert 0 < timing.min_ms <= timing.p10_ms <= timing.p90_ms
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_int8_networks_are_measured(engine):
+    pytest.importorskip(engine)
+    timing = measure_specs([SPEC], engine=engine, precision="int8", threads=1, rounds=10, max_spread=1.0)[0]
+    assert timing.runs >= 10
+
+
+def test_nothing_to_measure_is_an_error():
+    with pytest.raises(UsageError):
+        measure_specs([])
