@@ -231,6 +231,7 @@ def test_a_second_target_comes_from_the_same_search(place, finished, cli):
         ((), "No target"),
         (("--target-latency", "0.6", "--engine", "openvino"), "of another engine"),
         (("--target-latency", "0.6", "--set", "search.depth=3"), "Unknown field 'depth'"),
+        (("--target-latency", "0.6", "--set", "teacher=supernet"), "cannot teach itself"),
         (("--target-latency", "0.6", "--model", "none.json"), "Cannot read the spec"),
         (("--target-latency", "0.6", "--set", "search.width_step=4", "--set", "search.min_width=4"), "has no"),
     ],
@@ -241,6 +242,13 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(place, cli, tmp_
     assert says in err
     assert not (tmp_path / "run" / "slim.json").exists()
     assert not (tmp_path / "run" / "supernet").exists()
+
+
+def test_torchrun_is_refused(place, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = cli(*command(place, "--target-latency", "0.6"), "--output", tmp_path / "run")
+    assert code == 2
+    assert "torchrun" in err
 
 
 def test_folders_are_not_mixed_up(place, finished, cli, tmp_path):

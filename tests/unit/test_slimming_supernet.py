@@ -193,8 +193,8 @@ def test_channels_that_nothing_uses_go_first_and_cost_nothing():
 def test_scores_follow_what_is_written_and_read():
     state = {
         "stages.1.embedding.conv.weight": torch.ones(4, 2, 3, 3),
-        "stages.1.embedding.norm.weight": torch.tensor([1.0, 1.0, 0.1, 1.0]),
-        "stages.2.embedding.conv.weight": torch.ones(2, 4, 3, 3) * torch.tensor([1.0, 3.0, 1.0, 0.0])[:, None, None],
+        "stages.1.embedding.norm.weight": torch.tensor([1.0, 1.0, 0.01, 1.0]),
+        "stages.2.embedding.conv.weight": torch.ones(2, 4, 3, 3) * torch.tensor([1.0, 3.0, 1.2, 0.0])[:, None, None],
     }
     scores = channel_scores(state, "stream.1", 4)
     assert by_importance(scores).tolist() == [1, 0, 2, 3]

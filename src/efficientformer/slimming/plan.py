@@ -14,7 +14,7 @@ from efficientformer.runtime.engines import ENGINES, PRECISIONS
 from efficientformer.slimming.space import Space
 from efficientformer.spec.arch import ArchSpec, AttentionSpec, load_json
 from efficientformer.spec.errors import SpecError, UsageError, nearest
-from efficientformer.spec.fields import check_choice, check_int, check_keys, check_number
+from efficientformer.spec.fields import as_list, check_choice, check_int, check_keys, check_number
 from efficientformer.spec.variants import v1_spec
 from efficientformer.training.recipe import Recipe, override
 from efficientformer.weights.files import atomic_write
@@ -92,6 +92,10 @@ class Plan:
     options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.data, str):
+            raise SpecError("Illegal data set", expected="a path", found=type(self.data).__name__)
+        if self.supernet.teacher == SUPERNET:
+            raise UsageError("The supernet cannot teach itself", hint=f"Say --set final.teacher={SUPERNET}")
         for target in self.targets:
             check_number("target latency in ms", target, 1e-4, 1e6)
         if not self.targets:
@@ -112,11 +116,9 @@ class Plan:
 
         Raises:
             UsageError: If the folder cannot be made.
+            CheckpointError: If the file cannot be written.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"Cannot write the run folder {folder}", found=error.strerror or str(error)) from error
+        make_folder(folder)
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = {"supernet": self.supernet.to_dict(), "final": self.final.to_dict()}
         data = {**plain, **parts, "options": dataclasses.asdict(self.options)}
@@ -142,7 +144,20 @@ class Plan:
         for name in ("supernet", "final"):
             fields[name] = Recipe.from_dict(fields[name])
         fields["options"] = Options(**check_keys("the options", fields.get("options", {}), Options))
-        return cls(**{**fields, "targets": tuple(fields["targets"])})
+        fields["targets"] = tuple(as_list("targets", fields["targets"], 1000))
+        return cls(**fields)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a run folder.
+
+    Raises:
+        UsageError: If it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"Cannot write the run folder {folder}", found=error.strerror or str(error)) from error
 
 
 def small_start() -> ArchSpec:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ from efficientformer.latency.table import LatencyTable
 from efficientformer.slimming import device
 from efficientformer.slimming.device import Measured
 from efficientformer.slimming.judging import Bench
-from efficientformer.slimming.plan import PLAN, SUPERNET, Plan
+from efficientformer.slimming.plan import PLAN, SUPERNET, Plan, make_folder
 from efficientformer.slimming.report import Finished, write_report
 from efficientformer.slimming.search import PathFile, Search, Step, check_targets, first_within, reachable
 from efficientformer.slimming.space import Space
@@ -91,6 +92,9 @@ def slim(
     """
     if (plan is None) == (resume is None) or (plan is None and table is not None):
         raise UsageError("A run is either new or resumed", hint="Give a plan and an output, or resume")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        hint = "Slim in one process; its sliced network can be trained by many: torchrun ... train --model FILE"
+        raise UsageError("Slimming is no job for torchrun", hint=hint)
     if resume is not None:
         run = _resumed(Path(resume), targets, data, quiet=quiet)
     else:
@@ -260,13 +264,16 @@ def _begun(plan: Plan, folder: Path, table: Path | None, *, quiet: bool) -> _Sli
         raise UsageError(f"{folder} is not empty", found=", ".join(others[:5]), hint=hint)
     plan = decide(dataclasses.replace(plan, data=str(Path(plan.data).absolute())))
     space = plan.options.space(start_network(plan))
-    plan.save(folder)
+    make_folder(folder)
     try:
+        if table is None:
+            plan.save(folder)  # a run that is killed while it measures can be resumed; a given table is quickly kept
         latencies = device.open_table(plan, space, folder, table, quiet=quiet)
         check_targets(space, latencies, plan.targets)
     except EfficientFormerError:
-        (folder / PLAN).unlink()  # not a run: the folder can be used again, and its table too
+        (folder / PLAN).unlink(missing_ok=True)  # not a run: the folder can be used again, and its table too
         raise
+    plan.save(folder)
     return _SlimRun(folder, plan, space, latencies, quiet)
 
 
