@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from efficientformer.api import Classifier, evaluate_model, get_model, inference_model
+    from efficientformer.export.quantize import quantize
     from efficientformer.latency.table import LatencyTable
     from efficientformer.runtime.classifier import Failed, Prediction
     from efficientformer.slimming.run import slim
@@ -38,6 +39,7 @@ _ROOMS = {
     "list_models": "spec.zoo",
     "load_recipe": "training.recipe",
     "make_plan": "slimming.start",
+    "quantize": "export.quantize",
     "slim": "slimming.run",
     "train": "training.run",
 }
@@ -58,6 +60,7 @@ __all__ = [  # noqa: PLE0604, RUF100 (names load lazily)
     "list_models",
     "load_recipe",
     "make_plan",
+    "quantize",
     "slim",
     "train",
 ]

@@ -81,7 +81,7 @@ class Classifier(EngineClassifier):
             return
         if device not in ("auto", "cpu"):
             raise UsageError("Only torch lets you choose the device", found=f"device {device}", hint="Use engine torch")
-        path = deployable(model, checkpoint=checkpoint, offline=offline, progress=progress)
+        path = deployable(model, checkpoint=checkpoint, precision=precision, offline=offline, progress=progress)
         reason = "asked for"
         if engine == "auto":
             choice = choose(path, precision, threads=threads, store=cache_root() / "engines")
@@ -286,7 +286,7 @@ def _predictor(
         return _in_torch(model, checkpoint, precision, device, offline, progress)
     if device not in ("auto", "cpu"):
         raise UsageError("Only torch lets you choose the device", found=f"device {device}", hint="Use --engine torch")
-    path = deployable(model, checkpoint=checkpoint, offline=offline, progress=progress)
+    path = deployable(model, checkpoint=checkpoint, precision=precision, offline=offline, progress=progress)
     opened = open_engine(path, engine, precision=precision)
     if precision == "auto" and opened.precision not in ("fp32", "int8"):  # figures are the network's, not a shortcut's
         return open_engine(path, opened.key, precision="fp32")

@@ -13,6 +13,10 @@ SURFACE = {
         "model", "data", "checkpoint", "split", "engine", "precision", "device", "batch_size", "workers", "as_json",
         "output", "report", "offline", "quiet",
     },
+    "benchmark": {
+        "models", "engine", "precision", "batch", "threads", "rounds", "compiled", "random_weights", "picture",
+        "output", "as_json", "offline", "quiet",
+    },
     "data check": {"folder", "as_json", "report", "no_near", "quiet"},
     "train": {
         "recipe", "data", "output", "resume", "model", "epochs", "batch_size", "lr", "seed", "settings", "device",
@@ -21,6 +25,10 @@ SURFACE = {
     "slim": {
         "data", "target_latency", "engine", "precision", "threads", "table", "model", "recipe", "epochs",
         "final_epochs", "settings", "output", "resume", "quiet",
+    },
+    "quantize": {
+        "model", "data", "output", "checkpoint", "max_drop", "pictures", "holdout", "weights_only", "seed", "as_json",
+        "offline", "quiet",
     },
     "list": {"pattern", "as_json"},
     "info": {"model", "as_json"},

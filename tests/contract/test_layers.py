@@ -13,18 +13,19 @@ ALLOWED = {
     "runtime": {"spec"},
     "models": {"spec"},
     "weights": {"spec", "models"},
-    "export": {"spec", "models", "weights", "runtime"},
+    "export": {"spec", "models", "weights", "runtime", "data", "reporting"},
     "reporting": {"spec"},
     "data": {"spec", "runtime", "reporting"},
     "evaluation": {"spec", "runtime", "data", "reporting"},
     "training": {"spec", "models", "weights", "runtime", "data", "evaluation", "reporting", "export"},
+    "benchmarking": {"spec", "models", "weights", "runtime", "export", "evaluation", "reporting"},
     "latency": {"spec", "runtime", "export", "reporting"},
     "slimming": {
         "spec", "models", "weights", "runtime", "data", "evaluation", "reporting", "export", "training", "latency",
     },
     "cli": {
-        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training", "latency",
-        "slimming",
+        "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training", "benchmarking",
+        "latency", "slimming",
     },
 }  # fmt: skip
 TORCH = {"torch", "torchvision", "timm", "onnx", "onnxscript"}

@@ -9,6 +9,7 @@ import warnings
 
 import typer
 
+from efficientformer.cli.benchmark import benchmark
 from efficientformer.cli.convert import convert
 from efficientformer.cli.data import data_app
 from efficientformer.cli.download import download
@@ -17,6 +18,7 @@ from efficientformer.cli.latency_table import latency_table
 from efficientformer.cli.listing import list_
 from efficientformer.cli.predict import predict
 from efficientformer.cli.profile import profile
+from efficientformer.cli.quantize import quantize
 from efficientformer.cli.slim import slim
 from efficientformer.cli.test import test
 from efficientformer.cli.train import train
@@ -50,9 +52,11 @@ def _options(
 for _name, _verb in (
     ("predict", predict),
     ("test", test),
+    ("benchmark", benchmark),
     ("list", list_),
     ("info", info),
     ("convert", convert),
+    ("quantize", quantize),
     ("train", train),
     ("slim", slim),
     ("download", download),

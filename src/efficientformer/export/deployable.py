@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from efficientformer.spec.errors import CheckpointError, missing_extra
+from efficientformer.spec.errors import CheckpointError, EngineError, missing_extra
 from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, ModelCard, WeightsSource, resolve
 from efficientformer.weights.cache import Cache, Progress, cache_root, writing_to
 
@@ -25,6 +25,7 @@ def deployable(
     model: str = "",
     *,
     checkpoint: str | Path | None = None,
+    precision: str = "auto",
     offline: bool | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -34,16 +35,19 @@ def deployable(
         model: A zoo name or alias, a weights file of any layout, or an exported file; without it and without a
             checkpoint, the network shipped in the package.
         checkpoint: A weights file or exported file to use instead of the zoo's weights.
+        precision: ``int8`` asks for the file that ``quantize`` made of the network; all others get the float file.
         offline: Forbid (True) or allow (False) connections; None asks the environment.
         progress: Told how a download goes.
 
     Raises:
         UnknownModelError: If ``model`` is neither in the zoo nor a file.
+        EngineError: If the network was not quantised yet.
         MissingExtraError: If the file must be built and torch is not installed.
         CheckpointError, DownloadError, ExportError: If the weights cannot be read, fetched or exported.
     """
-    if checkpoint is None and _is_file(model):
-        model, checkpoint = "", model
+    model, checkpoint = _told_apart(model, checkpoint)
+    if precision == "int8" and (ready := quantised_file(model, checkpoint=checkpoint)) is not None:
+        return _require_quantised(ready, model or str(checkpoint or EMBEDDED))
     if checkpoint is not None:
         return _from_file(model, Path(checkpoint))
     found = resolve(model or EMBEDDED)
@@ -58,23 +62,71 @@ def embedded_file() -> Path:
     return Path(__file__).parent.parent / "assets" / f"{EMBEDDED}{SUFFIX}"
 
 
+def quantised_file(model: str, *, checkpoint: str | Path | None = None) -> Path | None:
+    """Return where the int8 file of a network is kept, whether there is one or not; None for an exported file.
+
+    Args:
+        model: As for ``deployable``.
+        checkpoint: As for ``deployable``.
+
+    Raises:
+        UnknownModelError: If ``model`` is neither in the zoo nor a file.
+        CheckpointError: If there is no such file.
+    """
+    model, checkpoint = _told_apart(model, checkpoint)
+    if checkpoint is not None:
+        file = _existing(Path(checkpoint))
+        return None if file.suffix == SUFFIX else _kept_for(model, file, "int8")
+    card = resolve(model or EMBEDDED).card
+    own = _folder() / card.name / f"int8{SUFFIX}"
+    shipped = embedded_file().with_name(f"{EMBEDDED}-int8{SUFFIX}")
+    return shipped if card.name == EMBEDDED and not own.exists() else own
+
+
+def _told_apart(model: str, checkpoint: str | Path | None) -> tuple[str, str | Path | None]:
+    """Return name and weights file, also if the name is a file: one, or the folder that ``quantize`` wrote."""
+    if checkpoint is None and _is_file(model):
+        return "", model
+    inside = Path(model) / f"model{SUFFIX}"
+    return ("", inside) if checkpoint is None and model and inside.is_file() else (model, checkpoint)
+
+
+def _require_quantised(path: Path, name: str) -> Path:
+    if path.exists():
+        return path
+    raise EngineError(
+        f"{name} was not quantised yet",
+        expected="an int8 file made on your pictures",
+        hint=f"Make it: efficientformer quantize {name} --data PICTURES --output {Path(name).stem}-int8",
+    )
+
+
 def _is_file(name: str) -> bool:
     """Whether a model name is a file: one that exists, or one that is plainly meant as a path."""
     return Path(name).is_file() or name.endswith(FILE_SUFFIXES)
 
 
-def _from_file(model: str, file: Path) -> Path:
+def _existing(file: Path) -> Path:
     if not file.is_file():
         raise CheckpointError(
             f"There is no weights file {file}",
             expected="a weights file (.safetensors, .pth, .bin) or an exported file (.onnx)",
             found="a folder" if file.is_dir() else "nothing of that name",
         )
-    if file.suffix == SUFFIX:
-        return file
+    return file
+
+
+def _kept_for(model: str, file: Path, kind: str = "") -> Path:
+    """Return where what is built of a weights file is kept: another name for another content."""
     stat = file.stat()
-    identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{model}"
-    target = _folder() / "files" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}{SUFFIX}"
+    identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{model}" + (f"|{kind}" if kind else "")
+    return _folder() / "files" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}{SUFFIX}"
+
+
+def _from_file(model: str, file: Path) -> Path:
+    if _existing(file).suffix == SUFFIX:
+        return file
+    target = _kept_for(model, file)
     if not target.exists():
         _require_torch(str(file))
         from efficientformer.weights.pretrained import load_named

@@ -11,9 +11,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from efficientformer.export.qdq import halve_weights
 from efficientformer.export.verify import Agreement, verify
 from efficientformer.models.fold import fold
 from efficientformer.models.network import EfficientFormer
@@ -45,7 +45,7 @@ def export_onnx(
     path = Path(path)
     proto = _to_proto(model)
     if half_storage:
-        _store_half(proto)
+        halve_weights(proto)
     entry = proto.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, manifest.to_json()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,21 +105,3 @@ def _silence() -> Any:  # noqa: ANN401 (a context manager)
             yield
     finally:
         logging.disable(level)
-
-
-def _store_half(proto: Any) -> None:  # noqa: ANN401 (an onnx.ModelProto)
-    """Store large weights in half precision behind a Cast, which the engine folds away when it opens the file."""
-    import onnx
-    from onnx import helper, numpy_helper
-
-    casts = []
-    for index, tensor in enumerate(proto.graph.initializer):
-        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
-            continue  # biases and factors stay exact: they are small, and the smallest of them matter
-        name, values = tensor.name, numpy_helper.to_array(tensor)
-        half = numpy_helper.from_array(values.astype(np.float16), f"{name}.half")
-        proto.graph.initializer[index].CopyFrom(half)
-        casts.append(helper.make_node("Cast", [half.name], [name], to=onnx.TensorProto.FLOAT))
-    nodes = [*casts, *proto.graph.node]
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)

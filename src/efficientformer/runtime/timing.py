@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -84,27 +85,74 @@ def time_together(
     Raises:
         UsageError: If there is nothing to time.
     """
-    if not subjects or rounds < 1 or burst < 1:
-        found = f"{len(subjects)} subjects, {rounds} rounds, bursts of {burst}"
-        raise UsageError("Nothing to time", expected="at least one subject, round and run", found=found)
     wait = sync or (lambda: None)
     for run in subjects.values():
         for _ in range(warmup):
             run()
         wait()
-    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    turns = {name: partial(time_turn, run, settle_s=settle_s, sync=wait) for name, run in subjects.items()}
+    return take_turns(turns, rounds=rounds, burst=burst, progress=progress)
+
+
+def take_turns(
+    turns: Mapping[str, Callable[[int], list[float]]],
+    *,
+    rounds: int = 50,
+    burst: int = BURST,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Give subjects that time themselves, such as processes of their own, their turns one after the other.
+
+    Args:
+        turns: By name: given a number of runs, does them as ``time_turn`` does and returns their durations in seconds.
+        rounds: Timed runs of each subject.
+        burst: Timed runs of one subject in a row before it is the next one's turn.
+        progress: Told how many of the rounds are done, and how many there are.
+
+    Returns:
+        The timing of each subject, by name.
+
+    Raises:
+        UsageError: If there is nothing to time.
+    """
+    if not turns or rounds < 1 or burst < 1:
+        found = f"{len(turns)} subjects, {rounds} rounds, bursts of {burst}"
+        raise UsageError("Nothing to time", expected="at least one subject, round and run", found=found)
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
     done = 0
     while done < rounds:
-        turn = min(burst, rounds - done)
-        for name, run in subjects.items():
-            time.sleep(settle_s)
-            run()  # wakes the subject's threads and caches
-            wait()
-            seconds[name] += [_timed(run, wait) for _ in range(turn)]
-        done += turn
+        count = min(burst, rounds - done)
+        for name, turn in turns.items():
+            seconds[name] += turn(count)
+        done += count
         if progress is not None:
             progress(done, rounds)
     return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def time_turn(
+    run: Callable[[], object],
+    count: int,
+    *,
+    settle_s: float = SETTLE_S,
+    sync: Callable[[], object] | None = None,
+    wake: bool = True,
+) -> list[float]:
+    """Pause, run once untimed, then return the durations of ``count`` runs in seconds.
+
+    Args:
+        run: The subject.
+        count: Timed runs.
+        settle_s: The pause in seconds.
+        sync: Waits for the device.
+        wake: Whether to run once untimed, which wakes threads and caches; of no use for runs of many seconds.
+    """
+    wait = sync or (lambda: None)
+    time.sleep(settle_s)
+    if wake:
+        run()
+        wait()
+    return [_timed(run, wait) for _ in range(count)]
 
 
 def _timed(run: Callable[[], object], wait: Callable[[], object]) -> float:

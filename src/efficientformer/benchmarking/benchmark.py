@@ -1,0 +1,312 @@
+"""Networks, engines, precisions and batch sizes side by side on this machine, in turns of one run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from efficientformer.benchmarking.networks import Network, open_networks
+from efficientformer.benchmarking.subject import Subject
+from efficientformer.runtime.engines import ENGINES
+from efficientformer.runtime.engines import PRECISIONS as ENGINE_PRECISIONS
+from efficientformer.runtime.image import decode
+from efficientformer.runtime.timing import Timing, environment, take_turns
+from efficientformer.spec.errors import EfficientFormerError, UsageError
+from efficientformer.spec.fields import check_choice
+from efficientformer.weights.cache import Progress as DownloadProgress
+
+TORCH, COMPILED = "torch", "torch-compile"
+CHOICES = ("all", *ENGINES, TORCH, COMPILED)
+PRECISIONS = ("all", *ENGINE_PRECISIONS)
+ALL_PRECISIONS = ("fp32", "bf16", "int8")  # fp16 must be asked for: most processors only emulate it, very slowly
+PACKAGES = ("efficientformer", "numpy", "onnxruntime", "openvino", "torch", "pillow")
+
+Progress = Callable[[str, int, int], None]
+"""Who watches: called with what is done now, how many of its steps are done, and how many there are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One network in one engine, precision and batch size.
+
+    Attributes:
+        model: The network.
+        engine: The engine, as in ``CHOICES``.
+        precision: What it computes in.
+        batch: Images per run.
+        name: The engine, its version and its precision, for people.
+        is_random: Whether the weights are random.
+        timing: How long a run took.
+        relative: Time per image over that of the fastest row of the same batch size.
+    """
+
+    model: str
+    engine: str
+    precision: str
+    batch: int
+    name: str
+    is_random: bool
+    timing: Timing
+    relative: float
+
+    @property
+    def images_per_s(self) -> float:
+        """Images per second at the median."""
+        return 1000 * self.batch / self.timing.median_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "model": self.model,
+            "engine": self.engine,
+            "engine_name": self.name,
+            "precision": self.precision,
+            "batch": self.batch,
+            "weights": "random" if self.is_random else "trained",
+            **self.timing.to_dict(),
+            "images_per_s": round(self.images_per_s, 2),
+            "relative": round(self.relative, 3),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Unavailable:
+    """A combination that could not be timed, and why."""
+
+    model: str
+    engine: str
+    precision: str
+    reason: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Return plain values."""
+        return {"model": self.model, "engine": self.engine, "precision": self.precision, "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSteps:
+    """Where the time of one picture goes, from its file to its label.
+
+    Attributes:
+        model: The network.
+        name: The engine that ran, its version and precision.
+        picture: The file.
+        size: Its width and height.
+        steps: Timing of each step by name, and of all together.
+    """
+
+    model: str
+    name: str
+    picture: str
+    size: tuple[int, int]
+    steps: dict[str, Timing]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        steps = {name: timing.to_dict() for name, timing in self.steps.items()}
+        head = {"model": self.model, "engine_name": self.name, "picture": self.picture, "size": list(self.size)}
+        return {**head, "steps": steps}
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """What was measured, where, and what could not be.
+
+    Attributes:
+        networks: The networks, their size and cost.
+        rows: What was timed, by batch size, the fastest first.
+        unavailable: What could not be, with reasons.
+        pictures: The way of one picture, for each network.
+        threads: CPU threads each engine was given; None: its own choice.
+        rounds: Timed runs of each row.
+        environment: Hardware, versions, date.
+    """
+
+    networks: tuple[Network, ...]
+    rows: tuple[Row, ...]
+    unavailable: tuple[Unavailable, ...]
+    pictures: tuple[PictureSteps, ...]
+    threads: int | None
+    rounds: int
+    environment: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            **self.environment,
+            "threads": self.threads,
+            "rounds": self.rounds,
+            "networks": [network.to_dict() for network in self.networks],
+            "rows": [row.to_dict() for row in self.rows],
+            "unavailable": [each.to_dict() for each in self.unavailable],
+            "pictures": [each.to_dict() for each in self.pictures],
+        }
+
+    def to_json(self) -> str:
+        """Return ``to_dict`` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    network: Network
+    engine: str
+    precision: str
+
+
+def benchmark(
+    models: Sequence[str],
+    *,
+    engine: str = "all",
+    precision: str = "all",
+    batches: Sequence[int] = (1,),
+    threads: int | None = None,
+    rounds: int = 50,
+    random_weights: bool = False,
+    compiled: bool = False,
+    picture: Path | None = None,
+    offline: bool | None = None,
+    progress: Progress | None = None,
+    download_progress: DownloadProgress | None = None,
+) -> Benchmark:
+    """Time networks on this machine. Each engine runs in a process of its own, and all take turns.
+
+    Args:
+        models: Zoo names, weights files of any layout, exported files.
+        engine: One of ``CHOICES``; ``all`` is every engine, torch (eager) among them.
+        precision: One of ``PRECISIONS``; ``all`` is fp32, bf16 and int8, ``auto`` is the fastest of each engine.
+        batches: Images per run.
+        threads: CPU threads of each engine; None lets it choose.
+        rounds: Timed runs of each.
+        random_weights: Time zoo networks with random weights, without downloading theirs.
+        compiled: Time compiled torch too.
+        picture: The picture whose way from file to label is timed; by default one of the package's.
+        offline: Forbid (True) or allow (False) connections; None asks the environment.
+        progress: Told how the work goes.
+        download_progress: Told how a download goes.
+
+    Raises:
+        UsageError: If a name, number or picture is wrong.
+        EfficientFormerError: If a network cannot be built.
+    """
+    check_choice("engine", engine, CHOICES)
+    check_choice("precision", precision, PRECISIONS)
+    if not models or not batches or min(batches) < 1 or rounds < 1:
+        found = f"{len(models)} networks, batches {list(batches)}, {rounds} rounds"
+        raise UsageError("Nothing to benchmark", expected="networks, batch sizes and rounds from 1", found=found)
+    with ExitStack() as stack:
+        photos = files("efficientformer") / "assets" / "photos"
+        first = min(entry.name for entry in photos.iterdir() if entry.name.endswith(".jpg"))
+        photo = picture or stack.enter_context(as_file(photos / first))
+        size = decode(photo).size
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        networks = open_networks(
+            list(dict.fromkeys(models)),
+            scratch,
+            random_weights=random_weights,
+            offline=offline,
+            progress=download_progress,
+        )
+        entries = _entries(networks, engine, precision, compiled)
+        rows, unavailable = _time_engines(entries, sorted(set(batches)), threads, rounds, progress)
+        pictures = _time_pictures(entries, photo, size, threads, rounds, progress)
+    stamp = environment(*PACKAGES)
+    return Benchmark(tuple(networks), rows, unavailable, pictures, threads, rounds, stamp)
+
+
+def _entries(networks: Sequence[Network], engine: str, precision: str, compiled: bool) -> list[_Entry]:
+    engines = (*ENGINES[1:], TORCH) if engine == "all" else (engine,)
+    if compiled and COMPILED not in engines:
+        engines = (*engines, COMPILED)
+    precisions = ALL_PRECISIONS if precision == "all" else (precision,)
+    return [_Entry(network, each, kind) for network in networks for each in engines for kind in precisions]
+
+
+def _start(entry: _Entry, threads: int | None, **what: object) -> Subject:
+    """Start the process of one network, engine and precision.
+
+    Raises:
+        EngineError: If there is no such combination here; the message is the reason.
+    """
+    model: str | None = str(entry.network.exported)
+    if entry.engine in (TORCH, COMPILED):
+        model = entry.network.source
+        if entry.precision == "int8":
+            raise UsageError("int8 networks do not run in torch")
+        if model is None:
+            raise UsageError("An exported file does not run in torch", hint="Give its checkpoint")
+    job = {"model": model, "engine": entry.engine, "precision": entry.precision, "threads": threads, **what}
+    return Subject((sys.executable, "-m", "efficientformer.benchmarking.worker", json.dumps(job)))
+
+
+def _time_engines(
+    entries: Sequence[_Entry], batches: Sequence[int], threads: int | None, rounds: int, progress: Progress | None
+) -> tuple[tuple[Row, ...], tuple[Unavailable, ...]]:
+    unavailable = []
+    with ExitStack() as stack:
+        subjects: list[tuple[_Entry, Subject]] = []
+        for index, entry in enumerate(entries):
+            if progress is not None:
+                progress("opening", index, len(entries))
+            try:
+                subjects.append((entry, stack.enter_context(_start(entry, threads, batches=list(batches)))))
+            except EfficientFormerError as error:
+                unavailable.append(Unavailable(entry.network.name, entry.engine, entry.precision, str(error)))
+        turns = {
+            f"{index} {batch}": partial(subject.turn, str(batch))
+            for batch in batches
+            for index, (_, subject) in enumerate(subjects)
+        }
+        told = partial(progress, "timing") if progress is not None else None
+        timings = take_turns(turns, rounds=rounds, progress=told) if turns else {}
+    rows = []
+    for batch in batches:
+        best = min((timings[f"{index} {batch}"].median_ms for index in range(len(subjects))), default=1.0)
+        found = [
+            _row(entry, subject.facts, batch, timings[f"{index} {batch}"], best)
+            for index, (entry, subject) in enumerate(subjects)
+        ]
+        rows += sorted(found, key=lambda row: row.timing.median_ms)
+    return tuple(rows), tuple(unavailable)
+
+
+def _row(entry: _Entry, facts: dict[str, Any], batch: int, timing: Timing, best_ms: float) -> Row:
+    engine = facts["engine"] if entry.engine != COMPILED else COMPILED
+    relative = timing.median_ms / best_ms
+    network = entry.network
+    return Row(network.name, engine, facts["precision"], batch, facts["name"], network.is_random, timing, relative)
+
+
+def _time_pictures(
+    entries: Sequence[_Entry],
+    photo: Path,
+    size: tuple[int, int],
+    threads: int | None,
+    rounds: int,
+    progress: Progress | None,
+) -> tuple[PictureSteps, ...]:
+    """Time the way of one picture in each network, in the engine and precision asked for, or else the default ones."""
+    found = []
+    networks = list(dict.fromkeys(entry.network.name for entry in entries))
+    for index, name in enumerate(networks):
+        if progress is not None:
+            progress("one picture", index, len(networks))
+        own = [entry for entry in entries if entry.network.name == name]
+        entry = own[0] if len(own) == 1 else _Entry(own[0].network, "auto", "auto")
+        try:
+            subject = _start(entry, threads, picture=str(photo))
+        except EfficientFormerError:
+            continue  # its only combination is among the unavailable, with the reason
+        with subject:
+            turns = {step: partial(subject.turn, step) for step in subject.facts["runs"]}
+            timings = take_turns(turns, rounds=rounds)
+            found.append(PictureSteps(name, subject.facts["name"], photo.name, size, timings))
+    return tuple(found)

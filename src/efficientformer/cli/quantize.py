@@ -1,0 +1,97 @@
+"""``efficientformer quantize``: a smaller, faster file of a network, measured on the user's pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from efficientformer.export.qdq import Progress
+    from efficientformer.export.quantize import QuantisationReport
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Zoo name, weights file or exported file.")],
+    data: Annotated[Path, typer.Option(help="Folder with pictures; folders named after classes give labels.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the file and its report.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
+    max_drop: Annotated[float, typer.Option(help="Points of top-1 that may be lost.")] = 0.5,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures to calibrate on, at most.")] = 300,
+    holdout: Annotated[int, typer.Option(min=1, help="Other pictures to measure on, at most.")] = 500,
+    weights_only: Annotated[str, typer.Option(help="int8 or fp16: store weights so, compute in float.")] = "",
+    seed: Annotated[int, typer.Option(help="Decides which pictures.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+) -> None:
+    """Quantise a network to int8. Exits 0, 1 if the allowed drop cannot be held, 2 for wrong usage."""
+    from efficientformer.evaluation.report import require_libraries
+
+    require_libraries()
+    from efficientformer.export.quantize import quantize as make
+
+    with _bar(quiet) as progress:
+        report = make(
+            model,
+            data,
+            output,
+            checkpoint=checkpoint,
+            weights_only=weights_only,
+            pictures=pictures,
+            holdout=holdout,
+            max_drop=max_drop,
+            seed=seed,
+            offline=offline or None,
+            progress=progress,
+        )
+    if not quiet:
+        for name, reason in report.skipped:
+            typer.secho(f"skipped {name}: {reason}", fg="yellow", err=True)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        _print(report)
+
+
+def _print(report: QuantisationReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from efficientformer.export.quantize_page import speed_rows
+
+    console = Console(highlight=False)
+    before, after = (size / 1e6 for size in report.sizes)
+    console.print(f"[bold]{report.path}[/bold]: {report.kind}, {before:.2f} to {after:.2f} MB")
+    single = "" if report.top1 is None else f"; single precision: {report.top1:.2f} % top-1"
+    console.print(f"calibrated on {report.calibrated_on} pictures, measured on {report.held_out} others{single}")
+    if report.kept:
+        console.print(f"kept in float: {', '.join(report.kept)}")
+    accuracy = Table("engine", "agreement", "top-1", "points lost", box=None, header_style="bold", pad_edge=False)
+    for each in report.accuracy:
+        top1 = "" if each.top1 is None else f"{each.top1:.2f} %"
+        accuracy.add_row(each.engine, f"{each.agreement:.2f} %", top1, f"{each.drop:.2f}")
+    speed = Table("one picture", "median ms", "p10", "p90", box=None, header_style="bold", pad_edge=False)
+    for row in speed_rows(report):
+        speed.add_row(*row)
+    console.print(accuracy)
+    console.print(speed)
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Progress | None]:
+    """Give a progress bar on standard error; None if quiet, or if that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading pictures", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

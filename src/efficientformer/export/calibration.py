@@ -1,0 +1,101 @@
+"""The user's pictures for quantisation: some to set scales on, others to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from efficientformer.data.align import match_classes
+from efficientformer.export.qdq import Progress
+from efficientformer.runtime.image import decode, preprocess
+from efficientformer.runtime.inputs import Input, gather
+from efficientformer.spec.errors import DataError, ImageError
+from efficientformer.spec.manifest import Manifest
+
+LEAST = 8  # pictures below which neither scales nor figures mean anything
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Preprocessed pictures.
+
+    Attributes:
+        calibration: To set scales on, (N, C, H, W) float32.
+        held_out: Others, to measure on, (M, C, H, W) float32.
+        labels: Labels of the held-out ones, (M,) int64; None if any has no class of the network's.
+        skipped: Those that could not be read, with reasons.
+    """
+
+    calibration: npt.NDArray[np.float32]
+    held_out: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64] | None
+    skipped: tuple[tuple[str, str], ...]
+
+
+def gather_pictures(
+    data: str | Path, manifest: Manifest, count: int, holdout: int, seed: int, progress: Progress | None
+) -> Pictures:
+    """Read a folder's pictures as prediction reads them.
+
+    Args:
+        data: The folder; pictures in folders named after the network's classes are labelled. If it has ``train/`` and
+            ``val/`` (or ``test/``), scales are set on the one and figures measured on the other.
+        manifest: The network's preprocessing and classes.
+        count: Most pictures to calibrate on; of a folder without parts, no more than half.
+        holdout: Most pictures to measure on.
+        seed: Decides which.
+        progress: Told how many are read.
+
+    Raises:
+        DataError: If there are fewer than ``LEAST`` pictures.
+    """
+    rng = np.random.default_rng(seed)
+    parts = [list(gather([str(part)])) for part in _parts(Path(data))]
+    orders = [rng.permutation(len(part)) for part in parts]
+    if len(parts) == 1:  # nothing is both calibrated and measured on
+        first = min(count, len(parts[0]) // 2)
+        wanted = [[parts[0][i] for i in orders[0][:first]], [parts[0][i] for i in orders[0][first:][:holdout]]]
+    else:
+        limits = (count, holdout)
+        wanted = [[part[i] for i in order[:limit]] for part, order, limit in zip(parts, orders, limits, strict=True)]
+    total, done = sum(map(len, wanted)), 0
+    skipped = []
+    kept: list[list[Input]] = [[], []]
+    read: list[list[npt.NDArray[np.float32]]] = [[], []]
+    for side, pictures in enumerate(wanted):
+        for picture in pictures:
+            try:
+                read[side].append(_read(picture, manifest))
+                kept[side].append(picture)
+            except ImageError as error:
+                skipped.append((picture.name, str(error)))
+            done += 1
+            if progress is not None:
+                progress("reading pictures", done, total)
+    if min(map(len, read)) < LEAST // 2:
+        found = f"{sum(map(len, read))} that can be read" + (f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else "")
+        raise DataError("Too few pictures to quantise on", expected=f"at least {LEAST}, better 800", found=found)
+    return Pictures(np.stack(read[0]), np.stack(read[1]), _labels(kept[1], manifest), tuple(skipped))
+
+
+def _parts(data: Path) -> list[Path]:
+    """Return a data set's training folder and the one to measure on, if it has both; else the whole."""
+    held_out = next((data / name for name in ("val", "validation", "test") if (data / name).is_dir()), None)
+    return [data / "train", held_out] if held_out is not None and (data / "train").is_dir() else [data]
+
+
+def _read(picture: Input, manifest: Manifest) -> npt.NDArray[np.float32]:
+    spec = manifest.preprocess
+    return preprocess(decode(picture.read(), mode=spec.mode, exif=spec.exif, name=picture.name), spec)
+
+
+def _labels(pictures: Sequence[Input], manifest: Manifest) -> npt.NDArray[np.int64] | None:
+    """Return the labels that the pictures' folders name, if all are classes of the network's."""
+    names = [Path(picture.name).parent.name for picture in pictures]
+    classes = sorted(set(names))
+    index = dict(zip(classes, match_classes(classes, manifest.labels), strict=True))
+    return None if min(index.values()) < 0 else np.array([index[name] for name in names], np.int64)

@@ -1,0 +1,231 @@
+"""An exported file in int8: QuantizeLinear and DequantizeLinear nodes around its operators, which every engine knows.
+
+Weights are symmetric int8 with a scale for each output channel, activations uint8 with one scale each, from the
+smallest and largest values seen in calibration. ONNX Runtime's quantiser does the work: its files run in int8 in ONNX
+Runtime and in OpenVINO alike. NNCF's were as fast in OpenVINO, but ONNX Runtime could not fuse them.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from efficientformer.spec.errors import missing_extra
+from efficientformer.spec.manifest import METADATA_KEY, Manifest
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Who watches: called with what is done now, how many of its steps are done, and how many there are."""
+
+WEIGHTED = ("Conv", "MatMul", "Gemm")
+MIN_WEIGHTS = 1024  # smaller tensors save nothing when only weights are stored in int8
+
+
+class Quantiser:
+    """A float file, calibrated once, of which int8 files can be made that keep some layers in float.
+
+    Args:
+        path: The float file.
+        batch: Calibration pictures, (N, C, H, W), preprocessed.
+        progress: Told how many pictures are done, and how many there are.
+
+    Raises:
+        MissingExtraError: If onnx is not installed.
+    """
+
+    def __init__(self, path: Path, batch: npt.NDArray[np.float32], progress: Progress | None = None) -> None:
+        self._proto = load_float(path)
+        self._ranges = _calibrate(self._proto, batch, progress)
+        weights = {each.name for each in self._proto.graph.initializer}
+        nodes = [node for node in self._proto.graph.node if node.op_type in WEIGHTED]
+        self.layers = tuple(node.name for node in nodes if any(name in weights for name in node.input))
+
+    def write(self, target: Path, manifest: Manifest, *, keep: Sequence[str] = (), only: str = "") -> None:
+        """Write an int8 file.
+
+        Args:
+            target: The file.
+            manifest: What it says about itself.
+            keep: Layers that stay in float.
+            only: If given, the one layer that does not.
+        """
+        import onnx
+        from onnxruntime.quantization import QuantType
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+        from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self._proto)
+        with _quiet():
+            quantizer = QDQQuantizer(
+                proto,
+                per_channel=True,
+                reduce_range=False,
+                weight_qType=QuantType.QInt8,
+                activation_qType=QuantType.QUInt8,
+                tensors_range=self._ranges,
+                nodes_to_quantize=[only] if only else [],
+                nodes_to_exclude=list(keep),
+                op_types_to_quantize=sorted({*QLinearOpsRegistry, *QDQRegistry}),
+                extra_options={"WeightSymmetric": True, "ActivationSymmetric": False},
+            )
+            quantizer.quantize_model()
+            quantizer.model.topological_sort()  # OpenVINO reads nodes in order
+        _save(quantizer.model.model, target, manifest)
+
+
+def store_weights_int8(path: Path, target: Path, manifest: Manifest) -> None:
+    """Write a file that computes in float and holds its matrices and kernels in int8, a scale for each output channel.
+
+    Args:
+        path: The float file.
+        target: The file to write.
+        manifest: What it says about itself.
+
+    Raises:
+        MissingExtraError: If onnx is not installed.
+    """
+    from onnx import helper, numpy_helper
+
+    proto = load_float(path)
+    transposed = {node.input[1] for node in proto.graph.node if node.op_type == "MatMul"}  # (in, out), not (out, in)
+    added, nodes = [], []
+    for tensor in list(proto.graph.initializer):
+        values = numpy_helper.to_array(tensor)
+        if values.dtype != np.float32 or values.ndim < 2 or values.size < MIN_WEIGHTS:
+            continue
+        axis = values.ndim - 1 if tensor.name in transposed else 0
+        largest = np.abs(values).max(tuple(i for i in range(values.ndim) if i != axis))
+        scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+        shape = [-1 if i == axis else 1 for i in range(values.ndim)]
+        small = np.clip(np.round(values / scale.reshape(shape)), -127, 127).astype(np.int8)
+        name = tensor.name
+        parts: dict[str, npt.NDArray[Any]] = {
+            f"{name}.int8": small,
+            f"{name}.scale": scale,
+            f"{name}.zero": np.zeros(len(scale), np.int8),
+        }
+        added += [numpy_helper.from_array(value, key) for key, value in parts.items()]
+        nodes.append(helper.make_node("DequantizeLinear", list(parts), [name], axis=axis))
+        proto.graph.initializer.remove(tensor)
+    proto.graph.initializer.extend(added)
+    _put_first(proto, nodes)
+    _save(proto, target, manifest)
+
+
+def store_weights_half(path: Path, target: Path, manifest: Manifest) -> None:
+    """Write a file that computes in float and holds its matrices and kernels in half precision.
+
+    Args:
+        path: The float file.
+        target: The file to write.
+        manifest: What it says about itself.
+
+    Raises:
+        MissingExtraError: If onnx is not installed.
+    """
+    proto = load_float(path)
+    halve_weights(proto)
+    _save(proto, target, manifest)
+
+
+def halve_weights(proto: Any) -> None:  # noqa: ANN401 (an onnx.ModelProto)
+    """Store large weights in half precision behind a Cast, which the engine folds away when it opens the file."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    casts = []
+    for index, tensor in enumerate(proto.graph.initializer):
+        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
+            continue  # biases and factors stay exact: they are small, and the smallest of them matter
+        name, values = tensor.name, numpy_helper.to_array(tensor)
+        half = numpy_helper.from_array(values.astype(np.float16), f"{name}.half")
+        proto.graph.initializer[index].CopyFrom(half)
+        casts.append(helper.make_node("Cast", [half.name], [name], to=onnx.TensorProto.FLOAT))
+    _put_first(proto, casts)
+
+
+def load_float(path: Path) -> Any:  # noqa: ANN401 (an onnx.ModelProto; onnx has no types)
+    """Read a file with every weight as a float initialiser, also those that are stored in half precision behind a Cast.
+
+    Raises:
+        MissingExtraError: If onnx is not installed.
+    """
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise missing_extra("quantize", "Quantising a network", error) from error
+    proto = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
+    halves = {t.name: t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
+    kept = []
+    for node in proto.graph.node:
+        if node.op_type == "Cast" and node.input[0] in halves:
+            half = halves[node.input[0]]
+            values = numpy_helper.to_array(half).astype(np.float32)
+            proto.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
+            proto.graph.initializer.remove(half)
+        else:
+            kept.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(kept)
+    return proto
+
+
+def _calibrate(proto: Any, batch: npt.NDArray[np.float32], progress: Progress | None) -> Any:  # noqa: ANN401
+    """Run the pictures one by one and return the range of every tensor."""
+    import onnx
+    from onnxruntime.quantization.calibrate import CalibrationDataReader, create_calibrator
+
+    name = proto.graph.input[0].name
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
+        def __init__(self) -> None:
+            self._at = 0
+
+        def get_next(self) -> dict[str, npt.NDArray[np.float32]] | None:
+            if self._at == len(batch):
+                return None
+            self._at += 1
+            if progress is not None:
+                progress("calibrating", self._at, len(batch))
+            return {name: batch[self._at - 1 : self._at]}
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        path = Path(folder) / "float.onnx"
+        onnx.save(proto, str(path))
+        calibrator = create_calibrator(path, augmented_model_path=str(Path(folder) / "augmented.onnx"))
+        calibrator.collect_data(Reader())
+        return calibrator.compute_data()
+
+
+def _put_first(proto: Any, nodes: Sequence[Any]) -> None:  # noqa: ANN401
+    rest = list(proto.graph.node)
+    del proto.graph.node[:]
+    proto.graph.node.extend([*nodes, *rest])
+
+
+def _save(proto: Any, target: Path, manifest: Manifest) -> None:  # noqa: ANN401
+    del proto.metadata_props[:]
+    del proto.graph.value_info[:]
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, manifest.to_json()
+    proto.producer_name, proto.doc_string = "efficientformer", ""
+    target.write_bytes(proto.SerializeToString())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the quantiser's advice off the user's terminal; its errors are exceptions."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,113 @@
+"""``efficientformer benchmark`` as a user runs it, on the network in the package, with few rounds."""
+
+import json
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from efficientformer.benchmarking.subject import RefusedError, Subject
+from efficientformer.spec.errors import EngineError
+
+ONNX = Path(str(files("efficientformer") / "assets" / "efficientformer_cifar10.onnx"))
+FAST = ("--rounds", "3", "--threads", "1", "--quiet")
+
+
+def test_every_combination_is_timed_or_named_with_its_reason(cli):
+    code, out, err = cli("benchmark", "efficientformer_cifar10", "--batch", "1,2", "--json", *FAST)
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["rounds"], found["threads"]) == (3, 1)
+    assert found["networks"][0]["macs"] == 46_553_664
+    timed = {(row["engine"], row["precision"]) for row in found["rows"]}
+    refused = {(each["engine"], each["precision"]) for each in found["unavailable"]}
+    assert {("onnxruntime", "fp32"), ("torch", "fp32"), ("torch", "bf16")} <= timed
+    assert {("onnxruntime", "bf16"), ("onnxruntime", "int8"), ("torch", "int8")} <= refused
+    engines, precisions = ("onnxruntime", "openvino", "torch"), ("fp32", "bf16", "int8")
+    assert timed | refused == {(engine, precision) for engine in engines for precision in precisions}
+    assert all(each["reason"] for each in found["unavailable"])
+    for batch in (1, 2):
+        rows = [row for row in found["rows"] if row["batch"] == batch]
+        assert len(rows) == len(timed)
+        assert rows[0]["relative"] == 1
+        assert [row["median_ms"] for row in rows] == sorted(row["median_ms"] for row in rows)
+        assert all(row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] and row["runs"] == 3 for row in rows)
+        assert all(row["images_per_s"] == pytest.approx(1000 * batch / row["median_ms"], rel=1e-2) for row in rows)
+        assert {row["weights"] for row in rows} == {"trained"}
+    steps = found["pictures"][0]["steps"]
+    assert set(steps) == {"decode", "resize and crop", "normalise", "engine", "file to label"}
+
+
+def test_random_weights_are_marked_everywhere(cli, tmp_path):
+    options = (
+        "--random-weights",
+        "--engine",
+        "onnxruntime",
+        "--precision",
+        "fp32",
+        "--output",
+        tmp_path / "new",
+        *FAST,
+    )
+    code, out, err = cli("benchmark", "efficientformerv2_s0", *options)
+    assert code == 0, err
+    assert "efficientformerv2_s0 (random weights)" in out
+    assert "results mean nothing" in out
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        "benchmark.json", "benchmark.png", "benchmark.html",
+    }  # fmt: skip
+    found = json.loads((tmp_path / "new" / "benchmark.json").read_text())
+    assert [row["weights"] for row in found["rows"]] == ["random"]
+    assert "random weights" in (tmp_path / "new" / "benchmark.html").read_text()
+
+
+def test_an_exported_file_does_not_run_in_torch_and_says_so(cli):
+    code, out, err = cli("benchmark", ONNX, "--engine", "torch", "--precision", "fp32", *FAST)
+    assert code == 1, err
+    assert "An exported file does not run in torch" in out
+    code, out, err = cli("benchmark", ONNX, "--engine", "onnxruntime", "--precision", "auto", *FAST)
+    assert code == 0, err
+    assert "efficientformer_cifar10.onnx" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("no_such_network",), "Unknown model 'no_such_network'"),
+        (("no_such.onnx",), "no_such.onnx"),
+        ((ONNX, "--engine", "tensorrt"), "tensorrt"),
+        ((ONNX, "--precision", "fp8"), "fp8"),
+        ((ONNX, "--batch", "1,x"), "Illegal --batch"),
+        ((ONNX, "--batch", "0"), "Illegal --batch"),
+        ((ONNX, "--output", ONNX / "below"), "Cannot write"),
+    ],
+)
+def test_wrong_usage(cli, arguments, message):
+    code, _, err = cli("benchmark", *arguments, *FAST)
+    assert code == (1 if "no_such.onnx" in arguments else 2)
+    assert message in err
+    assert "Traceback" not in err
+
+
+def child(body):
+    """Return the command of a subject whose ``prepare`` is this code."""
+    head = (
+        "from efficientformer.benchmarking.subject import serve\nfrom efficientformer.spec.errors import EngineError\n"
+    )
+    return (sys.executable, "-c", f"{head}def prepare():\n    {body}\nserve(prepare)")
+
+
+def test_a_subject_runs_once_untimed_and_then_as_often_as_asked():
+    body = "print('noise'); calls = []; return {'a': 1}, {'run': lambda: calls.append(1) or print(len(calls))}"
+    with Subject(child(body)) as subject:
+        assert subject.facts == {"a": 1, "runs": ["run"]}
+        assert len(subject.turn("run", 3)) == 3
+        assert subject.ask(run="run", count=1)["peak_mib"] > 1
+
+
+def test_a_subject_that_refuses_and_one_that_dies():
+    with pytest.raises(RefusedError, match="not here"):
+        Subject(child("raise EngineError('not here')"))
+    with pytest.raises(EngineError, match=r"ended with code 1.*ValueError: broken"):
+        Subject(child("raise ValueError('broken')"))

@@ -1,0 +1,205 @@
+"""Quantised files: right in every engine, guarded, and found again by the network's name."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from efficientformer import Classifier
+from efficientformer.export import quantize as module
+from efficientformer.export.deployable import deployable, embedded_file, quantised_file
+from efficientformer.export.qdq import Quantiser
+from efficientformer.export.quantize import quantize
+from efficientformer.runtime.engines import installed_engines, open_engine
+from efficientformer.runtime.samples import sample_batch
+from efficientformer.spec.errors import DataError, EngineError, ExportError, MissingExtraError, SpecError, UsageError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of 24 pictures in folders named after their classes, and a broken one."""
+    root = tmp_path_factory.mktemp("pictures")
+    for photo in sorted(EXAMPLES.glob("*.jpg")):
+        (root / photo.stem).mkdir()
+        for copy in range(3):
+            shutil.copy(photo, root / photo.stem / f"{copy}.jpg")
+    (root / "cat" / "broken.jpg").write_bytes(b"no picture")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(pictures, tmp_path_factory):
+    output = tmp_path_factory.mktemp("made") / "small-int8"
+    return quantize("", pictures, output, max_drop=0.0), output
+
+
+def test_the_file_runs_in_int8_in_every_engine(made):
+    report, output = made
+    batch = sample_batch(open_engine(embedded_file()).manifest.preprocess)
+    expected = open_engine(embedded_file(), "onnxruntime").run(batch)
+    for name in installed_engines():
+        engine = open_engine(output / "model.onnx", name)
+        assert engine.precision == "int8"
+        found = engine.run(batch)
+        assert (found.argmax(1) == expected.argmax(1)).all()
+        assert 0 < np.abs(found - expected).max() < 0.2 * np.abs(expected).max()
+    assert report.sizes[1] < 0.7 * report.sizes[0]
+    kinds = [node.op_type for node in onnx.load(str(output / "model.onnx")).graph.node]
+    assert kinds.count("QuantizeLinear") > 40
+
+
+def test_the_report_says_what_was_measured(made, pictures):
+    report, output = made
+    assert (report.calibrated_on, report.held_out, report.labelled) == (12, 12, True)
+    assert [Path(name).name for name, _ in report.skipped] == ["broken.jpg"]
+    assert {each.engine.split()[0] for each in report.accuracy} == {"ONNX", "OpenVINO"}
+    assert all(each.drop <= 0 for each in report.accuracy)
+    data = json.loads((output / "report.json").read_text())
+    assert data == json.loads(report.to_json())
+    assert sorted(path.name for path in output.iterdir()) == ["model.onnx", "report.html", "report.json"]
+    assert "points lost" in (output / "report.html").read_text()
+
+
+def test_manifest_and_names(made):
+    _, output = made
+    manifest = open_engine(output / "model.onnx").manifest
+    assert manifest.provenance["precision"] == "int8"
+    assert manifest.labels == open_engine(embedded_file()).manifest.labels
+    assert Classifier(str(output))(EXAMPLES / "cat.jpg").name == "cat"  # the folder is a model's name
+    with pytest.raises(EngineError, match="cannot run in fp32"):
+        open_engine(output / "model.onnx", precision="fp32")
+
+
+def test_precision_int8_finds_what_was_quantised(pictures, tmp_path):
+    quantize("", pictures, tmp_path / "out", max_drop=100)
+    assert deployable("", precision="int8") == quantised_file("efficientformer_cifar10")
+    assert deployable("", precision="int8").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
+    classify = Classifier(precision="int8", engine="onnxruntime")
+    assert classify.engine.endswith("(int8)")
+    with pytest.raises(EngineError, match="efficientformer quantize efficientformer_l1"):
+        deployable("efficientformer_l1", precision="int8")
+
+
+def test_the_shipped_int8_network_needs_nothing():
+    classify = Classifier(precision="int8")
+    assert classify.engine.endswith("(int8)")
+    assert classify.manifest.metrics["top1"] > 89.5
+    for photo in EXAMPLES.glob("*.jpg"):
+        assert classify(photo).name == photo.stem
+
+
+def test_layers_that_hurt_stay_in_float(pictures, tmp_path, monkeypatch):
+    real = Quantiser.write
+    names = Quantiser(embedded_file(), sample_batch(open_engine(embedded_file()).manifest.preprocess)[:2]).layers
+    culprits = {names[3], names[20]}
+
+    def write(self, target, manifest, *, keep=(), only=""):
+        real(self, target, manifest, keep=keep, only=only)
+        harmed = culprits - set(keep) if not only else culprits & {only}
+        if harmed:  # as if int8 ruined these layers: the logits of all classes but one are lost
+            proto = onnx.load(str(target))
+            scale = numpy_helper.from_array(np.float32([1e-3 * len(harmed)] + [0] * 9), "ruin")
+            proto.graph.initializer.append(scale)
+            output = proto.graph.output[0].name
+            head = next(node for node in proto.graph.node if output in node.output)
+            head.output[list(head.output).index(output)] = "before_ruin"
+            proto.graph.node.append(onnx.helper.make_node("Mul", ["before_ruin", "ruin"], [output]))
+            onnx.save(proto, str(target))
+
+    monkeypatch.setattr(Quantiser, "write", write)
+    report = quantize("", pictures, tmp_path / "out", max_drop=0.0)
+    assert set(report.kept) == culprits
+    assert set(report.errors) == set(names)
+    assert set(sorted(names, key=lambda name: -report.errors[name])[:2]) == culprits
+    assert "orange: kept in float" not in (tmp_path / "out" / "report.html").read_text()  # it stands in the picture
+    assert "Layers" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_drop_that_cannot_be_held_writes_nothing(pictures, tmp_path, monkeypatch):
+    def ruined(self):
+        return (module.Accuracy("X", 10.0, 10.0, 80.0),)
+
+    monkeypatch.setattr(module._Work, "_measure", ruined)
+    monkeypatch.setattr(module._Work, "_ranked", lambda self, quantiser, manifest: quantiser.layers[:4])
+    with pytest.raises(ExportError, match=r"80\.00 points"):
+        quantize("", pictures, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "share", "error"), [("int8", 0.7, 0.1), ("fp16", 1.05, 1e-6)])
+def test_weights_only_makes_files_smaller_and_computes_in_float(pictures, tmp_path, kind, share, error):
+    report = quantize("", pictures, tmp_path / "out", weights_only=kind)
+    assert report.kind == f"{kind} weights"
+    assert report.sizes[1] < share * report.sizes[0]  # the shipped file is in half precision already
+    batch = sample_batch(open_engine(embedded_file()).manifest.preprocess)
+    expected = open_engine(embedded_file(), "onnxruntime").run(batch)
+    for name in installed_engines():
+        engine = open_engine(tmp_path / "out" / "model.onnx", name, precision="fp32")
+        assert np.abs(engine.run(batch) - expected).max() < max(1e-3, error * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"weights_only": "int4"}, SpecError, "'fp16'"),
+        ({"max_drop": -1}, UsageError, "from 0 to 100"),
+        ({"holdout": 0}, UsageError, "from 1"),
+        ({"model": "efficientformer_l9"}, UsageError, "efficientformer_l7"),
+    ],
+)
+def test_illegal_options(pictures, tmp_path, options, error, text):
+    model = options.pop("model", "")
+    with pytest.raises(error, match=text):
+        quantize(model, pictures, tmp_path / "out", **options)
+
+
+def test_too_few_pictures(tmp_path):
+    (tmp_path / "few").mkdir()
+    with pytest.raises(DataError, match="at least 8"):
+        quantize("", tmp_path / "few", tmp_path / "out")
+
+
+def test_another_folder_is_left_alone(pictures, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="something else"):
+        quantize("", pictures, tmp_path)
+
+
+def test_pictures_of_other_classes_have_no_labels(tmp_path):
+    root = tmp_path / "flat"
+    root.mkdir()
+    for index, photo in enumerate(sorted(EXAMPLES.glob("*.jpg")) * 2):
+        shutil.copy(photo, root / f"{index}.jpg")
+    report = quantize("", root, tmp_path / "out", max_drop=100)
+    assert not report.labelled
+    assert report.top1 is None
+    assert [each.drop for each in report.accuracy] == [round(100 - each.agreement, 4) for each in report.accuracy]
+
+
+def test_a_missing_library_names_its_extra(pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    with pytest.raises(MissingExtraError, match=r"efficientformer\[quantize\]"):
+        quantize("", pictures, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_prints_a_table(cli, pictures, tmp_path):
+    code, out, err = cli("quantize", "efficientformer_cifar10", "--data", pictures, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "points lost" in out
+    assert "broken.jpg" in err
+    code, out, _ = cli("quantize", "efficientformer_cifar10", "--data", pictures, "-o", tmp_path / "out", "--json")
+    assert json.loads(out)["kind"] == "int8"
+
+
+def test_reports_are_plain_data(made):
+    report, _ = made
+    assert dataclasses.is_dataclass(report)
+    assert set(report.to_dict()["sizes"]) == {"float", "new"}
