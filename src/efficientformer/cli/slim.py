@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from efficientformer.slimming.plan import Plan
 
 
 def slim(
@@ -41,36 +44,37 @@ def slim(
         raise missing_extra("train", "Slimming", error) from error
     from efficientformer.slimming.plan import milliseconds
     from efficientformer.slimming.run import slim as run
-    from efficientformer.slimming.start import make_plan
-    from efficientformer.training.recipe import load_recipe
 
     targets = tuple(milliseconds(text) for text in target_latency or ())
+    given = {"model": model, "recipe": recipe, "epochs": epochs, "final_epochs": final_epochs, "engine": engine,
+             "precision": precision, "threads": threads, "settings": settings or ()}  # fmt: skip
     if resume is not None:
-        fixed = {"--engine": engine != "auto", "--precision": precision != "auto", "--threads": threads,
-                 "--table": table, "--model": model, "--recipe": recipe, "--epochs": epochs,
-                 "--final-epochs": final_epochs, "--set": settings, "--output": output}  # fmt: skip
-        if given := [name for name, value in fixed.items() if value]:
-            hint = "Give --resume, with --target-latency for a further target and --data if it has moved"
-            raise UsageError("A resumed run keeps its plan", found=", ".join(given), hint=hint)
+        _refuse_changes({**given, "table": table, "output": output})
         outcome = run(resume=resume, targets=targets, data=data, quiet=quiet)
+    elif data is None:
+        raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
     else:
-        if data is None:
-            raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
-        plan = make_plan(
-            data,
-            targets,
-            model=model,
-            recipe=None if recipe is None else load_recipe(recipe),
-            epochs=epochs,
-            final_epochs=final_epochs,
-            settings=settings or (),
-            engine=engine,
-            precision=precision,
-            threads=threads,
-        )
-        outcome = run(plan, output or Path("runs/slim"), table=table, quiet=quiet)
+        outcome = run(_plan(data, targets, given), output or Path("runs/slim"), table=table, quiet=quiet)
     if not outcome.finished:
         typer.echo(f"Stopped. Go on: efficientformer slim --resume {outcome.folder}", err=True)
         raise typer.Exit(130)
     for network in outcome.networks:
         typer.echo(network.weights)
+
+
+def _plan(data: Path, targets: tuple[float, ...], given: dict[str, Any]) -> Plan:
+    from efficientformer.slimming.start import make_plan
+    from efficientformer.training.recipe import load_recipe
+
+    file = given["recipe"]
+    return make_plan(data, targets, **{**given, "recipe": None if file is None else load_recipe(file)})
+
+
+def _refuse_changes(given: dict[str, Any]) -> None:
+    """Raise UsageError if an option was given that a resumed run has decided already."""
+    from efficientformer.spec.errors import UsageError
+
+    changed = [name for name, value in given.items() if value and value != "auto"]
+    if changed:
+        hint = "Give --resume, with --target-latency for a further target and --data if it has moved"
+        raise UsageError("A resumed run keeps its plan", found=", ".join(changed), hint=hint)

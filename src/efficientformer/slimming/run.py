@@ -269,11 +269,11 @@ def _begun(plan: Plan, folder: Path, table: Path | None, *, quiet: bool) -> _Sli
         if table is None:
             plan.save(folder)  # a run that is killed while it measures can be resumed; a given table is quickly kept
         latencies = device.open_table(plan, space, folder, table, quiet=quiet)
+        plan.save(folder)
         check_targets(space, latencies, plan.targets)
     except EfficientFormerError:
         (folder / PLAN).unlink(missing_ok=True)  # not a run: the folder can be used again, and its table too
         raise
-    plan.save(folder)
     return _SlimRun(folder, plan, space, latencies, quiet)
 
 
