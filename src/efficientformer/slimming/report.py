@@ -170,6 +170,7 @@ def draw_path(
         axes.plot([other.latency_ms], [other.top1], "s", color="#d2691e")
         place = (other.latency_ms, other.top1)
         axes.annotate(other.name, place, textcoords="offset points", xytext=(6, -10), fontsize=8)
+    axes.margins(x=0.12)  # room for the names
     axes.set_xlabel(f"latency of one picture, {engine} (ms)")
     axes.set_ylabel("top-1 (%)")
     axes.grid(alpha=0.3)
