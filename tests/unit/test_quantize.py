@@ -15,9 +15,11 @@ from efficientformer.export import quantize as module
 from efficientformer.export.deployable import deployable, embedded_file, quantised_file
 from efficientformer.export.qdq import Quantiser
 from efficientformer.export.quantize import quantize
+from efficientformer.latency.graph import write_network
 from efficientformer.runtime.engines import installed_engines, open_engine
 from efficientformer.runtime.samples import sample_batch
 from efficientformer.spec.errors import DataError, EngineError, ExportError, MissingExtraError, SpecError, UsageError
+from efficientformer.spec.variants import v1_spec
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -53,6 +55,19 @@ def test_the_file_runs_in_int8_in_every_engine(made):
     assert report.sizes[1] < 0.7 * report.sizes[0]
     kinds = [node.op_type for node in onnx.load(str(output / "model.onnx")).graph.node]
     assert kinds.count("QuantizeLinear") > 40
+
+
+def test_attention_on_tokens_in_int8_is_right_in_every_engine(tmp_path):
+    spec = v1_spec((48, 96, 224, 448), (1, 1, 1, 2), 1, num_classes=50)
+    path = write_network(spec, tmp_path / "float.onnx")
+    reference = open_engine(path, "onnxruntime")
+    batch = sample_batch(reference.manifest.preprocess)
+    expected = reference.run(batch)
+    int8 = dataclasses.replace(reference.manifest, provenance={"precision": "int8"})
+    Quantiser(path, batch).write(tmp_path / "int8.onnx", int8)
+    for name in installed_engines():
+        found = open_engine(tmp_path / "int8.onnx", name).run(batch)
+        assert np.linalg.norm(found - expected) < 0.3 * np.linalg.norm(expected - expected.mean(0)), name
 
 
 def test_the_report_says_what_was_measured(made, pictures):
