@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 BASE   := $(VENV)/.base
 DEV    := $(VENV)/.dev
 DATA   ?= cifar10
+PHOTOS ?= photos
 
 .DEFAULT_GOAL := help
 .PHONY: help predict test lint types unit docs parity accuracy bench clean
@@ -40,8 +41,12 @@ parity: ## Compare with mmpretrain and transformers live, in an environment of t
 accuracy: $(DEV) ## Measure the network in the package on CIFAR-10's test images: make accuracy DATA=cifar10
 	@$(BIN)/efficientformer test efficientformer_cifar10 --data $(DATA)
 
-bench: $(BASE)   ## Measure cold start and memory of prediction
+bench: $(DEV)    ## Measure against timm, mmpretrain (after make parity) and plain exports: make bench PHOTOS=photos
 	@$(BIN)/python benchmarks/cold_start.py
+	@$(BIN)/python benchmarks/engines.py
+	@$(BIN)/python benchmarks/one_picture.py $$(find $(PHOTOS) -type f | sort | head -1)
+	@$(BIN)/python benchmarks/folder.py $(PHOTOS)
+	@$(BIN)/python benchmarks/fast_decode.py --data $(PHOTOS)
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)

@@ -1,16 +1,17 @@
 """EfficientFormer-L1, V2-S0 and small mobile networks of timm, one image at 224: engine by engine, in turns of one run.
 
-    python benchmarks/engines.py [--rounds 60] [--int8 L1-INT8.onnx] [--solo]
+    python benchmarks/engines.py [--rounds 60] [--solo]
 
 Every subject has a process of its own and prepares itself (export, compilation) before anything is timed. Weights are
 random, BatchNorms have statistics. The rate of large matrix products is measured in the same run: a network's MACs at
 that rate are its floor on this machine. ``--solo`` times each subject again alone, which shows whether the subjects
-disturb each other. Another L1 int8 file than a random one may be given; without one that row is skipped.
+disturb each other.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from contextlib import ExitStack
 from functools import partial
@@ -19,6 +20,9 @@ from pathlib import Path
 from common import ours, peer, plot, random_network, save, show, start
 from peers import MATRIX, export_timm
 
+from efficientformer.export.qdq import Quantiser
+from efficientformer.runtime.engines import open_engine
+from efficientformer.runtime.samples import sample_batch
 from efficientformer.runtime.timing import Timing, take_turns
 from efficientformer.spec.count import count
 from efficientformer.spec.variants import VARIANTS
@@ -30,11 +34,20 @@ PACKAGES = ("efficientformer", "timm", "torch", "onnxruntime", "openvino")
 FLOP = 2 * MATRIX**3
 
 
-def commands(scratch: Path, int8: Path | None) -> dict[str, tuple[str, ...]]:
+def quantised(path: Path, target: Path) -> Path:
+    """Write a network in int8, its scales set on the package's photographs: right for timing."""
+    manifest = open_engine(path, "onnxruntime").manifest
+    int8 = dataclasses.replace(manifest, provenance={**manifest.provenance, "precision": "int8"})
+    Quantiser(path, sample_batch(manifest.preprocess)).write(target, int8)
+    return target
+
+
+def commands(scratch: Path) -> dict[str, tuple[str, ...]]:
     """Return what is compared, by name."""
     plain = scratch / "timm.onnx"
     export_timm(L1, plain)
     l1, s0 = (random_network(name, scratch).exported for name in (L1, S0))
+    int8 = quantised(l1, scratch / "l1-int8.onnx")
     found = {
         REFERENCE: peer("torch", model=L1),
         "timm torch.compile fp32": peer("torch", model=L1, compile=True),
@@ -44,10 +57,9 @@ def commands(scratch: Path, int8: Path | None) -> dict[str, tuple[str, ...]]:
         "ours ONNX Runtime fp32": ours(l1, "onnxruntime", "fp32"),
         "ours OpenVINO fp32": ours(l1, "openvino", "fp32"),
         "ours OpenVINO bf16": ours(l1, "openvino", "bf16"),
+        "ours OpenVINO int8": ours(int8, "openvino", "int8"),
+        "ours ONNX Runtime int8": ours(int8, "onnxruntime", "int8"),
     }
-    if int8 is not None:
-        found["ours OpenVINO int8"] = ours(int8, "openvino", "int8")
-        found["ours ONNX Runtime int8"] = ours(int8, "onnxruntime", "int8")
     for precision in ("fp32", "bf16"):
         hint = {"fp32": "f32", "bf16": "bf16"}[precision]
         found[f"ours V2-S0 OpenVINO {precision}"] = ours(s0, "openvino", precision)
@@ -75,14 +87,11 @@ def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--int8", type=Path, help="L1 quantised: efficientformer quantize")
     parser.add_argument("--solo", action="store_true", help="time each subject again, alone")
     options = parser.parse_args()
-    if options.int8 is None:
-        print("skipped int8: no file given (--int8)")
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        subjects, skipped = start(commands(scratch, options.int8), stack)
+        subjects, skipped = start(commands(scratch), stack)
         turns = {name: partial(subject.turn, "1") for name, subject in subjects.items()}
         timings = take_turns(turns, rounds=options.rounds)
         solo = (

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from efficientformer.export.quantize import quantize
     from efficientformer.latency.table import LatencyTable
     from efficientformer.runtime.classifier import Failed, Prediction
+    from efficientformer.slimming.run import slim
+    from efficientformer.slimming.start import make_plan
     from efficientformer.spec.arch import ArchSpec
     from efficientformer.spec.errors import EfficientFormerError
     from efficientformer.spec.preprocess import PreprocessSpec
@@ -36,7 +38,9 @@ _ROOMS = {
     "inference_model": "api",
     "list_models": "spec.zoo",
     "load_recipe": "training.recipe",
+    "make_plan": "slimming.start",
     "quantize": "export.quantize",
+    "slim": "slimming.run",
     "train": "training.run",
 }
 
@@ -55,7 +59,9 @@ __all__ = [  # noqa: PLE0604, RUF100 (names load lazily)
     "inference_model",
     "list_models",
     "load_recipe",
+    "make_plan",
     "quantize",
+    "slim",
     "train",
 ]
 

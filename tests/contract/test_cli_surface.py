@@ -22,6 +22,10 @@ SURFACE = {
         "recipe", "data", "output", "resume", "model", "epochs", "batch_size", "lr", "seed", "settings", "device",
         "show", "quiet",
     },
+    "slim": {
+        "data", "target_latency", "engine", "precision", "threads", "table", "model", "recipe", "epochs",
+        "final_epochs", "settings", "output", "resume", "quiet",
+    },
     "quantize": {
         "model", "data", "output", "checkpoint", "max_drop", "pictures", "holdout", "weights_only", "seed", "as_json",
         "offline", "quiet",

@@ -21,9 +21,12 @@ ALLOWED = {
     "training": {"spec", "models", "weights", "runtime", "data", "evaluation", "reporting", "export"},
     "latency": {"spec", "runtime", "export", "reporting"},
     "benchmarking": {"spec", "models", "weights", "runtime", "export", "evaluation", "reporting"},
+    "slimming": {
+        "spec", "models", "weights", "runtime", "data", "evaluation", "reporting", "export", "training", "latency",
+    },
     "cli": {
         "spec", "models", "weights", "runtime", "export", "reporting", "data", "evaluation", "training", "latency",
-        "cluster", "benchmarking",
+        "cluster", "benchmarking", "slimming",
     },
 }  # fmt: skip
 TORCH = {"torch", "torchvision", "timm", "onnx", "onnxscript"}

@@ -19,6 +19,7 @@ from efficientformer.cli.listing import list_
 from efficientformer.cli.predict import predict
 from efficientformer.cli.profile import profile
 from efficientformer.cli.quantize import quantize
+from efficientformer.cli.slim import slim
 from efficientformer.cli.test import test
 from efficientformer.cli.train import train
 from efficientformer.spec.errors import EfficientFormerError
@@ -57,6 +58,7 @@ for _name, _verb in (
     ("convert", convert),
     ("quantize", quantize),
     ("train", train),
+    ("slim", slim),
     ("download", download),
     ("profile", profile),
     ("latency-table", latency_table),

@@ -2,8 +2,9 @@
 
 Weights are symmetric int8 with a scale for each output channel, activations uint8 with one scale each, from the
 smallest and largest values seen in calibration. Only layers with weights are int8: residual sums, pooling, GELU and the
-attention's products in int8 cost more in conversions than they saved, in both engines. What matrix products give stays
-in float as well, which is as fast and rounds once less. ONNX Runtime's quantiser does the work: its files run in int8 in ONNX
+attention's products in int8 cost more in conversions than they saved, in both engines. The outputs of matrix products
+stay in float: OpenVINO 2026.4 computes other logits than the graph's where these are int8 and the products are not.
+ONNX Runtime's quantiser does the work: its files run in int8 in ONNX
 Runtime and in OpenVINO alike. NNCF's were as fast in OpenVINO, but ONNX Runtime could not fuse them.
 """
 

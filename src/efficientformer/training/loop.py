@@ -82,7 +82,7 @@ class Run:
     stop: Callable[[], bool]
     progress: Progress = field(default_factory=Progress)
     watch: Watch = field(init=False)
-    evaluate: Callable[[nn.Module], dict[str, float | None]] = field(init=False)
+    evaluate: Callable[[EfficientFormer], dict[str, float | None]] = field(init=False)
     _losses: list[Tensor] = field(default_factory=list)
     _hits: list[Tensor] = field(default_factory=list)
     _saved_at: int = -1
@@ -99,10 +99,12 @@ class Run:
         return (recipe.epochs - recipe.ema_epochs) * self.steps_per_epoch if recipe.ema_epochs else 0
 
     @property
-    def measured(self) -> nn.Module:
+    def measured(self) -> EfficientFormer:
         """The network whose accuracy counts: the averaged one, once there is one."""
-        averaged = self.average is not None and self.progress.step > self.average_from
-        return self.average.module if averaged and self.average is not None else self.model
+        if self.average is None or self.progress.step <= self.average_from:
+            return self.model
+        averaged: EfficientFormer = self.average.module
+        return averaged
 
     @property
     def parts(self) -> dict[str, Any]:

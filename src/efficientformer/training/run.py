@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from efficientformer.data.source import ImageSource
 from efficientformer.evaluation.distributed import Team
@@ -23,6 +22,7 @@ from efficientformer.evaluation.evaluate import evaluate
 from efficientformer.evaluation.report import require_libraries
 from efficientformer.evaluation.result import Evaluation
 from efficientformer.evaluation.torch_predictor import TorchPredictor
+from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.errors import EfficientFormerError, EngineError, TrainingError, UsageError, missing_extra
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
@@ -31,11 +31,10 @@ from efficientformer.training.norms import synchronise_norms
 from efficientformer.training.optim import BATCH_NORM, build_optimizer, freeze
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.report import write_report
-from efficientformer.training.setup import Prepared, build_task, prepare
+from efficientformer.training.setup import PlainNetwork, Prepared, build_task, prepare
 from efficientformer.training.state import RunFolder
+from efficientformer.training.subject import Subject
 from efficientformer.training.watch import Watch
-from efficientformer.weights.checkpoint import load_checkpoint
-from efficientformer.weights.pretrained import build
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,6 +69,7 @@ def train(
     resume: str | Path | None = None,
     device: str = "auto",
     quiet: bool = True,
+    subject: Subject | None = None,
 ) -> Outcome:
     """Train a network, on one device or, under torchrun, on many.
 
@@ -80,6 +80,7 @@ def train(
         resume: A run folder to go on with, by its own recipe; ``data`` may say where its pictures are now.
         device: ``auto`` or ``cpu``.
         quiet: Say nothing on the terminal.
+        subject: What is trained; by default the recipe's own network.
 
     Returns:
         The run folder and, of a finished run, its evaluation.
@@ -92,8 +93,9 @@ def train(
     """
     require_libraries()
     _check_call(recipe, data, output, resume, device)
+    subject = subject or PlainNetwork()
     with _process_group(), _signals() as stop:
-        resumed = None if resume is None else RunFolder(Path(resume))
+        resumed = None if resume is None else RunFolder(Path(resume), subject.resume_command)
         if resumed is not None:
             note = resumed.data()
             recipe, path = resumed.recipe(), Path(note["path"] if data is None else data).absolute()
@@ -101,7 +103,8 @@ def train(
             note, recipe, path = {}, recipe or Recipe(), Path(str(data)).absolute()
         accelerator = _accelerator(recipe, device)
         manifest = Manifest.from_json(note["manifest"]) if note else None
-        prepared = prepare(recipe, path, accelerator.process_index, accelerator.num_processes, manifest)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        prepared = prepare(recipe, path, rank, world, manifest, subject)
         if resumed is not None and note["digest"] != prepared.digest:
             raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
         run = _assemble(prepared, resumed or _new_folder(output, prepared, path, accelerator), accelerator, stop)
@@ -177,6 +180,7 @@ def _assemble(prepared: Prepared, folder: RunFolder, accelerator: Accelerator, s
     shell, stepper = accelerator.prepare(Shell(inner), optimizer)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     task = build_task(recipe, prepared.manifest, prepared.source, device, dtype)
+    task = prepared.subject.task(model, task, recipe.epochs * prepared.loader.plan.steps_per_epoch)
     return Run(recipe, model, shell, stepper, average, prepared.loader, task, accelerator, still, folder, stop)
 
 
@@ -208,7 +212,7 @@ def _take_up(run: Run, prepared: Prepared, path: Path, *, new: bool, quiet: bool
         run.watch.note(note)
 
 
-def _evaluate(run: Run, network: nn.Module, prepared: Prepared) -> dict[str, float | None]:
+def _evaluate(run: Run, network: EfficientFormer, prepared: Prepared) -> dict[str, float | None]:
     """Measure a network on the validation pictures, all processes together; keep it if it is the best so far."""
     accelerator, progress = run.accelerator, run.progress
     if accelerator.num_processes > 1:
@@ -233,7 +237,8 @@ def _evaluate(run: Run, network: nn.Module, prepared: Prepared) -> dict[str, flo
     if accelerator.is_main_process:
         manifest = _measured_manifest(prepared.manifest, merged, epoch)
         for name in ("last", "best") if better else ("last",):
-            run.folder.save_weights(name, network, manifest, progress.step)
+            with run.folder.naming(progress.step):
+                prepared.subject.save(run.folder.weights(name), network, manifest)
     return figures
 
 
@@ -252,11 +257,10 @@ def _measured_manifest(manifest: Manifest, evaluation: Evaluation, epoch: int) -
 
 def _measure_best(run: Run, prepared: Prepared, path: Path) -> Evaluation:
     """Read the best weights back from their file and measure them, with the worst mistakes for the report."""
-    file = run.folder.path / "best.safetensors"
-    checkpoint = load_checkpoint(file)
-    assert checkpoint.manifest is not None
-    network = build(checkpoint.spec, checkpoint).to(memory_format=torch.channels_last)
-    predictor = TorchPredictor(network, checkpoint.manifest, str(run.accelerator.device))
+    file = run.folder.weights("best")
+    network, manifest = prepared.subject.load(file)
+    network.to(memory_format=torch.channels_last)
+    predictor = TorchPredictor(network, manifest, str(run.accelerator.device))
     return _measure(run.accelerator, predictor, prepared.val, model=str(file), data=str(path))
 
 
@@ -270,7 +274,7 @@ def _measure(accelerator: Accelerator, predictor: TorchPredictor, source: ImageS
 def _new_folder(output: str | Path | None, prepared: Prepared, data: Path, accelerator: Accelerator) -> RunFolder:
     """Return the folder that was asked for, or one in ``runs/`` that nothing has yet: the network and the data set."""
     if output is not None:
-        return RunFolder(Path(output))
+        return RunFolder(Path(output), prepared.subject.resume_command)
     name = f"{Path(prepared.manifest.provenance['model']).stem}-{data.name}"
     count = 1
     while (folder := Path("runs") / (name if count == 1 else f"{name}-{count}")).exists():
@@ -278,7 +282,7 @@ def _new_folder(output: str | Path | None, prepared: Prepared, data: Path, accel
     chosen = [str(folder)]
     if accelerator.num_processes > 1:  # the first one may make it before the others look
         torch.distributed.broadcast_object_list(chosen, 0)
-    return RunFolder(Path(chosen[0]))
+    return RunFolder(Path(chosen[0]), prepared.subject.resume_command)
 
 
 def _accelerator(recipe: Recipe, device: str) -> Accelerator:
@@ -291,7 +295,7 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = device == "cpu" or (world > 1 and not torch.cuda.is_available())  # else each would train on its own
-    accelerator = Accelerator(mixed_precision=_precision(recipe, device), cpu=on_cpu)
+    accelerator = Accelerator(mixed_precision=mixed_precision(recipe, device), cpu=on_cpu)
     if accelerator.num_processes != world:
         raise UsageError(
             "The processes do not find each other",
@@ -302,7 +306,7 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
     return accelerator
 
 
-def _precision(recipe: Recipe, device: str) -> str:
+def mixed_precision(recipe: Recipe, device: str) -> str:
     """Return Accelerate's name of the recipe's precision; bf16 by itself only where the hardware computes in it."""
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if recipe.precision == "fp16" and not on_gpu:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from efficientformer.data.augment import Augmentation
 from efficientformer.data.draws import DrawPlan
 from efficientformer.data.loader import Loader, MemoryLoader, WorkerLoader, decode_all
 from efficientformer.data.source import ImageSource
-from efficientformer.data.sources import open_splits
+from efficientformer.data.sources import Splits, open_splits
 from efficientformer.models.network import EfficientFormer
 from efficientformer.runtime.image import decode
 from efficientformer.spec.arch import ArchSpec
@@ -28,15 +27,15 @@ from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, resolve
 from efficientformer.training.recipe import Recipe
+from efficientformer.training.subject import Note, Subject
 from efficientformer.training.task import Distilled, Supervised, Task, balanced_weights
 from efficientformer.training.teacher import open_teacher
+from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from efficientformer.weights.loading import load_into
-from efficientformer.weights.pretrained import Overrides, load_named
+from efficientformer.weights.pretrained import Overrides, build, load_named
 
 SMALL = 64  # inputs of at most this many pixels a side: shifted rather than cropped and resized
 DEFAULT_MODEL = "efficientformer_l1"
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Prepared:
 
     Attributes:
         recipe: The recipe with everything decided that was left open.
+        subject: What is trained.
         model: The network, in training mode on the CPU.
         manifest: What the network is, without figures.
         loader: The training batches.
@@ -54,6 +54,7 @@ class Prepared:
     """
 
     recipe: Recipe
+    subject: Subject
     model: EfficientFormer
     manifest: Manifest
     loader: Loader
@@ -79,7 +80,46 @@ class Prepared:
         }
 
 
-def prepare(recipe: Recipe, path: Path, rank: int, world: int, resumed: Manifest | None = None) -> Prepared:
+class PlainNetwork:
+    """The recipe's network.
+
+    Args:
+        resume_command: The command that goes on with the run; empty for that of ``efficientformer train``.
+    """
+
+    def __init__(self, resume_command: str = "") -> None:
+        self.resume_command = resume_command
+
+    def splits(self, recipe: Recipe, path: Path) -> Splits:
+        """Return the data set's own parts, or two made by the recipe's ``val_fraction`` and ``seed``."""
+        return open_splits(path, val_fraction=recipe.val_fraction, seed=recipe.seed)
+
+    def build(self, recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple[EfficientFormer, Manifest]:
+        """Return the recipe's network with its weights, if it starts from any."""
+        return build_network(recipe, classes, note)
+
+    def rebuild(self, recipe: Recipe, spec: ArchSpec) -> EfficientFormer:
+        """Return a network without weights."""
+        return new_network(recipe, spec)
+
+    def task(self, model: EfficientFormer, task: Task, steps: int) -> Task:
+        """Return the recipe's task as it is."""
+        return task
+
+    def save(self, path: Path, model: EfficientFormer, manifest: Manifest) -> None:
+        """Write a checkpoint of ours."""
+        save_native(path, model.state_dict(), manifest)
+
+    def load(self, path: Path) -> tuple[EfficientFormer, Manifest]:
+        """Read a checkpoint of ours."""
+        checkpoint = load_checkpoint(path)
+        assert checkpoint.manifest is not None
+        return build(checkpoint.spec, checkpoint), checkpoint.manifest
+
+
+def prepare(
+    recipe: Recipe, path: Path, rank: int, world: int, resumed: Manifest | None = None, subject: Subject | None = None
+) -> Prepared:
     """Open the data set, decide what the recipe left open, build the network.
 
     Args:
@@ -88,20 +128,22 @@ def prepare(recipe: Recipe, path: Path, rank: int, world: int, resumed: Manifest
         rank: This process.
         world: Processes.
         resumed: What a resumed run's network is; its weights come from the run's own state.
+        subject: What is trained; by default the recipe's network.
 
     Raises:
         DataError: If the data set is missing, empty, of no known layout, or too small.
         UsageError: If the batch cannot be divided among processes and parts.
         CheckpointError, DownloadError, SpecError: If the weights cannot be had, or do not fit.
     """
-    splits = open_splits(path, val_fraction=recipe.val_fraction, seed=recipe.seed)
+    subject = subject or PlainNetwork()
+    splits = subject.splits(recipe, path)
     _check_classes(splits.train.classes)
     recipe = _decide(recipe, splits.train)
     notes = [splits.note, *getattr(splits.train, "notes", ()), *getattr(splits.val, "notes", ())]
     if resumed is not None:
-        model, manifest = _new_network(recipe, resumed.spec), resumed
+        model, manifest = subject.rebuild(recipe, resumed.spec), resumed
     else:
-        model, manifest = build_network(recipe, splits.train.classes, notes.append)
+        model, manifest = subject.build(recipe, splits.train.classes, notes.append)
     if recipe.crop == "auto":
         recipe = recipe.with_changes(crop="pad" if max(manifest.spec.input_size) < SMALL else "rrc")
     images, source, unreadable = None, splits.train, dict[str, str]()
@@ -114,7 +156,7 @@ def prepare(recipe: Recipe, path: Path, rank: int, world: int, resumed: Manifest
     recipe = recipe.with_changes(batch_size=fitted)
     loader = open_loader(recipe, source, images, manifest.preprocess, rank, world)
     loader.skipped |= unreadable
-    return Prepared(recipe, model.train(), manifest, loader, source, splits.val, tuple(notes))
+    return Prepared(recipe, subject, model.train(), manifest, loader, source, splits.val, tuple(notes))
 
 
 def _check_classes(classes: tuple[str, ...]) -> None:
@@ -129,7 +171,7 @@ def _decide(recipe: Recipe, train: ImageSource) -> Recipe:
     """Return the recipe with the model and the number of workers decided, and files named from the root."""
     changes: dict[str, object] = {}
     if recipe.model == "auto" and recipe.spec is None:
-        changes["model"] = EMBEDDED if _typical_side(train) <= SMALL else DEFAULT_MODEL
+        changes["model"] = EMBEDDED if typical_side(train) <= SMALL else DEFAULT_MODEL
     if recipe.workers < 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         changes["workers"] = min(16, cores)
@@ -183,7 +225,7 @@ def build_network(recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple
         preprocess = _preprocess_from_scratch(recipe)
     spec = Overrides(input_size=recipe.input_size or None, num_classes=len(classes)).apply(spec)
     preprocess = preprocess.with_input_size(spec.input_size)
-    model = _new_network(recipe, spec)
+    model = new_network(recipe, spec)
     if checkpoint is not None:
         reset = manifest.labels != classes
         with warnings.catch_warnings(record=True) as said:
@@ -198,7 +240,8 @@ def build_network(recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple
     return model, Manifest(spec, preprocess, classes, {}, provenance)
 
 
-def _new_network(recipe: Recipe, spec: ArchSpec) -> EfficientFormer:
+def new_network(recipe: Recipe, spec: ArchSpec) -> EfficientFormer:
+    """Return a network with new weights, decided by the recipe's seed."""
     torch.manual_seed(recipe.seed)
     return EfficientFormer(
         spec,
@@ -263,7 +306,7 @@ def _preprocess_from_scratch(recipe: Recipe) -> PreprocessSpec:
     return PreprocessSpec()
 
 
-def _typical_side(source: ImageSource) -> float:
+def typical_side(source: ImageSource) -> float:
     """Return the median of the shorter side of some pictures, in pixels."""
     sides = []
     for index in np.linspace(0, len(source) - 1, min(64, len(source))).astype(int):

@@ -18,12 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from efficientformer.spec.errors import CheckpointError, TrainingError, UsageError
-from efficientformer.spec.manifest import Manifest
 from efficientformer.training.recipe import Recipe, load_recipe
-from efficientformer.weights.checkpoint import save_native
 from efficientformer.weights.files import atomic_write
 
 STATE = "state.pt"
@@ -65,9 +62,11 @@ class RunFolder:
 
     Args:
         path: The folder.
+        command: What goes on with the run; by default ``efficientformer train --resume``.
     """
 
     path: Path
+    command: str = ""
     _metrics: list[dict[str, Any]] = field(default_factory=list)
 
     def create(self, recipe: Recipe, data: Mapping[str, Any]) -> None:
@@ -94,7 +93,7 @@ class RunFolder:
     @property
     def resume_command(self) -> str:
         """The command that goes on with this run."""
-        return f"efficientformer train --resume {shlex.quote(str(self.path))}"
+        return self.command or f"efficientformer train --resume {shlex.quote(str(self.path))}"
 
     def recipe(self) -> Recipe:
         """Return the recipe the run began with."""
@@ -128,7 +127,7 @@ class RunFolder:
             TrainingError: If it cannot be written; the state before it stands.
         """
         states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        with self._naming(progress.step), atomic_write(self.path / STATE) as file:
+        with self.naming(progress.step), atomic_write(self.path / STATE) as file:
             torch.save({"parts": states, "progress": vars(progress), "recipe": self.recipe().to_json()}, file)
 
     def load_state(self, parts: Mapping[str, Any]) -> Progress:
@@ -160,17 +159,13 @@ class RunFolder:
             raise TrainingError(f"{self.path / 'best.safetensors'} is missing: the best weights so far", hint=hint)
         return progress
 
-    def save_weights(self, name: str, network: nn.Module, manifest: Manifest, step: int) -> None:
-        """Write a network as a checkpoint of ours.
-
-        Raises:
-            TrainingError: If it cannot be written; the file before it stands.
-        """
-        with self._naming(step):
-            save_native(self.path / f"{name}.safetensors", network.state_dict(), manifest)
+    def weights(self, name: str) -> Path:
+        """Return the file of the ``best`` or the ``last`` weights."""
+        return self.path / f"{name}.safetensors"
 
     @contextmanager
-    def _naming(self, step: int) -> Iterator[None]:
+    def naming(self, step: int) -> Iterator[None]:
+        """Turn what goes wrong while a checkpoint is written into a TrainingError that names the step."""
         try:
             yield
         except CheckpointError as error:

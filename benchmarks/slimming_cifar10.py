@@ -1,0 +1,256 @@
+"""Slimming on CIFAR-10 beside hand-made networks of the same latency: same recipe, data, order, number of epochs.
+
+    python benchmarks/slimming_cifar10.py --data cifar10 --epochs 20 --final-epochs 40 --output runs/slimming
+
+The budget is the measured latency of MobileNetV2 x1.4 (timm's, stem stride 1) on the engine; further budgets are shares
+of it. Compared with the slimmed network: MobileNetV2 x1.4, the start network scaled uniformly, random legal networks,
+and the same search with importances and channels shuffled. Networks without a search are trained from scratch; the
+slimmed one both from scratch and from the weights it inherits. Top-1 is of the best epoch, measured on the test
+pictures; latencies are measured together, in turns. Writes figures and a plot into benchmarks/results, and the
+comparisons into the slimming run's report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import safetensors.torch
+import torch
+from common import save
+from timm.models import create_model
+from torch import nn
+
+from efficientformer import ArchSpec, Recipe, train
+from efficientformer.latency.graph import write_network
+from efficientformer.latency.measure import time_engines
+from efficientformer.latency.table import LatencyTable
+from efficientformer.reporting.page import new_figure, png
+from efficientformer.runtime.engines import open_engine
+from efficientformer.slimming.baselines import drawn_at, scaled_to
+from efficientformer.slimming.plan import Plan
+from efficientformer.slimming.run import SlimOutcome, slim
+from efficientformer.slimming.start import make_plan, start_network
+from efficientformer.spec.manifest import METADATA_KEY, Manifest
+from efficientformer.spec.zoo import EMBEDDED, resolve
+from efficientformer.training.setup import PlainNetwork
+
+PEER = "mobilenetv2_140"
+PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "efficientformer")
+
+
+class Peer(PlainNetwork):
+    """timm's MobileNetV2 x1.4 with stem stride 1, trained by the same loop.
+
+    Args:
+        manifest: Input size, preprocessing and classes; its architecture stands in for one we have no words for.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__()
+        self.manifest = dataclasses.replace(manifest, provenance={"model": PEER, "source": "trained"})
+
+    def build(self, recipe, classes, note):  # noqa: ANN001, ANN201 (as PlainNetwork)
+        """Return the network with new weights."""
+        return self.rebuild(recipe, self.manifest.spec), dataclasses.replace(self.manifest, labels=classes)
+
+    def rebuild(self, recipe, spec):  # noqa: ANN001, ANN201
+        """Return the network with new weights, decided by the seed."""
+        torch.manual_seed(recipe.seed)
+        return peer(spec)
+
+    def save(self, path, model, manifest) -> None:  # noqa: ANN001
+        """Write the weights."""
+        safetensors.torch.save_model(model, str(path), {METADATA_KEY: manifest.to_json()})
+
+    def load(self, path):  # noqa: ANN001, ANN201
+        """Read the weights."""
+        model = peer(self.manifest.spec)
+        safetensors.torch.load_model(model, str(path))
+        return model, self.manifest
+
+
+def peer(spec: ArchSpec) -> nn.Module:
+    """Return MobileNetV2 x1.4 for small pictures."""
+    model = create_model(PEER, num_classes=spec.num_classes)
+    model.conv_stem.stride = (1, 1)
+    model.spec = spec  # what the optimiser asks for depths
+    return model
+
+
+def manifest_for(spec: ArchSpec) -> Manifest:
+    """Return preprocessing and sizes as a manifest."""
+    preprocess = resolve(EMBEDDED).card.manifest(None).preprocess.with_input_size(spec.input_size)
+    return Manifest(spec, preprocess)
+
+
+def write_peer(spec: ArchSpec, path: Path) -> Path:
+    """Export the peer as its users would, with a manifest so that our engines open it."""
+    picture = (torch.rand(1, spec.in_chans, *spec.input_size),)
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        peer(spec).eval(), picture, opset_version=20, dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+    )
+    proto = program.model_proto
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, manifest_for(spec).to_json()
+    onnx.save(proto, path)
+    return path
+
+
+def latencies(specs: Sequence[ArchSpec], plan: Plan) -> list[float]:
+    """Return the latency (ms) of the peer, then of each network, measured in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        files = [write_peer(specs[0], root / "peer.onnx")]
+        files += [write_network(spec, root / f"{index}.onnx") for index, spec in enumerate(specs)]
+        engines = [open_engine(f, plan.engine, precision=plan.precision, threads=plan.threads) for f in files]
+        return [timing.p10_ms for timing in time_engines(engines)]
+
+
+def trained(recipe: Recipe, data: Path, folder: Path, **options: Any) -> float:  # noqa: ANN401
+    """Train in a folder, or go on there; return the best top-1."""
+    done = folder / "top1.json"
+    if done.exists():
+        return float(json.loads(done.read_text()))
+    if (folder / "state.pt").exists():
+        outcome = train(resume=folder, quiet=False, **options)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        outcome = train(recipe, data, folder, quiet=False, **options)
+    assert outcome.evaluation is not None, "interrupted: run the same command again"
+    done.write_text(json.dumps(outcome.evaluation.top1))
+    return outcome.evaluation.top1
+
+
+def slimmed(plan: Plan, folder: Path, like: Path | None = None) -> SlimOutcome:
+    """Slim in a folder, or go on there; with the supernet and latency table of another run, if one is given."""
+    if not (folder / "slim.json").exists():
+        if like is None:
+            return slim(plan, folder, quiet=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("table.json", "importances.json"):
+            shutil.copy(like / name, folder / name)
+        shutil.copytree(like / "supernet", folder / "supernet", dirs_exist_ok=True)
+        plan.save(folder)
+    return slim(resume=folder, quiet=False)
+
+
+def draw(rows: dict[str, dict[str, Any]], path: Path, engine: str) -> None:
+    """Draw top-1 over latency."""
+    figure = new_figure(7.5, 4.6)
+    axes = figure.subplots()
+    for name, row in rows.items():
+        marker = "*" if name.startswith("slimmed") else "s" if name == PEER else "o"
+        mean = statistics.mean(row["top1"])
+        axes.plot([row["latency_ms"]], [mean], marker, markersize=11 if marker == "*" else 6)
+        axes.annotate(name, (row["latency_ms"], mean), textcoords="offset points", xytext=(6, 3), fontsize=7)
+    axes.margins(0.2)
+    axes.set_xlabel(f"latency of one picture, {engine} (ms)")
+    axes.set_ylabel("top-1 on CIFAR-10's test pictures (%)")
+    axes.grid(alpha=0.3)
+    path.write_bytes(png(figure))
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/slimming_cifar10"))
+    parser.add_argument("--model", default="", help="start network: spec in JSON")
+    parser.add_argument("--epochs", type=int, default=20, help="of the supernet")
+    parser.add_argument("--final-epochs", type=int, default=40, help="of every network")
+    parser.add_argument("--engine", default="openvino")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.8, 0.6], help="budgets over the peer's")
+    parser.add_argument("--random", type=int, default=5, help="random networks")
+    parser.add_argument("--seeds", type=int, default=1, help="final trainings of every network from scratch")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
+    return parser.parse_args()
+
+
+def searched(options: argparse.Namespace) -> tuple[Plan, ArchSpec, SlimOutcome, SlimOutcome]:
+    """Slim to shares of the peer's latency, and once more with what was learned shuffled.
+
+    Returns:
+        The plan, the start network, and the two runs.
+    """
+    engine = {name: getattr(options, name) for name in ("engine", "precision", "threads")}
+    epochs = {"epochs": options.epochs, "final_epochs": options.final_epochs}
+    plan = make_plan(options.data, [1.0], model=options.model, settings=options.settings, **epochs, **engine)
+    start, budget = start_network(plan), options.output / "budget.json"
+    options.output.mkdir(parents=True, exist_ok=True)
+    if not budget.exists():
+        budget.write_text(json.dumps(latencies([start], plan)[0]))
+    peer_ms = float(json.loads(budget.read_text()))
+    plan = dataclasses.replace(plan, targets=tuple(share * peer_ms for share in options.shares))
+    learned = slimmed(plan, options.output / "slimmed")
+    chance = dataclasses.replace(plan.options, importances="shuffled")
+    shuffled = dataclasses.replace(plan, targets=plan.targets[:1], options=chance)
+    return plan, start, learned, slimmed(shuffled, options.output / "shuffled", like=learned.folder)
+
+
+def train_others(options: argparse.Namespace, plan: Plan, specs: dict[str, ArchSpec]) -> dict[str, dict[str, Any]]:
+    """Train networks from scratch, each with every seed; return their rows."""
+    recipe = plan.final.with_changes(pretrained=False, teacher="")
+    rows: dict[str, dict[str, Any]] = {}
+    for name, spec in specs.items():
+        rows[name] = {"top1": [], "spec": None if name == PEER else spec.to_dict()}
+        for seed in range(options.seeds):
+            folder = options.output / "trained" / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+            subject = Peer(manifest_for(spec)) if name == PEER else PlainNetwork()
+            seeded = recipe.with_changes(spec=spec.to_dict(), seed=recipe.seed + seed)
+            rows[name]["top1"].append(trained(seeded, options.data, folder, subject=subject))
+            print(name, rows[name]["top1"], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Slim, train the others, measure, print, save."""
+    options = parse()
+    plan, start, learned, by_chance = searched(options)
+    space, table = plan.options.space(start), LatencyTable.load(learned.folder / "table.json")
+    target = plan.targets[0]
+    random = drawn_at(space, table, target, options.random, seed=0)
+    others = {
+        "slimmed, from scratch": learned.networks[0].step.candidate.spec,
+        "uniformly scaled": scaled_to(space, table, target).spec,
+        **{f"random {number + 1}": candidate.spec for number, candidate in enumerate(random)},
+        PEER: start,
+    }
+    rows = {
+        **{f"slimmed to {each.target_ms:g} ms": each for each in learned.networks},
+        "slimmed, shuffled importances": by_chance.networks[0],
+    }
+    rows = {name: {"top1": [each.top1], "spec": each.step.candidate.spec.to_dict()} for name, each in rows.items()}
+    rows |= train_others(options, plan, others)
+    ours = [name for name in rows if name != PEER]
+    found = latencies([ArchSpec.from_dict(rows[name]["spec"]) for name in ours], plan)
+    for name, ms in zip((PEER, *ours), found, strict=True):
+        rows[name]["latency_ms"] = ms
+    comparisons = [
+        {"name": name, "latency_ms": row["latency_ms"], "top1": statistics.mean(row["top1"])}
+        for name, row in rows.items()
+        if not name.startswith("slimmed to")
+    ]
+    (learned.folder / "comparisons.json").write_text(json.dumps(comparisons, indent=1) + "\n")
+    slim(resume=learned.folder)  # draws them into its report
+    engine = {"engine": table.engine, "precision": table.precision, "threads": table.threads}
+    figures = {"recipe": plan.final.to_dict(), "options": dataclasses.asdict(plan.options), "engine": engine,
+               "supernet_epochs": options.epochs, "networks": rows}  # fmt: skip
+    path = save("slimming_cifar10", figures, PACKAGES)
+    draw(rows, path.with_suffix(".png"), f"{table.engine} {table.precision}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""``efficientformer slim``: a network cut down to a latency on the user's own device, and trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from efficientformer.slimming.plan import Plan
+
+
+def slim(
+    data: Annotated[Path | None, typer.Option(help="Data set: class folders, ImageNet, tar shards, idx files.")] = None,
+    target_latency: Annotated[
+        list[str] | None, typer.Option(metavar="TIME", help="Budget for one picture, such as 2.0ms; repeatable.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Engine it is slimmed for: auto, onnxruntime, openvino.")] = "auto",
+    precision: Annotated[str, typer.Option(help="What it computes in: auto, fp32, bf16, fp16, int8.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Latency table of another device.")] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Start network: zoo name, weights file, or spec in JSON.")
+    ] = "",
+    recipe: Annotated[Path | None, typer.Option(help="Recipe file for supernet and final training.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the supernet.")] = None,
+    final_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the final training.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any field of the recipe; supernet., final. or search. before "
+                     "it for one part only; repeatable."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; by default runs/slim.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with; new targets are added to it.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+) -> None:  # fmt: skip
+    """Slim a network to a latency: supernet, search, final training. Ctrl-C saves; --resume goes on."""
+    from efficientformer.spec.errors import UsageError, missing_extra
+
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("train", "Slimming", error) from error
+    from efficientformer.slimming.plan import milliseconds
+    from efficientformer.slimming.run import slim as run
+
+    targets = tuple(milliseconds(text) for text in target_latency or ())
+    given = {"model": model, "recipe": recipe, "epochs": epochs, "final_epochs": final_epochs, "engine": engine,
+             "precision": precision, "threads": threads, "settings": settings or ()}  # fmt: skip
+    if resume is not None:
+        _refuse_changes({**given, "table": table, "output": output})
+        outcome = run(resume=resume, targets=targets, data=data, quiet=quiet)
+    elif data is None:
+        raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
+    else:
+        outcome = run(_plan(data, targets, given), output or Path("runs/slim"), table=table, quiet=quiet)
+    if not outcome.finished:
+        typer.echo(f"Stopped. Go on: efficientformer slim --resume {outcome.folder}", err=True)
+        raise typer.Exit(130)
+    for network in outcome.networks:
+        typer.echo(network.weights)
+
+
+def _plan(data: Path, targets: tuple[float, ...], given: dict[str, Any]) -> Plan:
+    from efficientformer.slimming.start import make_plan
+    from efficientformer.training.recipe import load_recipe
+
+    file = given["recipe"]
+    return make_plan(data, targets, **{**given, "recipe": None if file is None else load_recipe(file)})
+
+
+def _refuse_changes(given: dict[str, Any]) -> None:
+    """Raise UsageError if an option was given that a resumed run has decided already."""
+    from efficientformer.spec.errors import UsageError
+
+    changed = [name for name, value in given.items() if value and value != "auto"]
+    if changed:
+        hint = "Give --resume, with --target-latency for a further target and --data if it has moved"
+        raise UsageError("A resumed run keeps its plan", found=", ".join(changed), hint=hint)

@@ -1,0 +1,121 @@
+"""The device that slimming is for: its latency table, and its engine where that is on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from efficientformer.latency.table import HERE, LatencyTable
+from efficientformer.slimming.plan import Plan
+from efficientformer.slimming.space import Space
+from efficientformer.slimming.watch import table_progress
+from efficientformer.spec.arch import ArchSpec
+from efficientformer.spec.errors import UsageError
+
+TABLE = "table.json"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measured latency.
+
+    Attributes:
+        ms: What was measured, in milliseconds.
+        quiet_ms: What it would be at the speed the machine had when its table was made: if the start network, measured
+            in the same turns, takes longer than predicted by more than the prediction's error, the machine is busy, and
+            both are scaled back by that.
+    """
+
+    ms: float
+    quiet_ms: float
+
+
+def open_table(plan: Plan, space: Space, folder: Path, given: Path | None, *, quiet: bool) -> LatencyTable:
+    """Return the latency table of a run: the one given, the one in its folder, or a new one measured here.
+
+    Args:
+        plan: Names the engine, precision and threads.
+        space: The networks it must predict.
+        folder: The run folder; the table is kept there.
+        given: A table from elsewhere.
+        quiet: Show no progress.
+
+    Raises:
+        UsageError: If the table is of another engine than the plan, or lacks parts of the space.
+        EngineError: If the engine is not on this machine.
+    """
+    kept = folder / TABLE
+    if given is not None:
+        table = LatencyTable.load(given)
+        _check_engine(plan, table, given)
+    elif kept.exists():
+        table = LatencyTable.load(kept)
+        _check_engine(plan, table, kept)
+    else:
+        table = measure_table(plan, space, quiet=quiet)
+    for candidate in (space.largest, space.smallest):
+        table.predict(candidate.spec)
+    table.save(kept)
+    return table
+
+
+def measure_table(plan: Plan, space: Space, *, quiet: bool) -> LatencyTable:
+    """Measure a table for every network of a space on this machine's engine."""
+    from efficientformer.latency.design import TableSpace
+    from efficientformer.latency.measure import build_table
+
+    start = space.start
+    stages = range(len(start.stages))
+    ratios = {
+        value
+        for stage in stages
+        for position in range(len(start.stages[stage].blocks))
+        for value in space.expansions(stage, position)
+    }
+    wanted = TableSpace(
+        family=start.family,
+        widths=tuple(sorted({width for stage in stages for width in space.widths(stage)})),
+        depths=tuple(len(stage.blocks) for stage in start.stages),
+        expansions=tuple(sorted(ratios)) or (4.0,),
+        input_sizes=(start.input_size,),
+        stem_strides=(start.stem_stride,),
+        in_chans=start.in_chans,
+        num_classes=start.num_classes,
+        attention=start.attention,
+        stage3_stride=max((block.stride for block in start.stages[2].blocks), default=1),
+        max_widths=tuple(stage.width for stage in start.stages),
+    )
+    with table_progress(quiet=quiet) as progress:
+        return build_table(
+            wanted, engine=plan.engine, precision=plan.precision, threads=plan.threads, progress=progress
+        )
+
+
+def measured(table: LatencyTable, specs: Sequence[ArchSpec], start: ArchSpec) -> list[Measured] | None:
+    """Measure networks on this machine's engine, together with the start network.
+
+    Returns:
+        A latency for each; None where the table is of another machine.
+    """
+    if table.origin != HERE:
+        return None
+    from efficientformer.latency.measure import measure_specs
+
+    timings = measure_specs([*specs, start], engine=table.engine, precision=table.precision, threads=table.threads)
+    *found, reference = [timing.p10_ms for timing in timings]  # what the table predicts
+    predicted = table.predict(start)
+    busy = max(1.0, reference / (predicted.ms + predicted.error_ms))
+    return [Measured(round(ms, 5), round(ms / busy, 5)) for ms in found]
+
+
+def _check_engine(plan: Plan, table: LatencyTable, path: Path) -> None:
+    for name in ("engine", "precision"):
+        wanted = getattr(plan, name)
+        if wanted not in ("auto", getattr(table, name)):
+            raise UsageError(
+                f"{path} is of another {name}",
+                expected=wanted,
+                found=getattr(table, name),
+                hint=f"Leave --{name} out to take the table's, or give another table",
+            )

@@ -1,0 +1,109 @@
+"""Networks out of a trained supernet, with the weights they inherit.
+
+``Pool`` holds the weights of every candidate at its present width. Each MetaPath's share of the mixture goes into the
+layer scales of its candidates once (``Pool.of``), so that a network cut out of the pool adds to its stream what the
+mixture did; from then on cutting copies numbers and changes none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from efficientformer.models.network import EfficientFormer
+from efficientformer.slimming.channels import Order, axes_of, by_importance, plan_cut
+from efficientformer.slimming.space import IDENTITY, Candidate
+from efficientformer.slimming.supernet import Supernet
+from efficientformer.spec.arch import ArchSpec
+from efficientformer.spec.errors import SpecError
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The weights of all candidates of a supernet.
+
+    Attributes:
+        spec: The start network at the present widths and expansions.
+        state: The supernet's names to tensors, on the CPU, without the alphas.
+        start: The start network.
+    """
+
+    spec: ArchSpec
+    state: Mapping[str, Tensor]
+    start: ArchSpec
+
+    @classmethod
+    def of(cls, supernet: Supernet) -> Pool:
+        """Return the weights of a supernet, each candidate's layer scales times its share of the mixture."""
+        shares = supernet.probabilities()
+        state = {}
+        for name, tensor in supernet.state_dict().items():
+            parts = name.split(".")
+            if parts[-1] == "alpha":
+                continue
+            kept = tensor.detach().cpu().clone()
+            if parts[-1] == "gamma":
+                kept *= shares[int(parts[1])][int(parts[3])][parts[5]]
+            state[name] = kept
+        return cls(supernet.spec, state, supernet.spec)
+
+    def slimmed(self, candidate: Candidate, order: Order = by_importance) -> Pool:
+        """Return the pool at the widths and expansions of a candidate, with the channels that matter most.
+
+        Args:
+            candidate: A network of the same space, nowhere wider than this pool.
+            order: Scores of channels (C,) to their indices (C,), the most important first.
+
+        Raises:
+            SpecError: If the candidate is of another start network, or wider.
+        """
+        new = candidate.full
+        if candidate.start != self.start or any(
+            wide.width < narrow.width for wide, narrow in zip(self.spec.stages, new.stages, strict=True)
+        ):
+            raise SpecError(
+                "The weights do not reach",
+                expected=f"widths of at most {[stage.width for stage in self.spec.stages]}",
+                found=f"{list(candidate.widths)}",
+            )
+        cut = plan_cut(self.state, self.spec, new, order)
+        state = {name: axes_of(name).cut(tensor, cut) for name, tensor in self.state.items()} if cut else self.state
+        return Pool(new, state, self.start)
+
+    def network(self, candidate: Candidate) -> EfficientFormer:
+        """Return a candidate of the pool's own widths as an ordinary network, in training mode."""
+        network = EfficientFormer(candidate.spec)
+        names = pool_names(candidate, network)
+        network.load_state_dict({name: self.state[name_in_pool] for name, name_in_pool in names.items()})
+        return network
+
+    def updated(self, candidate: Candidate, network: EfficientFormer) -> Pool:
+        """Return the pool with the weights of a network that was cut out of it and trained on."""
+        names = pool_names(candidate, network)
+        state = {names[name]: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+        return dataclasses.replace(self, state={**self.state, **state})
+
+
+def extract(supernet: Supernet, candidate: Candidate, order: Order = by_importance) -> EfficientFormer:
+    """Return one network of a supernet's space, with the weights it inherits.
+
+    Where the candidate's shares are 1 it computes what the supernet does; BatchNorm statistics are the supernet's.
+    """
+    return Pool.of(supernet).slimmed(candidate, order).network(candidate)
+
+
+def pool_names(candidate: Candidate, network: EfficientFormer) -> dict[str, str]:
+    """Return the pool's name of every tensor of a candidate's network: its blocks are numbered without gaps."""
+    places = [[(i, kind) for i, kind in enumerate(row) if kind != IDENTITY] for row in candidate.kinds]
+    names = {}
+    for name in network.state_dict():
+        parts = name.split(".")
+        if parts[0] == "stages" and parts[2] == "blocks":
+            position, kind = places[int(parts[1])][int(parts[3])]
+            names[name] = ".".join([*parts[:3], str(position), "candidates", kind, *parts[4:]])
+        else:
+            names[name] = name
+    return names

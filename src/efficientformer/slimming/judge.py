@@ -1,0 +1,208 @@
+"""How good a candidate is: inherited weights, BatchNorm statistics estimated anew, top-1 on held-out pictures.
+
+Shapes: B batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from efficientformer.data.loader import Batch, Loader
+from efficientformer.data.source import ImageSource
+from efficientformer.models.network import EfficientFormer
+from efficientformer.runtime.image import normalise, resize_crop
+from efficientformer.slimming.channels import Order, by_importance
+from efficientformer.slimming.extract import Pool
+from efficientformer.slimming.space import Candidate
+from efficientformer.spec.errors import DataError, ImageError, TrainingError
+from efficientformer.spec.preprocess import PreprocessSpec
+from efficientformer.training.loop import seed_everything
+from efficientformer.training.optim import BATCH_NORM, build_optimizer, clip_gradients, set_learning_rate
+from efficientformer.training.recipe import Recipe
+from efficientformer.training.task import Task
+
+BATCH = 256
+ENDLESS = 1 << 40  # steps of a run that nobody trains to its end
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Decoded, resized pictures in memory.
+
+    Attributes:
+        images: The pictures, in 8 bits.
+        labels: Their labels, (N,) int64.
+        preprocess: How they are normalised.
+    """
+
+    images: list[Image.Image]
+    labels: npt.NDArray[np.int64]
+    preprocess: PreprocessSpec
+
+    @classmethod
+    def read(cls, source: ImageSource, indices: npt.NDArray[np.int64], preprocess: PreprocessSpec) -> Pictures:
+        """Read some pictures of a source; those that cannot be read are left out.
+
+        Raises:
+            DataError: If none can be read.
+        """
+        images, kept = [], []
+        for index in indices.tolist():
+            try:
+                images.append(resize_crop(source.image(index, preprocess), preprocess))
+            except ImageError:  # named in the training's log
+                continue
+            kept.append(index)
+        if not images:
+            raise DataError("None of the pictures can be read", hint="efficientformer data check says why")
+        return cls(images, source.labels[kept], preprocess)
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images (B, C, H, W) and labels (B,)."""
+        for start in range(0, len(self.images), BATCH):
+            rows = slice(start, start + BATCH)
+            images = torch.from_numpy(normalise(self.images[rows], self.preprocess))
+            labels = torch.from_numpy(self.labels[rows])
+            yield images.to(device, memory_format=torch.channels_last), labels.to(device)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A short training of what a cut has left.
+
+    Attributes:
+        steps: Steps after every cut; 0 for none.
+        rate: Their learning rate over the recipe's peak.
+        recipe: The supernet's recipe: optimiser, losses.
+        task: Its loss.
+        loader: Its batches.
+    """
+
+    steps: int
+    rate: float
+    recipe: Recipe
+    task: Task
+    loader: Loader
+
+
+class PoolJudge:
+    """Scores candidates with the weights they inherit from a pool, which is cut as the search goes on.
+
+    Args:
+        pool: The weights of the supernet.
+        held_out: What accuracy is measured on.
+        calibration: What BatchNorm statistics are estimated on.
+        recovery: The training after every cut.
+        device: Where to compute.
+        dtype: What to compute in, by autocast; None for single precision.
+        order: Which channels stay.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        held_out: Pictures,
+        calibration: Pictures,
+        recovery: Recovery,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        order: Order = by_importance,
+    ) -> None:
+        self._pool, self._held_out, self._calibration, self._recovery = pool, held_out, calibration, recovery
+        self._device, self._dtype, self._order = device, dtype, order
+        self._batches: Generator[Batch] | None = None
+        self._taken = 0
+        self.candidate: Candidate | None = None
+
+    def accuracy(self, candidate: Candidate) -> float:
+        """Return the top-1, in percent, of a candidate reached from where the judge stands."""
+        return self._top1(self._network(self._pool.slimmed(candidate, self._order), candidate))
+
+    def take(self, candidate: Candidate) -> float:
+        """Make a candidate the one further cuts are made from; return its top-1 in percent."""
+        self.follow(candidate)
+        return self._top1(self.network())
+
+    def follow(self, candidate: Candidate) -> None:
+        """Cut the pool to a candidate, and train what is left for a few steps."""
+        self._pool, self.candidate = self._pool.slimmed(candidate, self._order), candidate
+        if self._recovery.steps:
+            network = self._network(self._pool, candidate)
+            self._recover(network)
+            self._pool = self._pool.updated(candidate, network)
+        self._taken += 1
+
+    def network(self) -> EfficientFormer:
+        """Return the network the judge stands at, its BatchNorm statistics estimated, in evaluation mode."""
+        assert self.candidate is not None
+        return self._network(self._pool, self.candidate)
+
+    def close(self) -> None:
+        """Let go of the batches."""
+        if self._batches is not None:
+            self._batches.close()
+
+    def _network(self, pool: Pool, candidate: Candidate) -> EfficientFormer:
+        network = pool.network(candidate).to(self._device)
+        network.to(memory_format=torch.channels_last)
+        with self._autocast():
+            estimate_statistics(network, self._calibration, self._device)
+        return network.eval()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None)
+
+    @torch.inference_mode()
+    def _top1(self, network: EfficientFormer) -> float:
+        right = 0
+        with self._autocast():
+            for images, labels in self._held_out.batches(self._device):
+                right += int((network(images).argmax(1) == labels).sum())
+        return 100 * right / len(self._held_out.labels)
+
+    def _recover(self, network: EfficientFormer) -> None:
+        """Train a network in place at a constant, low learning rate."""
+        recipe, first = self._recovery.recipe, self._taken * self._recovery.steps
+        if self._batches is None:  # a new judge that follows a path sees the batches the first one saw
+            self._batches = self._recovery.loader.batches(first, ENDLESS)
+        network.train()
+        optimizer = build_optimizer(network, recipe)
+        set_learning_rate(optimizer, self._recovery.rate * recipe.scaled_lr)
+        for number, batch in enumerate(islice(self._batches, self._recovery.steps)):
+            seed_everything(recipe.seed, first + number, 0)
+            images, labels = batch.images.to(self._device), batch.labels.to(self._device)
+            with self._autocast():
+                loss = self._recovery.task(network, Batch(images, labels, batch.draws, batch.cut)).total
+            loss.backward()  # type: ignore[no-untyped-call]
+            clip_gradients(network, recipe)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not all(bool(p.isfinite().all()) for p in network.parameters()):
+            hint = "Lower it with --set search.recover_lr=0.03, or go without: --set search.recover_steps=0"
+            raise TrainingError(f"The weights are no numbers after cut {self._taken}", hint=hint)
+
+
+@torch.no_grad()
+def estimate_statistics(network: nn.Module, pictures: Pictures, device: torch.device) -> None:
+    """Replace the statistics of every BatchNorm by those of some pictures: the mean over full batches."""
+    norms = [module for module in network.modules() if isinstance(module, BATCH_NORM)]
+    momenta = [norm.momentum for norm in norms]
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean
+        norm.train()
+    for number, (images, _) in enumerate(pictures.batches(device)):
+        if number == 0 or len(images) == BATCH:  # a smaller last one would count as much as the others
+            network(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.eval()

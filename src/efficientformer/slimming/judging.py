@@ -1,0 +1,139 @@
+"""Puts a search together from a run folder: the trained supernet, its pictures, and what judges candidates."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from efficientformer.slimming.channels import by_chance, by_importance
+from efficientformer.slimming.extract import Pool
+from efficientformer.slimming.importance import Importances
+from efficientformer.slimming.judge import Pictures, PoolJudge, Recovery
+from efficientformer.slimming.plan import Plan
+from efficientformer.slimming.search import Device, PathFile, Search, Step
+from efficientformer.slimming.space import Space
+from efficientformer.slimming.subject import SupernetSubject
+from efficientformer.slimming.supernet import Supernet, load_supernet
+from efficientformer.spec.manifest import Manifest
+from efficientformer.training.recipe import load_recipe
+from efficientformer.training.run import mixed_precision
+from efficientformer.training.setup import Prepared, build_task, prepare
+from efficientformer.weights.checkpoint import save_native
+from efficientformer.weights.files import atomic_write
+
+WEIGHTS = "supernet/best.safetensors"
+IMPORTANCES = "importances.json"
+
+
+@dataclass
+class Bench:
+    """Everything a search of one run is made of.
+
+    Attributes:
+        folder: The run folder.
+        plan: The plan.
+        space: The space below the start network.
+        supernet: The trained supernet.
+        manifest: What it is.
+        prepared: Its pictures and batches.
+        held_out: What cuts are scored with.
+        calibration: What BatchNorm statistics are estimated on.
+    """
+
+    folder: Path
+    plan: Plan
+    space: Space
+    supernet: Supernet
+    manifest: Manifest
+    prepared: Prepared
+    held_out: Pictures
+    calibration: Pictures
+    _judges: list[PoolJudge] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, folder: Path, plan: Plan, space: Space, subject: SupernetSubject) -> Bench:
+        """Read the supernet of a run folder and the pictures its search needs.
+
+        Raises:
+            CheckpointError: If the supernet cannot be read.
+            DataError: If the data set is gone or cannot be read.
+        """
+        supernet, manifest = load_supernet(folder / WEIGHTS)
+        recipe = load_recipe(folder / "supernet")
+        prepared = prepare(recipe, Path(plan.data), 0, 1, manifest, subject)
+        count = min(plan.options.calibration, len(prepared.source))
+        some = np.sort(np.random.default_rng(recipe.seed).permutation(len(prepared.source))[:count])
+        held_out = Pictures.read(prepared.val, np.arange(len(prepared.val)), manifest.preprocess)
+        calibration = Pictures.read(prepared.source, some, manifest.preprocess)
+        return cls(folder, plan, space, supernet, manifest, prepared, held_out, calibration)
+
+    @staticmethod
+    def write_importances(folder: Path) -> None:
+        """Write what a run's supernet has learned about its MetaPaths."""
+        supernet, _ = load_supernet(folder / WEIGHTS)
+        shares = supernet.probabilities()
+        data = {"shares": shares, "paths": Importances.of(shares).paths}
+        with atomic_write(folder / IMPORTANCES) as file:
+            file.write((json.dumps(data, indent=1) + "\n").encode())
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for judge in self._judges:
+            judge.close()
+
+    def search(self, device: Device, progress: Callable[[Step], None]) -> Search:
+        """Return the run's search, which goes on from what its folder holds."""
+        options, seed = self.plan.options, self.plan.supernet.seed
+        importances = Importances.of(self.supernet.probabilities())
+        if options.importances == "shuffled":
+            importances = importances.shuffled(seed)
+        (self.folder / "search").mkdir(exist_ok=True)
+        file = PathFile(self.folder / "search" / "path.json", self.space, self._identity())
+        return Search(self.space, importances, device, self._judge(), file, options.breadth, progress)
+
+    def save(self, steps: list[Step], number: int, path: Path) -> None:
+        """Write the network of a step with the weights it inherits, as an ordinary checkpoint."""
+        step = steps[number]
+        judge = self._judges[0]
+        if judge.candidate != step.candidate:  # the search has gone further: do it again up to here
+            judge = self._judge()
+            for each in steps[: number + 1]:
+                judge.follow(each.candidate)
+        provenance = {**self.manifest.provenance, "source": "cut out of a supernet", "slimming_step": str(number)}
+        manifest = dataclasses.replace(
+            self.manifest,
+            spec=step.candidate.spec,
+            metrics={"held_out_top1": step.top1},
+            provenance=provenance,
+        )
+        save_native(path, judge.network().state_dict(), manifest)
+
+    def _judge(self) -> PoolJudge:
+        options, recipe = self.plan.options, self.prepared.recipe
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        names = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = names.get(mixed_precision(recipe, "auto"))
+        task = build_task(recipe, self.manifest, self.prepared.source, device, dtype)
+        recovery = Recovery(options.recover_steps, options.recover_lr, recipe, task, self.prepared.loader)
+        order = by_importance if options.importances == "learned" else by_chance(recipe.seed)
+        pool = Pool.of(self.supernet)
+        judge = PoolJudge(pool, self.held_out, self.calibration, recovery, device, dtype, order)
+        self._judges.append(judge)
+        return judge
+
+    def _identity(self) -> str:
+        """Return what the path depends on: supernet, pictures, latency table, options."""
+        digest = hashlib.sha256((self.folder / WEIGHTS).read_bytes())
+        digest.update((self.folder / "table.json").read_bytes())
+        digest.update(json.dumps([dataclasses.asdict(self.plan.options), self.prepared.digest]).encode())
+        return digest.hexdigest()

@@ -1,0 +1,215 @@
+"""What a slimming run is asked to do, as one frozen value that its folder keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from efficientformer.runtime.engines import ENGINES, PRECISIONS
+from efficientformer.slimming.space import Space
+from efficientformer.spec.arch import ArchSpec, AttentionSpec, load_json
+from efficientformer.spec.errors import SpecError, UsageError, nearest
+from efficientformer.spec.fields import as_list, check_choice, check_int, check_keys, check_number
+from efficientformer.spec.variants import v1_spec
+from efficientformer.training.recipe import Recipe, override
+from efficientformer.weights.files import atomic_write
+
+PLAN = "slim.json"
+SUPERNET = "supernet"  # as a teacher: the start network, trained as part of the supernet
+# What trains a small network from scratch, as recipes/cifar10.py does.
+FROM_SCRATCH: dict[str, Any] = {
+    "pretrained": False, "batch_size": 256, "opt": "muon", "opt_args": {"fallback_lr_scale": 0.2}, "lr": 0.02,
+    "lr_batch": 256, "warmup_lr": 0.0, "min_lr": 0.0, "layer_decay": 1.0, "layer_scale_init": 0.1, "cutout": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the search goes about it.
+
+    Attributes:
+        width_step: Channels a width cut takes away (16 in the paper).
+        min_width: No stage becomes narrower.
+        min_expansion: No MLP expansion becomes smaller (V2).
+        breadth: Cuts of each kind that are scored for a step, the least important first; 1 as in the paper.
+        recover_steps: Training steps after every cut, before the next is scored; 0 as in the paper.
+        recover_lr: Their learning rate over the peak of the supernet's recipe.
+        held_out: Training pictures set aside to score cuts with, at most a fifth of them all.
+        calibration: Training pictures that BatchNorm statistics are estimated on before each score.
+        importances: ``learned``, or ``shuffled`` to see what they are worth.
+    """
+
+    width_step: int = 16
+    min_width: int = 16
+    min_expansion: float = 1.0
+    breadth: int = 2
+    recover_steps: int = 20
+    recover_lr: float = 0.1
+    held_out: int = 2000
+    calibration: int = 512
+    importances: str = "learned"
+
+    def __post_init__(self) -> None:
+        limits = {"breadth": 256, "held_out": 1_000_000, "calibration": 1_000_000}
+        for name, most in limits.items():
+            check_int(name, getattr(self, name), 1, most)
+        check_int("recover_steps", self.recover_steps, 0, 100_000)
+        check_number("recover_lr", self.recover_lr, 0, 10)
+        check_choice("importances", self.importances, ("learned", "shuffled"))
+
+    def space(self, start: ArchSpec) -> Space:
+        """Return the space below a start network."""
+        return Space(start, self.width_step, self.min_width, self.min_expansion)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A slimming run.
+
+    Attributes:
+        data: The data set.
+        targets: Latencies to reach, in milliseconds, largest first.
+        supernet: How the supernet is trained; its model or spec is the start network.
+        final: How each chosen network is trained.
+        engine: The engine whose latency counts.
+        precision: What it computes in.
+        threads: Its CPU threads; None lets it choose.
+        options: How the search goes about it.
+    """
+
+    data: str
+    targets: tuple[float, ...]
+    supernet: Recipe
+    final: Recipe
+    engine: str = "auto"
+    precision: str = "auto"
+    threads: int | None = None
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.data, str):
+            raise SpecError("Illegal data set", expected="a path", found=type(self.data).__name__)
+        if self.supernet.teacher == SUPERNET:
+            raise UsageError("The supernet cannot teach itself", hint=f"Say --set final.teacher={SUPERNET}")
+        for target in self.targets:
+            check_number("target latency in ms", target, 1e-4, 1e6)
+        if not self.targets:
+            raise UsageError("No target", hint="Name one: --target-latency 2.0ms")
+        targets = {float(f"{target:g}") for target in self.targets}  # as their files are named
+        object.__setattr__(self, "targets", tuple(sorted(targets, reverse=True)))
+        check_choice("engine", self.engine, ENGINES)
+        check_choice("precision", self.precision, PRECISIONS)
+        if self.threads is not None:
+            check_int("threads", self.threads, 1, 4096)
+
+    def with_targets(self, targets: Iterable[float]) -> Plan:
+        """Return the plan with further targets."""
+        return dataclasses.replace(self, targets=(*self.targets, *targets))
+
+    def save(self, folder: Path) -> None:
+        """Write the plan into a run folder.
+
+        Raises:
+            UsageError: If the folder cannot be made.
+            CheckpointError: If the file cannot be written.
+        """
+        make_folder(folder)
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        parts = {"supernet": self.supernet.to_dict(), "final": self.final.to_dict()}
+        data = {**plain, **parts, "options": dataclasses.asdict(self.options)}
+        with atomic_write(folder / PLAN) as file:
+            file.write((json.dumps(data, indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """Read the plan of a run folder.
+
+        Raises:
+            UsageError: If this is no folder of a slimming run.
+            SpecError: If its plan is damaged.
+        """
+        try:
+            text = (folder / PLAN).read_bytes()
+        except OSError as error:
+            hint = "Start a run: efficientformer slim --data DIR --target-latency 2.0ms --output FOLDER"
+            raise UsageError(
+                f"{folder} holds no slimming run", found=error.strerror or str(error), hint=hint
+            ) from error
+        fields = check_keys("the plan", load_json(f"the plan {folder / PLAN}", text), cls)
+        for name in ("supernet", "final"):
+            fields[name] = Recipe.from_dict(fields[name])
+        fields["options"] = Options(**check_keys("the options", fields.get("options", {}), Options))
+        fields["targets"] = tuple(as_list("targets", fields["targets"], 1000))
+        return cls(**fields)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a run folder.
+
+    Raises:
+        UsageError: If it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"Cannot write the run folder {folder}", found=error.strerror or str(error)) from error
+
+
+def small_start() -> ArchSpec:
+    """Return the start network for pictures of at most 64 pixels: V1 blocks, attention at the end of stages 3 and 4."""
+    spec = v1_spec(
+        (48, 96, 192, 320), (3, 3, 6, 4), (2, 4), input_size=32, num_classes=10, distilled=False, stem_stride=2
+    )
+    return dataclasses.replace(spec, attention=AttentionSpec(num_heads=4, key_dim=16, value_ratio=2))
+
+
+def milliseconds(text: str) -> float:
+    """Return a latency such as ``2.0ms``, ``2`` or ``1.5 ms`` in milliseconds; ``us`` and ``s`` are understood too.
+
+    Raises:
+        UsageError: If it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|us|s)?\s*", text)
+    value = float(found[1]) * {"us": 1e-3, "s": 1e3}.get(found[2] or "ms", 1.0) if found else 0.0
+    if not value:
+        raise UsageError("Illegal latency", expected="a time such as 2.0ms", found=repr(text))
+    return value
+
+
+def apply_settings(
+    supernet: Recipe, final: Recipe, options: Options, settings: Iterable[str]
+) -> tuple[Recipe, Recipe, Options]:
+    """Apply ``NAME=VALUE`` texts: to both recipes, or with a prefix ``supernet.``, ``final.`` or ``search.`` to one.
+
+    Raises:
+        SpecError: On an unknown field or an illegal value.
+    """
+    parts: dict[str, list[str]] = {"supernet": [], "final": [], "search": []}
+    for setting in settings:
+        prefix, dot, rest = setting.partition(".")
+        if dot and "=" not in prefix:
+            if prefix not in parts:
+                close = nearest(prefix, parts) or list(parts)
+                raise SpecError(f"Unknown part {prefix!r} in --set", hint=f"Did you mean {close[0]}.{rest}?")
+            parts[prefix].append(rest)
+        else:
+            parts["supernet"].append(setting)
+            parts["final"].append(setting)
+    changes: dict[str, Any] = {}
+    for setting in parts["search"]:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise SpecError("Illegal setting", expected="search.NAME=VALUE", found=repr(setting))
+        try:
+            changes[name] = json.loads(text)
+        except ValueError:
+            changes[name] = text
+    check_keys("the search's options", changes, Options)
+    options = dataclasses.replace(options, **changes)
+    options.space(small_start())  # checks the bounds
+    return override(supernet, parts["supernet"]), override(final, parts["final"]), options

@@ -1,0 +1,277 @@
+"""What a finished slimming run leaves for people: the path as CSV and JSON, a plot, an HTML page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from efficientformer.latency.table import LatencyTable
+from efficientformer.reporting.page import Page, new_figure, png
+from efficientformer.slimming.plan import Plan
+from efficientformer.slimming.search import Step
+from efficientformer.spec.arch import ArchSpec, load_json
+from efficientformer.spec.count import count
+from efficientformer.spec.errors import SpecError
+from efficientformer.spec.fields import as_list, check_number
+from efficientformer.weights.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COMPARISONS = "comparisons.json"  # other networks on the same data, engine and recipe, put there by who trained them
+SHOWN = 12  # steps of a longer path that the page's table shows
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A target's network.
+
+    Attributes:
+        target_ms: The budget.
+        step: The step of the path it is.
+        weights: Its checkpoint.
+        top1: Accuracy after the final training, on the data set's validation pictures, in percent.
+        measured_ms: Its latency measured on this machine's engine; None where the table is of another machine.
+        quiet_ms: The same at the speed the machine had when the table was made.
+    """
+
+    target_ms: float
+    step: Step
+    weights: Path
+    top1: float
+    measured_ms: float | None = None
+    quiet_ms: float | None = None
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the budget holds on this machine's engine; None if that cannot be measured."""
+        return None if self.quiet_ms is None else self.quiet_ms <= self.target_ms
+
+    @property
+    def latency_ms(self) -> float:
+        """The best figure there is for its latency."""
+        return self.step.predicted_ms if self.measured_ms is None else self.measured_ms
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Another network: its name, latency (ms) and top-1 (percent)."""
+
+    name: str
+    latency_ms: float
+    top1: float
+
+
+def write_report(
+    folder: Path,
+    plan: Plan,
+    table: LatencyTable,
+    steps: Sequence[Step],
+    measured: Sequence[float | None],
+    networks: Sequence[Finished],
+) -> None:
+    """Write ``path.csv``, ``path.json``, ``accuracy_latency.png`` and ``report.html`` into a run folder."""
+    rows = path_rows(steps, measured)
+    _write(folder / "path.csv", _csv(rows).encode())
+    described = [{**row, "spec": step.candidate.spec.to_dict()} for row, step in zip(rows, steps, strict=True)]
+    _write(folder / "path.json", (json.dumps(described, indent=1) + "\n").encode())
+    comparisons = read_comparisons(folder / COMPARISONS)
+    figure = draw_path(steps, measured, networks, comparisons, f"{table.engine}, {table.precision}")
+    _write(folder / "accuracy_latency.png", png(figure))
+    page = Page("Slimming for a device", f"{Path(plan.data).name}, {table.engine} in {table.precision}, {table.origin}")
+    _summary(page, steps, networks)
+    page.heading("Accuracy against latency")
+    page.figure(figure, "Line: networks of the path with the weights they inherit, on held-out training pictures. "
+                "Stars: after their final training, on the validation pictures.")  # fmt: skip
+    _add_networks(page, networks, comparisons)
+    page.heading("How it was slimmed")
+    page.text("Every step takes the cut that loses the least accuracy per millisecond saved.")
+    page.table(_COLUMNS, [tuple(row[name] for name in _COLUMNS) for row in _some(rows)])
+    if len(rows) > SHOWN:
+        page.text(f"Every one of the {len(rows)} steps is in path.csv, with its architecture in path.json.")
+    page.heading("What the supernet learned")
+    page.text("Importance of every block: how much more its MetaPath leans on the block than on doing nothing. Blocks "
+              "that the smallest target's network has lost are pale.")  # fmt: skip
+    page.figure(draw_importances(_importances(folder), networks[-1].step))
+    _add_use(page, networks, table)
+    page.write(folder / "report.html")
+
+
+_COLUMNS = ("step", "cut", "predicted_ms", "measured_ms", "top1", "params_m", "macs_m", "widths", "depths", "attention")
+
+
+def path_rows(steps: Sequence[Step], measured: Sequence[float | None]) -> list[dict[str, Any]]:
+    """Return the path as plain values, one row for each step."""
+    rows = []
+    for step, ms in zip(steps, measured, strict=True):
+        spec = step.candidate.spec
+        counts = count(spec)
+        rows.append({
+            "step": step.number, "cut": step.what,
+            "predicted_ms": round(step.predicted_ms, 4), "error_ms": round(step.error_ms, 4),
+            "measured_ms": "" if ms is None else round(ms, 4), "top1": round(step.top1, 2),
+            "params_m": round(counts.params / 1e6, 3), "macs_m": round(counts.macs / 1e6, 2), **describe(spec),
+        })  # fmt: skip
+    return rows
+
+
+def describe(spec: ArchSpec) -> dict[str, str]:
+    """Return widths, depths and attention blocks of the four stages as short texts."""
+    return {
+        "widths": "-".join(str(stage.width) for stage in spec.stages),
+        "depths": "-".join(str(len(stage.blocks)) for stage in spec.stages),
+        "attention": "-".join(str(sum(block.has_attention for block in stage.blocks)) for stage in spec.stages),
+    }
+
+
+def read_comparisons(path: Path) -> list[Comparison]:
+    """Read other networks to draw beside the path: a list of objects with ``name``, ``latency_ms`` and ``top1``.
+
+    Raises:
+        SpecError: If the file holds anything else.
+    """
+    if not path.exists():
+        return []
+    found = []
+    for each in as_list("comparisons", load_json(f"the comparisons {path}", path.read_bytes()), 1000):
+        if not isinstance(each, dict) or set(each) != {"name", "latency_ms", "top1"}:
+            raise SpecError(f"Illegal entry in {path}", expected="name, latency_ms and top1", found=repr(each)[:80])
+        for name in ("latency_ms", "top1"):
+            check_number(name, each[name], 0, 1e6)
+        found.append(Comparison(str(each["name"]), each["latency_ms"], each["top1"]))
+    return found
+
+
+def draw_path(
+    steps: Sequence[Step],
+    measured: Sequence[float | None],
+    networks: Sequence[Finished],
+    comparisons: Sequence[Comparison],
+    engine: str,
+) -> Figure:
+    """Draw top-1 over latency: the path, the trained networks, and others to compare them with."""
+    figure = new_figure(8.0, 4.6)
+    axes = figure.subplots()
+    xs = [step.predicted_ms if ms is None else ms for step, ms in zip(steps, measured, strict=True)]
+    axes.plot(xs, [step.top1 for step in steps], ".-", color="#8aa", label="path, inherited weights (held out)")
+    for each in networks:
+        axes.axvline(each.target_ms, color="#2a6fdb", alpha=0.25, linestyle=":")
+        axes.annotate(f"{each.top1:.2f} %", (each.latency_ms, each.top1), textcoords="offset points", xytext=(6, 5))
+    if networks:
+        points = [(each.latency_ms, each.top1) for each in networks]
+        axes.plot(*zip(*points, strict=True), "*", color="#2a6fdb", markersize=13, label="slimmed, trained")
+    for other in comparisons:
+        axes.plot([other.latency_ms], [other.top1], "s", color="#d2691e")
+        place = (other.latency_ms, other.top1)
+        axes.annotate(other.name, place, textcoords="offset points", xytext=(6, -10), fontsize=8)
+    axes.margins(x=0.12)  # room for the names
+    axes.set_xlabel(f"latency of one picture, {engine} (ms)")
+    axes.set_ylabel("top-1 (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def draw_importances(paths: Sequence[Sequence[float]], step: Step) -> Figure:
+    """Draw the score of every MetaPath of the start network; those a network has lost are pale."""
+    figure = new_figure(8.0, 2.8)
+    axes = figure.subplots()
+    colours = ("#2a6fdb", "#3aa17e", "#d2691e", "#8e5bb5")
+    at, ticks = 0, []
+    for stage, row in enumerate(paths):
+        kept = step.candidate.positions(stage)
+        for position, score in enumerate(row):
+            axes.bar(at, score, color=colours[stage], alpha=1.0 if position in kept else 0.3)
+            ticks.append((at, f"{stage + 1}.{position + 1}"))
+            at += 1
+        at += 1
+    axes.axhline(1, color="#888", linewidth=0.8)
+    if ticks:
+        axes.set_xticks([place for place, _ in ticks], [text for _, text in ticks], fontsize=7)
+    axes.set_xlabel("stage.block of the start network")
+    axes.set_ylabel("importance")
+    return figure
+
+
+def _summary(page: Page, steps: Sequence[Step], networks: Sequence[Finished]) -> None:
+    best = networks[0]
+    before, after = count(steps[0].candidate.spec), count(best.step.candidate.spec)
+    page.facts(
+        [
+            ("top-1", f"{best.top1:.2f} %"),
+            ("budget", f"{best.target_ms:g} ms"),
+            ("predicted", f"{best.step.predicted_ms:.3f} ms"),
+            ("measured", "not on this machine" if best.measured_ms is None else f"{best.measured_ms:.3f} ms"),
+            ("of the start network's latency", f"{best.latency_ms / steps[0].predicted_ms:.0%}"),
+            ("of its parameters", f"{after.params / before.params:.0%}"),
+        ]
+    )
+
+
+def _add_networks(page: Page, networks: Sequence[Finished], comparisons: Sequence[Comparison]) -> None:
+    rows = []
+    for each in networks:
+        spec, measured = each.step.candidate.spec, each.measured_ms
+        predicted = f"{each.step.predicted_ms:.3f} ± {each.step.error_ms:.3f}"
+        held = {None: "", True: "yes", False: "no"}[each.holds]
+        rows.append((f"{each.target_ms:g}", predicted, "" if measured is None else f"{measured:.3f}", held,
+                     f"{each.top1:.2f}", *describe(spec).values(), each.weights.name))  # fmt: skip
+    columns = ("budget (ms)", "predicted (ms)", "measured (ms)", "budget held", "top-1 (%)",
+               "widths", "depths", "attention", "file")  # fmt: skip
+    page.table(columns, rows)
+    if any(each.quiet_ms != each.measured_ms for each in networks):
+        page.text("The machine was busy when a latency was measured: the start network, measured in turns with it, "
+                  "took longer than its table says. Whether a budget holds is judged with that taken off.")  # fmt: skip
+    if comparisons:
+        page.text("Other networks on the same pictures:")
+        values = [(other.name, f"{other.latency_ms:.3f}", f"{other.top1:.2f}") for other in comparisons]
+        page.table(("network", "latency (ms)", "top-1 (%)"), values)
+
+
+def _add_use(page: Page, networks: Sequence[Finished], table: LatencyTable) -> None:
+    file = shlex.quote(str(networks[0].weights))
+    page.heading("What to do with it")
+    page.table(
+        ("to", "command"),
+        [
+            ("classify pictures", f"efficientformer predict PICTURE --model {file} --engine {table.engine}"),
+            ("measure it on other pictures", f"efficientformer test {file} --data DIR"),
+            ("train it further", f"efficientformer train --model {file} --data DIR"),
+            ("deploy it", f"efficientformer convert {file} slimmed.onnx"),
+            ("another budget from the same search",
+             f"efficientformer slim --resume {shlex.quote(str(networks[0].weights.parent))} --target-latency 1.5ms"),
+        ],
+    )  # fmt: skip
+
+
+def _some(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return at most ``SHOWN`` rows, evenly over the path, with its first and last."""
+    if len(rows) <= SHOWN:
+        return rows
+    return [rows[round(index * (len(rows) - 1) / (SHOWN - 1))] for index in range(SHOWN)]
+
+
+def _importances(folder: Path) -> list[list[float]]:
+    data = load_json("the importances", (folder / "importances.json").read_bytes())
+    assert isinstance(data, dict)
+    paths: list[list[float]] = data["paths"]
+    return paths
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with atomic_write(path) as file:
+        file.write(data)

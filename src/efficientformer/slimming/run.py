@@ -1,0 +1,302 @@
+"""Slimming from a data set and a target latency to trained networks, in a folder that survives a kill at any moment.
+
+slim.json              the plan: data, targets, engine, recipes; table.json: the latency table
+supernet/              the run folder of the supernet's training; importances.json: what it learned
+search/path.json       every step of the search; search/measured.json: latencies measured on this machine's engine
+targets/2ms/           choice.json: which step; sliced-2ms.safetensors: with inherited
+                       weights; train/: the final training
+slimmed-2ms.safetensors  the network: an ordinary checkpoint
+path.csv, path.json, accuracy_latency.png, report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from efficientformer.latency.table import LatencyTable
+from efficientformer.slimming import device
+from efficientformer.slimming.device import Measured
+from efficientformer.slimming.judging import Bench
+from efficientformer.slimming.plan import PLAN, SUPERNET, Plan, make_folder
+from efficientformer.slimming.report import Finished, write_report
+from efficientformer.slimming.search import PathFile, Search, Step, check_targets, first_within, reachable
+from efficientformer.slimming.space import Space
+from efficientformer.slimming.start import decide, start_network
+from efficientformer.slimming.subject import SupernetSubject
+from efficientformer.slimming.watch import SearchWatch
+from efficientformer.spec.arch import load_json
+from efficientformer.spec.errors import EfficientFormerError, TrainingError, UsageError
+from efficientformer.training.recipe import Recipe
+from efficientformer.training.run import Outcome, train
+from efficientformer.training.setup import PlainNetwork
+from efficientformer.training.subject import Subject
+from efficientformer.weights.checkpoint import load_checkpoint, save_native
+from efficientformer.weights.files import atomic_write
+
+PATH, CHOICE = "search/path.json", "choice.json"
+
+
+@dataclass(frozen=True)
+class SlimOutcome:
+    """How a slimming run ended.
+
+    Attributes:
+        folder: The run folder.
+        finished: Whether every target's network is trained; else ``slim(resume=folder)`` goes on.
+        networks: The networks, of the largest target first.
+    """
+
+    folder: Path
+    finished: bool
+    networks: tuple[Finished, ...]
+
+
+def slim(
+    plan: Plan | None = None,
+    output: str | Path | None = None,
+    *,
+    resume: str | Path | None = None,
+    targets: Iterable[float] = (),
+    data: str | Path | None = None,
+    table: str | Path | None = None,
+    quiet: bool = True,
+) -> SlimOutcome:
+    """Slim a network until it meets latencies on a device, and train what is left.
+
+    Args:
+        plan: What to do.
+        output: The run folder.
+        resume: A run folder to go on with, by its own plan.
+        targets: Further targets, in milliseconds, for a resumed run.
+        data: Where a resumed run's pictures are now.
+        table: A latency table measured elsewhere; by default one is measured on this machine's engine.
+        quiet: Say nothing on the terminal.
+
+    Returns:
+        The run folder and, of a finished run, the networks.
+
+    Raises:
+        UsageError: If the arguments do not go together, or a target cannot be reached; the range is named.
+        DataError: If the data set is missing or does not fit.
+        TrainingError: If training cannot go on; the last good checkpoint stands.
+        EngineError: If the engine cannot be used here.
+        MissingExtraError: If a library is missing.
+    """
+    if (plan is None) == (resume is None) or (plan is None and table is not None):
+        raise UsageError("A run is either new or resumed", hint="Give a plan and an output, or resume")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        hint = "Slim in one process; its sliced network can be trained by many: torchrun ... train --model FILE"
+        raise UsageError("Slimming is no job for torchrun", hint=hint)
+    if resume is not None:
+        run = _resumed(Path(resume), targets, data, quiet=quiet)
+    else:
+        assert plan is not None
+        if output is None:
+            raise UsageError("Where to?", hint="Name a run folder: --output FOLDER")
+        run = _begun(plan, Path(output), None if table is None else Path(table), quiet=quiet)
+    return run.go()
+
+
+@dataclass
+class _SlimRun:
+    """One slimming run on its way."""
+
+    folder: Path
+    plan: Plan
+    space: Space
+    table: LatencyTable
+    quiet: bool
+
+    def go(self) -> SlimOutcome:
+        """Do what is not done yet."""
+        if not self._train_supernet():
+            return SlimOutcome(self.folder, False, ())
+        if not all((self._target(target) / CHOICE).exists() for target in self.plan.targets):
+            self._search()
+        steps = PathFile(self.folder / PATH, self.space).read()
+        networks: list[Finished] = []
+        for target in self.plan.targets:
+            network = self._finish(steps, target)
+            if network is None:
+                return SlimOutcome(self.folder, False, tuple(networks))
+            networks.append(network)
+        measured = [None if each is None else each.ms for each in self._measure(steps)]
+        write_report(self.folder, self.plan, self.table, steps, measured, networks)
+        return SlimOutcome(self.folder, True, tuple(networks))
+
+    def _search(self) -> None:
+        """Find the networks of those targets that have none."""
+        bench = Bench.open(self.folder, self.plan, self.space, self._subject())
+        start_ms = reachable(self.space, self.table)[1]
+        with bench, SearchWatch(self.folder, start_ms, min(self.plan.targets), quiet=self.quiet) as watch:
+            search = bench.search(self.table, watch.step)
+            for target in self.plan.targets:
+                if not (self._target(target) / CHOICE).exists():
+                    self._choose(search, bench, target)
+
+    @property
+    def _command(self) -> str:
+        return f"efficientformer slim --resume {shlex.quote(str(self.folder))}"
+
+    def _subject(self) -> SupernetSubject:
+        return SupernetSubject(self.plan.options.held_out, self._command)
+
+    def _train_supernet(self) -> bool:
+        """Train the supernet if it is not trained; return whether it is."""
+        importances = self.folder / "importances.json"
+        if importances.exists():
+            return True
+        outcome = self._train(self.plan.supernet, self.folder / "supernet", self._subject())
+        if outcome.finished:
+            Bench.write_importances(self.folder)
+        return outcome.finished
+
+    def _train(self, recipe: Recipe, folder: Path, subject: Subject) -> Outcome:
+        """Train in a folder of this run, or go on there."""
+        options: dict[str, Any] = {"quiet": self.quiet, "subject": subject}
+        if (folder / "state.pt").exists():
+            return train(data=self.plan.data, resume=folder, **options)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its first checkpoint
+        return train(recipe, self.plan.data, folder, **options)
+
+    def _target(self, target: float) -> Path:
+        return self.folder / "targets" / f"{target:g}ms"
+
+    def _choose(self, search: Search, bench: Bench, target: float) -> None:
+        """Find a target's network on the path, and keep it with the weights it inherits.
+
+        The first step whose prediction is within the target is taken if its measured latency is, too; else the search
+        goes on. Where the machine is busy just now, that counts for nothing (see ``Measured``).
+        """
+        folder, bound = self._target(target), target
+        low, _ = reachable(self.space, self.table)
+        last = ""
+        while bound >= low:
+            step = first_within(search.run(bound), bound)
+            assert step is not None
+            found = self._measure([step])[0]
+            if found is None or found.quiet_ms <= target:
+                break
+            last = f"{found.ms:.3f} ms at a predicted {step.predicted_ms:.3f} ms"
+            bound = step.predicted_ms * min(0.999, target / found.quiet_ms)
+        else:
+            hint = "Is the machine busy? Then resume when it is not; else measure the latency table again"
+            raise TrainingError(f"No network of the path is measured within {target:g} ms", found=last, hint=hint)
+        folder.mkdir(parents=True, exist_ok=True)
+        bench.save(search.steps, step.number, folder / f"sliced-{target:g}ms.safetensors")
+        if self.plan.final.teacher == SUPERNET:
+            bench.save(search.steps, 0, self.folder / "search" / "start.safetensors")
+        _write(folder / CHOICE, {"step": step.number, "predicted_ms": step.predicted_ms})
+
+    def _measure(self, wanted: list[Step]) -> list[Measured | None]:
+        """Return the measured latencies of some steps; each is measured once, and kept."""
+        path = self.folder / "search" / "measured.json"
+        known: dict[str, Any] = _read(path) if path.exists() else {}
+        missing = [step for step in wanted if str(step.number) not in known]
+        if missing:
+            specs = [step.candidate.spec for step in missing]
+            found = device.measured(self.table, specs, self.space.start)
+            if found is None:
+                return [None for _ in wanted]
+            known |= {str(step.number): vars(each) for step, each in zip(missing, found, strict=True)}
+            _write(path, known)
+        return [Measured(**known[str(step.number)]) for step in wanted]
+
+    def _finish(self, steps: list[Step], target: float) -> Finished | None:
+        """Train a target's network if it is not trained; return it, or None if somebody stopped the training."""
+        folder = self._target(target)
+        step = steps[int(_read(folder / CHOICE)["step"])]
+        result = folder / "result.json"
+        weights = self.folder / f"slimmed-{target:g}ms.safetensors"
+        if not (result.exists() and weights.exists()):
+            recipe = self._final_recipe(folder / f"sliced-{target:g}ms.safetensors", step)
+            outcome = self._train(recipe, folder / "train", PlainNetwork(self._command))
+            if not outcome.finished:
+                return None
+            self._deliver(folder, weights, step, target)
+        return Finished(target, step, weights, **_read(result))
+
+    def _final_recipe(self, sliced: Path, step: Step) -> Recipe:
+        """Return the final recipe for a network: from its inherited weights, unless it asks for new ones."""
+        recipe, changes = self.plan.final, dict[str, Any]()
+        if recipe.teacher == SUPERNET:
+            changes["teacher"] = str((self.folder / "search" / "start.safetensors").absolute())
+        if recipe.pretrained:
+            return recipe.with_changes(model=str(sliced.absolute()), spec=None, input_size=0, **changes)
+        return recipe.with_changes(model="auto", spec=step.candidate.spec.to_dict(), input_size=0, **changes)
+
+    def _deliver(self, folder: Path, weights: Path, step: Step, target: float) -> None:
+        """Write the trained network beside the report, with what was promised and what it keeps."""
+        checkpoint = load_checkpoint(folder / "train" / "best.safetensors")
+        manifest = checkpoint.manifest
+        assert manifest is not None
+        found = device.measured(self.table, [checkpoint.spec], self.space.start)
+        figures = {"predicted_ms": step.predicted_ms}
+        if found is not None:
+            figures |= {"measured_ms": found[0].ms, "quiet_ms": found[0].quiet_ms}
+        where = {"engine": f"{self.table.engine} {self.table.precision}", "target_latency": f"{target:g} ms"}
+        name = {"model": f"slimmed to {target:g} ms", "source": "slimmed", "slimming_step": str(step.number)}
+        manifest = dataclasses.replace(
+            manifest,
+            metrics={**manifest.metrics, **figures},
+            provenance={**manifest.provenance, **name, **where},
+        )
+        save_native(weights, checkpoint.state, manifest)
+        measured = {name: figures.get(name) for name in ("measured_ms", "quiet_ms")}
+        _write(folder / "result.json", {"top1": float(manifest.metrics["top1"]), **measured})
+
+
+def _begun(plan: Plan, folder: Path, table: Path | None, *, quiet: bool) -> _SlimRun:
+    """Start a run: everything that can be refused is refused before anything is trained."""
+    if (folder / PLAN).exists():
+        hint = f"Go on with: efficientformer slim --resume {shlex.quote(str(folder))}; or choose another --output"
+        raise UsageError(f"{folder} holds a run already", hint=hint)
+    if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - {device.TABLE})):
+        hint = "Choose another --output: nothing is overwritten"
+        raise UsageError(f"{folder} is not empty", found=", ".join(others[:5]), hint=hint)
+    plan = decide(dataclasses.replace(plan, data=str(Path(plan.data).absolute())))
+    space = plan.options.space(start_network(plan))
+    make_folder(folder)
+    try:
+        if table is None:
+            plan.save(folder)  # a run that is killed while it measures can be resumed; a given table is quickly kept
+        latencies = device.open_table(plan, space, folder, table, quiet=quiet)
+        plan.save(folder)
+        check_targets(space, latencies, plan.targets)
+    except EfficientFormerError:
+        (folder / PLAN).unlink(missing_ok=True)  # not a run: the folder can be used again, and its table too
+        raise
+    return _SlimRun(folder, plan, space, latencies, quiet)
+
+
+def _resumed(folder: Path, targets: Iterable[float], data: str | Path | None, *, quiet: bool) -> _SlimRun:
+    plan = Plan.load(folder)
+    if data is not None:
+        plan = dataclasses.replace(plan, data=str(Path(data).absolute()))
+    wanted = plan.with_targets(targets)
+    space = wanted.options.space(start_network(wanted))
+    table = device.open_table(wanted, space, folder, None, quiet=quiet)
+    check_targets(space, table, wanted.targets)
+    wanted.save(folder)
+    return _SlimRun(folder, wanted, space, table, quiet)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data = load_json(str(path), path.read_bytes())
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} is damaged", expected="a JSON object", hint="Remove it and resume")
+    return data
+
+
+def _write(path: Path, data: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write((json.dumps(data, indent=1) + "\n").encode())

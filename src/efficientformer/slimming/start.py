@@ -1,0 +1,132 @@
+"""The start network of a run: named, given as a spec or as weights, or chosen for the size of the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from efficientformer.data.sources import open_splits
+from efficientformer.slimming.plan import FROM_SCRATCH, Options, Plan, apply_settings, small_start
+from efficientformer.spec.arch import ArchSpec
+from efficientformer.spec.errors import SpecError, UsageError
+from efficientformer.spec.zoo import FILE_SUFFIXES, resolve
+from efficientformer.training.recipe import Recipe
+from efficientformer.training.setup import DEFAULT_MODEL, SMALL, typical_side
+from efficientformer.weights.checkpoint import load_checkpoint
+from efficientformer.weights.pretrained import Overrides
+
+
+def make_plan(
+    data: str | Path,
+    targets: Iterable[float],
+    *,
+    model: str = "",
+    recipe: Recipe | None = None,
+    epochs: int | None = None,
+    final_epochs: int | None = None,
+    settings: Iterable[str] = (),
+    engine: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+) -> Plan:
+    """Return the plan of a slimming run, with sound defaults for what is left open.
+
+    Args:
+        data: The data set.
+        targets: Latencies to reach, in milliseconds.
+        model: The start network: a zoo name, a weights file, or a file with a spec in JSON. By default
+            EfficientFormer-L1, or for pictures of at most 64 pixels a network of its own, from scratch.
+        recipe: How supernet and final network are trained; by default fine-tuning, or what suits small networks from
+            scratch.
+        epochs: Epochs of the supernet; by default 20 from scratch, 10 from weights.
+        final_epochs: Epochs of the final training; by default twice as many.
+        settings: ``NAME=VALUE`` for fields of both recipes; ``supernet.``, ``final.`` or ``search.`` before it for one
+            part only.
+        engine: The engine whose latency counts.
+        precision: What it computes in.
+        threads: Its CPU threads; None lets it choose.
+
+    Raises:
+        UsageError, SpecError: If anything is illegal.
+        DataError: If the data set is missing or of no known layout.
+    """
+    base = recipe or Recipe()
+    base = choose_start(with_start(base, model) if model else base, data)
+    if recipe is None and base.spec is not None:
+        base = base.with_changes(**FROM_SCRATCH)
+    if recipe is None or epochs is not None:
+        base = _with_epochs(base, epochs or (20 if base.spec is not None else 10))
+    final = base.with_changes(pretrained=True, model="auto", spec=None)
+    if recipe is None or final_epochs is not None:
+        final = _with_epochs(final, final_epochs or 2 * base.epochs)
+    supernet, final, options = apply_settings(base, final, Options(), settings)
+    return Plan(str(data), tuple(targets), supernet, final, engine, precision, threads, options)
+
+
+def _with_epochs(recipe: Recipe, epochs: int) -> Recipe:
+    last = {name: min(getattr(recipe, name), epochs) for name in ("refine_epochs", "ema_epochs")}
+    return recipe.with_changes(epochs=epochs, **last)
+
+
+def decide(plan: Plan) -> Plan:
+    """Return the plan with the start network decided, if it was left open, and files named from the root.
+
+    Raises:
+        DataError: If the data set is missing or of no known layout.
+    """
+    recipe = choose_start(plan.supernet, plan.data)
+    if Path(recipe.model).is_file():
+        recipe = recipe.with_changes(model=str(Path(recipe.model).absolute()))
+    return dataclasses.replace(plan, supernet=recipe)
+
+
+def choose_start(recipe: Recipe, data: str | Path) -> Recipe:
+    """Return the recipe with a start network for the size of the pictures, if it names none."""
+    if recipe.model != "auto" or recipe.spec is not None:
+        return recipe
+    train = open_splits(data, val_fraction=recipe.val_fraction, seed=recipe.seed).train
+    if typical_side(train) <= SMALL:
+        return recipe.with_changes(spec=small_start().to_dict(), pretrained=False)
+    return recipe.with_changes(model=DEFAULT_MODEL)
+
+
+def start_network(plan: Plan) -> ArchSpec:
+    """Return the start network for the classes of the data set, as its supernet's training builds it.
+
+    Raises:
+        SpecError, CheckpointError: If the model describes no network, or its weights cannot be read.
+        UnknownModelError: If no zoo card has the model's name.
+    """
+    recipe = plan.supernet
+    splits = open_splits(plan.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
+    spec = recipe.arch
+    if spec is None and Path(recipe.model).is_file():
+        spec = load_checkpoint(recipe.model).spec
+    if spec is None:
+        spec = resolve(recipe.model).card.spec
+    classes = len(splits.train.classes)
+    return Overrides(input_size=recipe.input_size or None, num_classes=classes).apply(spec)
+
+
+def with_start(recipe: Recipe, model: str) -> Recipe:
+    """Return the recipe for a start network: a zoo name, a weights file, or a file with a spec in JSON.
+
+    Raises:
+        UsageError: If there is no such file.
+        SpecError: If the file holds no spec.
+    """
+    path = Path(model)
+    if path.suffix == ".json":
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise UsageError(f"Cannot read the spec {path}", found=error.strerror or str(error)) from error
+        try:
+            return recipe.with_changes(model="auto", spec=ArchSpec.from_json(text).to_dict(), pretrained=False)
+        except SpecError as error:
+            raise SpecError(f"{path}: {error.problem}", expected=error.expected, found=error.found,
+                            hint=error.hint) from error  # fmt: skip
+    if path.suffix in FILE_SUFFIXES and not path.is_file():
+        raise UsageError(f"There is no weights file {path}", hint="Give a zoo name, a weights file or a spec in JSON")
+    return recipe.with_changes(model=model)

@@ -1,0 +1,291 @@
+"""Slimming as a user meets it: one command to a network within a budget, gone on with after a kill at any stage."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from efficientformer.cli.app import app
+from efficientformer.latency.design import TableSpace, all_parts
+from efficientformer.latency.table import Cost, LatencyTable
+from efficientformer.slimming import device, judge, judging, run
+from efficientformer.slimming.device import Measured
+from efficientformer.spec.arch import ArchSpec
+from efficientformer.spec.errors import TrainingError
+from efficientformer.spec.variants import v1_spec
+from efficientformer.training import loop
+from efficientformer.training import run as training
+from efficientformer.weights.checkpoint import load_checkpoint
+from tests.pictures import write_folders
+
+START = v1_spec((16, 16, 32, 32), (1, 1, 1, 1), 1, input_size=16, num_classes=3, distilled=False, stem_stride=1)
+SETTINGS = ("batch_size=8", "workers=1", "opt=adamw", "opt_args={}", "lr=0.003", "precision=fp32",
+            "search.width_step=8", "search.min_width=8", "search.recover_steps=1", "search.held_out=9",
+            "search.calibration=16")  # fmt: skip
+BUDGET = 0.6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small are slower on two; and a killed process computes the same bits as this one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_training_report(monkeypatch):
+    """The reports of the two trainings take longer than the trainings."""
+    monkeypatch.setattr(training, "write_report", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Pictures, a start network, and the latency table of a device that is not here."""
+    root = tmp_path_factory.mktemp("slim")
+    write_folders(root / "data", per_class=20)
+    (root / "start.json").write_text(START.to_json())
+    space = TableSpace("v1", (8, 16, 24, 32), (1, 1, 1, 1), (4.0,), ((16, 16),), (1,), num_classes=3)
+    costs = {
+        part.key: Cost(part.width * (3 if part.kind == "mb3d" else 1) * 4e-3 if part.is_block else 1e-2, 1e-3)
+        for part in all_parts(space)
+    }
+    LatencyTable(
+        "onnxruntime", "fp32", 1, "v1", START.attention, Cost(0.2, 1e-3), costs, weights={}, spread=0.01, networks=9
+    ).save(root / "phone.json")
+    return root
+
+
+def command(place, *more):
+    fixed = ("slim", "--data", place / "data", "--table", place / "phone.json", "--model", place / "start.json",
+             "--epochs", 1, "--final-epochs", 1)  # fmt: skip
+    return [*fixed, *(word for setting in SETTINGS for word in ("--set", setting)), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """A run to its end, and what the command printed."""
+    line = command(place, "--target-latency", f"{BUDGET}ms", "--output", place / "whole", "--quiet")
+    return place / "whole", in_process(line)
+
+
+def in_process(line):
+    """Run the command line here, and return what it printed."""
+    from typer.testing import CliRunner
+
+    done = CliRunner().invoke(app, [str(word) for word in line], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def weights(folder):
+    return load_file(folder / f"slimmed-{BUDGET:g}ms.safetensors")
+
+
+def test_one_command_to_a_network_within_the_budget(place, finished):
+    folder, out = finished
+    file = folder / "slimmed-0.6ms.safetensors"
+    assert out.strip() == str(file)
+    names = {"slim.json", "table.json", "supernet", "importances.json", "search", "targets", "slim.log", file.name,
+             "path.csv", "path.json", "accuracy_latency.png", "report.html"}  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == names
+    table = LatencyTable.load(place / "phone.json")
+    manifest = load_checkpoint(file).manifest
+    predicted = table.predict(manifest.spec).ms
+    assert predicted <= BUDGET < table.predict(START).ms
+    assert manifest.metrics["predicted_ms"] == pytest.approx(predicted, abs=1e-6)
+    assert manifest.provenance["target_latency"] == "0.6 ms"
+    assert manifest.provenance["engine"] == "onnxruntime fp32"
+    assert manifest.labels == ("blue", "green", "red")
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png") == 2
+    assert "not on this machine" in page
+
+
+def test_the_result_is_a_model_like_any_other(place, finished, cli):
+    file = finished[0] / "slimmed-0.6ms.safetensors"
+    code, out, _ = cli("test", file, "--data", place / "data", "--json", "--engine", "torch")
+    assert code == 0
+    assert json.loads(out)["images"] == 60
+    sliced = finished[0] / "targets" / "0.6ms" / "sliced-0.6ms.safetensors"
+    assert load_checkpoint(sliced).spec == load_checkpoint(file).spec
+    code, out, _ = cli("predict", place / "data" / "red" / "000.png", "--model", file, "--format", "json")
+    assert code == 0
+    assert json.loads(out)["pred_class"] in ("blue", "green", "red")
+
+
+def test_the_path_says_every_step(finished):
+    folder = finished[0]
+    steps = json.loads((folder / "path.json").read_text())
+    rows = list(csv.DictReader((folder / "path.csv").open()))
+    assert [row["cut"] for row in rows] == [step["cut"] for step in steps]
+    assert rows[0]["cut"] == "start"
+    assert len(rows) > 2
+    latencies = [float(row["predicted_ms"]) for row in rows]
+    assert latencies == sorted(latencies, reverse=True)
+    assert latencies[-1] <= BUDGET < latencies[-2]
+    assert ArchSpec.from_dict(steps[0]["spec"]) == START
+    assert all(0 <= float(row["top1"]) <= 100 for row in rows)
+
+
+def test_the_search_never_sees_the_pictures_it_is_measured_on(finished):
+    folder = finished[0]
+    supernet = json.loads((folder / "supernet" / "data.json").read_text())
+    final = json.loads((folder / "targets" / "0.6ms" / "train" / "data.json").read_text())
+    assert (supernet["train"], supernet["val"]) == (39, 9)  # of the 48 the final network learns from
+    assert (final["train"], final["val"]) == (48, 12)
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, as a kill does: nothing catches it."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [
+        (run, "check_targets", 1),
+        (loop.Run, "_save", 1),
+        (loop.Run, "_step", 7),
+        (judge.PoolJudge, "accuracy", 9),
+        (judging.Bench, "save", 1),
+        (run._SlimRun, "_deliver", 1),
+    ],
+    ids=["table", "supernet", "final training", "search", "choice", "delivery"],
+)
+@pytest.mark.usefixtures("no_training_report")
+def test_a_run_that_dies_anywhere_ends_with_the_same_network(place, finished, tmp_path, monkeypatch, owner, name, call):
+    original, calls, folder = getattr(owner, name), [], tmp_path / "run"
+
+    def deadly(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, deadly)
+    with pytest.raises(Killed):
+        in_process(command(place, "--target-latency", f"{BUDGET}ms", "--output", folder, "--quiet"))
+    assert not (folder / "report.html").exists()
+    in_process(["slim", "--resume", folder, "--quiet"])
+    assert_same(folder, finished[0])
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_a_killed_process_ends_with_the_same_network(place, finished, tmp_path):
+    """SIGKILL once the search has begun."""
+    folder = tmp_path / "run"
+    line = command(place, "--target-latency", f"{BUDGET}ms", "--output", folder, "--quiet")
+    code = "from efficientformer.cli.app import main; main()"
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen([sys.executable, "-c", code, *map(str, line)], stderr=subprocess.PIPE, env=alone)
+    while not (folder / "search" / "path.json").exists():
+        assert killed.poll() is None, killed.stderr.read().decode()
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (folder / "report.html").exists()
+    in_process(["slim", "--resume", folder, "--quiet"])
+    assert_same(folder, finished[0])
+
+
+def assert_same(folder, other):
+    expected, found = weights(other), weights(folder)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert (folder / "path.csv").read_text() == (other / "path.csv").read_text()
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_a_second_target_comes_from_the_same_search(place, finished, cli):
+    folder = finished[0]
+    before = json.loads((folder / "search" / "path.json").read_text())["steps"]
+    kept = weights(folder)
+    code, out, err = cli("slim", "--resume", folder, "--target-latency", "0.4ms", "--target-latency", "0.8", "--quiet")
+    assert code == 0, err
+    assert [line.rpartition("-")[2] for line in out.split()] == ["0.8ms.safetensors", "0.6ms.safetensors",
+                                                                 "0.4ms.safetensors"]  # fmt: skip
+    after = json.loads((folder / "search" / "path.json").read_text())["steps"]
+    assert after[: len(before)] == before
+    assert len(after) > len(before)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in weights(folder).items())
+    table = LatencyTable.load(place / "phone.json")
+    for target in (0.4, 0.8):
+        assert table.predict(load_checkpoint(folder / f"slimmed-{target:g}ms.safetensors").spec).ms <= target
+    assert (folder / "report.html").read_text().count("0.4") > 1
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--target-latency", "0.01ms"), "cannot be reached"),
+        (("--target-latency", "9ms"), "to below"),
+        (("--target-latency", "soon"), "Illegal latency"),
+        ((), "No target"),
+        (("--target-latency", "0.6", "--engine", "openvino"), "of another engine"),
+        (("--target-latency", "0.6", "--set", "search.depth=3"), "Unknown field 'depth'"),
+        (("--target-latency", "0.6", "--set", "teacher=supernet"), "cannot teach itself"),
+        (("--target-latency", "0.6", "--model", "none.json"), "Cannot read the spec"),
+        (("--target-latency", "0.6", "--set", "search.width_step=4", "--set", "search.min_width=4"), "has no"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(place, cli, tmp_path, more, says):
+    code, _, err = cli(*command(place, *more), "--output", tmp_path / "run")
+    assert code == 2
+    assert says in err
+    assert not (tmp_path / "run" / "slim.json").exists()
+    assert not (tmp_path / "run" / "supernet").exists()
+
+
+def test_torchrun_is_refused(place, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = cli(*command(place, "--target-latency", "0.6"), "--output", tmp_path / "run")
+    assert code == 2
+    assert "torchrun" in err
+
+
+def test_folders_are_not_mixed_up(place, finished, cli, tmp_path):
+    line = command(place, "--target-latency", "0.6")
+    code, _, err = cli(*line, "--output", finished[0])
+    assert code == 2
+    assert "holds a run already" in err
+    (tmp_path / "mine.txt").write_text("")
+    assert "is not empty" in cli(*line, "--output", tmp_path)[2]
+    assert "no slimming run" in cli("slim", "--resume", tmp_path)[2]
+    assert "keeps its plan" in cli("slim", "--resume", finished[0], "--epochs", 3)[2]
+    assert "Nothing to train on" in cli("slim", "--target-latency", "1")[2]
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_a_network_that_takes_longer_than_predicted_is_cut_further(place, monkeypatch, tmp_path):
+    """The engine here takes a tenth longer than the table says; the budget must hold in what is measured."""
+    table = LatencyTable.load(place / "phone.json")
+
+    def slower(_, specs, start):
+        return [Measured(1.1 * table.predict(spec).ms, 1.1 * table.predict(spec).ms) for spec in specs]
+
+    monkeypatch.setattr(device, "measured", slower)
+    outcome = run.slim(*planned(place, tmp_path / "run"), table=place / "phone.json")
+    network = outcome.networks[0]
+    assert network.holds
+    assert network.step.predicted_ms <= BUDGET / 1.1
+    rows = list(csv.DictReader((tmp_path / "run" / "path.csv").open()))
+    assert all(float(row["measured_ms"]) > float(row["predicted_ms"]) for row in rows)
+    monkeypatch.setattr(device, "measured", lambda _, specs, start: [Measured(9.0, 9.0) for _ in specs])
+    with pytest.raises(TrainingError, match="measured within"):
+        run.slim(*planned(place, tmp_path / "other"), table=place / "phone.json")
+
+
+def planned(place, folder):
+    from efficientformer.slimming.start import make_plan
+
+    settings = [*SETTINGS, "final.teacher=supernet", "final.distillation=soft", "search.importances=shuffled"]
+    model = str(place / "start.json")
+    return make_plan(place / "data", [BUDGET], model=model, epochs=1, final_epochs=1, settings=settings), folder

@@ -1,0 +1,56 @@
+"""What a candidate's score rests on: BatchNorm statistics of its own, and pictures that can be read."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from efficientformer.data.sources import open_source
+from efficientformer.models.network import EfficientFormer
+from efficientformer.slimming import judge
+from efficientformer.slimming.judge import Pictures, estimate_statistics
+from efficientformer.spec.errors import DataError
+from efficientformer.spec.preprocess import PreprocessSpec
+from efficientformer.spec.variants import v1_spec
+from tests.pictures import write_folders
+
+SPEC = v1_spec((8, 8, 16, 16), (1, 1, 1, 1), 1, input_size=16, num_classes=3, stem_stride=1)
+PREPROCESS = PreprocessSpec().with_input_size((16, 16))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def source(tmp_path):
+    root = write_folders(tmp_path, per_class=4)
+    (root / "red" / "001.png").write_bytes(b"no picture")
+    return open_source(root)
+
+
+def test_unreadable_pictures_are_left_out_with_their_labels(source, tmp_path):
+    pictures = Pictures.read(source, np.arange(len(source)), PREPROCESS)
+    assert len(pictures.images) == len(pictures.labels) == 11
+    assert pictures.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 3
+    broken = [index for index in range(len(source)) if source.name(index).endswith("red/001.png")]
+    with pytest.raises(DataError, match="None of the pictures"):
+        Pictures.read(source, np.array(broken), PREPROCESS)
+
+
+def test_statistics_become_those_of_the_pictures(source, monkeypatch):
+    """The plain mean over full batches, whatever the statistics were; nothing else changes."""
+    monkeypatch.setattr(judge, "BATCH", 4)
+    pictures = Pictures.read(source, np.arange(len(source)), PREPROCESS)
+    network = EfficientFormer(SPEC, layer_scale_init=0.5)
+    before = copy.deepcopy(network)
+    first = network.stem.conv1.norm
+    nn.init.normal_(first.running_mean, std=9)
+    first.num_batches_tracked += 5
+    estimate_statistics(network, pictures, CPU)
+    with torch.no_grad():
+        means = [before.stem.conv1.conv(images).mean((0, 2, 3)) for images, _ in pictures.batches(CPU)]
+    assert len(means) == 3  # of 4, 4 and 3 pictures
+    torch.testing.assert_close(first.running_mean, torch.stack(means[:2]).mean(0))
+    assert not network.training
+    assert first.momentum == before.stem.conv1.norm.momentum
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), before.parameters(), strict=True))
