@@ -2,10 +2,13 @@
 
 Weights are symmetric int8 with a scale for each output channel, activations uint8 with one scale each, from the
 smallest and largest values seen in calibration. Only layers with weights are int8: residual sums, pooling, GELU and the
-attention's products in int8 cost more in conversions than they saved, in both engines. The outputs of matrix products
-stay in float: OpenVINO 2026.4 computes other logits than the graph's where these are int8 and the products are not.
-ONNX Runtime's quantiser does the work: its files run in int8 in ONNX
-Runtime and in OpenVINO alike. NNCF's were as fast in OpenVINO, but ONNX Runtime could not fuse them.
+attention's products in int8 cost more in conversions than they saved, in both engines. What matrix products give stays
+in float as well, which is as fast and rounds once less.
+
+ONNX Runtime's quantiser does the work: its files run in int8 in ONNX Runtime and in OpenVINO alike. NNCF's were as fast
+in OpenVINO, but ONNX Runtime could not fuse them. OpenVINO 2026.4 leaves out a LayerNorm's eps where an int8 layer
+follows. That shows only where the norm's input varies no more than eps, as in untrained networks, whose layer scales
+are tiny: then its logits are not the graph's.
 """
 
 from __future__ import annotations
