@@ -57,6 +57,16 @@ def test_the_file_runs_in_int8_in_every_engine(made):
     assert kinds.count("QuantizeLinear") > 40
 
 
+def test_the_shipped_file_is_never_replaced(pictures, tmp_path):
+    shipped = quantised_file("")
+    before = shipped.read_bytes()
+    quantize("", pictures, tmp_path / "own", pictures=4, holdout=4, max_drop=100)
+    assert shipped.read_bytes() == before
+    own = deployable(precision="int8")
+    assert own != shipped
+    assert own.read_bytes() == (tmp_path / "own" / "model.onnx").read_bytes()
+
+
 def test_only_layers_with_weights_are_int8_and_tokens_come_out_right_in_every_engine(tmp_path):
     spec = v1_spec((48, 96, 224, 448), (1, 1, 1, 2), 1, num_classes=50)
     path = write_network(spec, tmp_path / "float.onnx")

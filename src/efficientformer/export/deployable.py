@@ -63,7 +63,9 @@ def embedded_file() -> Path:
 
 
 def quantised_file(model: str, *, checkpoint: str | Path | None = None) -> Path | None:
-    """Return where the int8 file of a network is kept, whether there is one or not; None for an exported file.
+    """Return the int8 file of a network, whether there is one or not; None for an exported file.
+
+    Of the network in the package it is the user's own if there is one, else the one that is shipped.
 
     Args:
         model: As for ``deployable``.
@@ -73,14 +75,23 @@ def quantised_file(model: str, *, checkpoint: str | Path | None = None) -> Path 
         UnknownModelError: If ``model`` is neither in the zoo nor a file.
         CheckpointError: If there is no such file.
     """
+    kept = quantised_target(model, checkpoint=checkpoint)
+    if kept == _own_int8(EMBEDDED) and not kept.exists():
+        return embedded_file().with_name(f"{EMBEDDED}-int8{SUFFIX}")
+    return kept
+
+
+def quantised_target(model: str, *, checkpoint: str | Path | None = None) -> Path | None:
+    """Return where in the cache an int8 file is to be kept, never in the package; else as ``quantised_file``."""
     model, checkpoint = _told_apart(model, checkpoint)
     if checkpoint is not None:
         file = _existing(Path(checkpoint))
         return None if file.suffix == SUFFIX else _kept_for(model, file, "int8")
-    card = resolve(model or EMBEDDED).card
-    own = _folder() / card.name / f"int8{SUFFIX}"
-    shipped = embedded_file().with_name(f"{EMBEDDED}-int8{SUFFIX}")
-    return shipped if card.name == EMBEDDED and not own.exists() else own
+    return _own_int8(resolve(model or EMBEDDED).card.name)
+
+
+def _own_int8(name: str) -> Path:
+    return _folder() / name / f"int8{SUFFIX}"
 
 
 def _told_apart(model: str, checkpoint: str | Path | None) -> tuple[str, str | Path | None]:

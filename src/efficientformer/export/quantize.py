@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from efficientformer.export.calibration import Pictures, gather_pictures
-from efficientformer.export.deployable import deployable, quantised_file
+from efficientformer.export.deployable import deployable, quantised_target
 from efficientformer.export.qdq import Progress, Quantiser, store_weights_half, store_weights_int8
 from efficientformer.runtime.engines import Engine, installed_engines, open_engine
 from efficientformer.runtime.timing import Timing, environment, time_together
@@ -333,7 +333,7 @@ def _put(target: Path, report: QuantisationReport, output: Path) -> None:
 
 def _remember(path: Path, model: str, checkpoint: str | Path | None) -> None:
     """Leave a copy in the cache, where ``precision="int8"`` of this network finds it."""
-    kept = quantised_file(model, checkpoint=checkpoint)
+    kept = quantised_target(model, checkpoint=checkpoint)
     if kept is None:
         return
     kept.parent.mkdir(parents=True, exist_ok=True)
