@@ -9,10 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import onnx
 import pytest
 
 from efficientformer.cli import journal as journal_module
 from efficientformer.cli.journal import Journal
+from efficientformer.export.deployable import embedded_file
+from efficientformer.runtime import classifier as classifier_module
 from efficientformer.spec.errors import UsageError
 from tests.pictures import write_folders
 
@@ -99,6 +102,38 @@ def test_another_command_never_goes_on(cli, folder, tmp_path):
     code, _, err = cli("predict", folder, "-o", output, *ENGINE)
     assert code == 2
     assert "no journal" in err
+
+
+def test_other_weights_of_the_same_manifest_never_go_on(cli, folder, tmp_path):
+    model, output = tmp_path / "model.onnx", tmp_path / "labels.jsonl"
+    network = onnx.load(embedded_file())
+    onnx.save(network, model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "finish", lambda *_: None)
+        assert cli("predict", folder, "-m", model, "-o", output, *ENGINE)[0] == 1
+    before = Path(f"{output}.part").read_bytes()
+    bias = next(each for each in network.graph.initializer if each.dims == [10])
+    bias.raw_data = bias.raw_data[::-1]
+    onnx.save(network, model)
+    code, _, err = cli("predict", folder, "-m", model, "-o", output, *ENGINE)
+    assert code == 2
+    assert "weights differ" in err
+    assert Path(f"{output}.part").read_bytes() == before
+    assert not output.exists()
+
+
+def test_threads_are_for_decoding_too(cli, folder, monkeypatch):
+    given = []
+    original = classifier_module.in_order
+
+    def spy(*arguments, **options):
+        given.append(options["workers"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(classifier_module, "in_order", spy)
+    cli("predict", folder / "red", "--threads", 1, *ENGINE)
+    cli("predict", folder / "red", "--threads", 3, *ENGINE)
+    assert given == [1, 3]
 
 
 def test_inputs_that_changed_are_noticed(cli, tmp_path):

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import pyarrow as arrow
 import pytest
 import ray
 from pyarrow import dataset
@@ -116,6 +117,31 @@ def test_wrong_usage(cli, folder, tmp_path, monkeypatch, arguments, code, says):
     found, _, err = cli("predict", folder, *arguments)
     assert found == code
     assert says in err
+
+
+def test_a_worker_takes_the_threads_it_reserved(folder, monkeypatch):
+    given = []
+    original = FileClassifier.predict
+
+    def spy(self, pictures, **options):
+        given.append(options.get("workers"))
+        return original(self, pictures, **options)
+
+    monkeypatch.setattr(FileClassifier, "predict", spy)
+    place = Place.of(str(folder))
+    worker = Worker(place, ray.put(embedded_file().read_bytes()), Options(engine="onnxruntime", threads=3))
+    found = worker(arrow.table({"path": place.pictures()})).to_pylist()
+    assert given[-1] == 3
+    check(sorted(found, key=lambda row: row["path"]), folder)
+
+
+def test_a_hidden_folder_is_taken_when_named(folder):
+    hidden = write_folders(folder.parent / ".cache" / "images", per_class=1)
+    (hidden / ".thumbnails").mkdir()
+    (hidden / ".thumbnails" / "0.png").write_bytes(b"")
+    names = sorted(str(path) for path in hidden.glob("[!.]*/*.png"))
+    assert len(names) == 3
+    assert Place.of(str(hidden)).pictures() == Place.of(f"{hidden.as_uri()}/").pictures() == names
 
 
 def test_places_that_lead_nowhere(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
@@ -84,13 +85,15 @@ def predict(
     classifier = _load(inputs, model, checkpoint, engine, precision, threads, offline, quiet)
     question = {
         "inputs": inputs, "model": model, "checkpoint": checkpoint and str(checkpoint), "top_k": top_k,
-        "engine": classifier.engine, "decode": decode.value, "network": classifier.manifest.to_json(),
+        "engine": classifier.engine, "threads": threads, "decode": decode.value,
+        "network": classifier.manifest.to_json(),
+        "weights": _digest(model, checkpoint, engine, precision) if target else "",
     }  # fmt: skip
 
     def classify(already: int) -> Iterator[Result]:
         pictures = islice(_gather(inputs), already, None)
         with _progress(inputs, already, quiet) as tick:
-            for result in _classify(classifier, pictures, decode.value):
+            for result in _classify(classifier, pictures, decode.value, threads):
                 if result.error:
                     typer.secho(f"skipped {result.path}: {result.error}", fg="yellow", err=True)
                 elif annotate is not None:
@@ -234,7 +237,20 @@ def _gather(inputs: list[str]) -> Iterator[Input]:
     return gather(inputs, stdin=sys.stdin.buffer)
 
 
-def _classify(classifier: Classifier, pictures: Iterator[Input], decode: str) -> Iterator[Result]:
+def _digest(model: str, checkpoint: Path | None, engine: str, precision: str) -> str:
+    """Return the SHA-256 of the file that runs: what a manifest says can be true of other weights too."""
+    from efficientformer.api import TORCH_ENGINES
+    from efficientformer.export.deployable import deployable
+
+    if engine not in TORCH_ENGINES:
+        path = deployable(model, checkpoint=checkpoint, precision=precision, offline=True)  # there already
+    elif not (path := checkpoint or Path(model)).is_file():
+        return ""  # a zoo name in torch, whose manifest holds the digest of its weights
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _classify(classifier: Classifier, pictures: Iterator[Input], decode: str, threads: int | None) -> Iterator[Result]:
     """Yield the result of each input, in order; inputs are drawn no further ahead than the classifier does."""
     from collections import deque
 
@@ -248,7 +264,7 @@ def _classify(classifier: Classifier, pictures: Iterator[Input], decode: str) ->
             drawn.append(picture)
             yield picture
 
-    for outcome in classifier.predict(noted(), decode=decode):
+    for outcome in classifier.predict(noted(), decode=decode, workers=threads):
         each = drawn.popleft()
         if isinstance(outcome, Failed):
             yield Result(each.name, None, str(outcome.error), each)

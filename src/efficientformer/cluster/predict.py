@@ -10,8 +10,8 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from efficientformer.spec.fields import check_choice
 FORMATS = ("parquet", "json")
 DONE_FILE = "_SUCCESS.json"
 BLOCKS_PER_WORKER = 8  # so that workers of different speed end together
+READERS = 8  # pictures that a worker fetches at a time: waiting for storage takes no core
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class Worker:
         import ray
 
         self._source, self._options = source, options
+        self._readers = ThreadPoolExecutor(READERS)
         with tempfile.NamedTemporaryFile(suffix=".onnx") as file:  # engines read it once and keep it in memory
             file.write(ray.get(model))
             file.flush()
@@ -89,8 +91,10 @@ class Worker:
         import pyarrow as arrow
 
         paths = batch["path"].to_pylist()
-        pictures = [Input(path, partial(self._source.read, path)) for path in paths]
-        outcomes = self._classify.predict(pictures, decode=self._options.decode)
+        fetched = [self._readers.submit(self._source.read, path) for path in paths]
+        pictures = [Input(path, each.result) for path, each in zip(paths, fetched, strict=True)]
+        # No more threads than Ray reserved: the node's other cores belong to other workers.
+        outcomes = self._classify.predict(pictures, decode=self._options.decode, workers=self._options.threads)
         rows = [
             record(printable(path), None, str(outcome.error), self._options.top_k)
             if isinstance(outcome, Failed)

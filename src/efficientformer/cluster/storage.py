@@ -57,8 +57,11 @@ class Place:
                 f"Cannot list {self.name!r}", expected="a folder with pictures", found=str(error)
             ) from error
         paths = (PurePosixPath(info.path) for info in found if info.type == fs.FileType.File)
+        above = len(PurePosixPath(self.path).parts)  # a hidden folder that the user named is not left out
         wanted = [
-            p for p in paths if p.suffix.lower() in SUFFIXES and not any(part[0] == "." for part in p.parts if part)
+            path
+            for path in paths
+            if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts[above:])
         ]
         if not wanted:
             raise DataError(f"No pictures in {self.name!r}", expected=f"files ending in {', '.join(sorted(SUFFIXES))}")
