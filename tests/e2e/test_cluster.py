@@ -151,3 +151,9 @@ def test_places_that_lead_nowhere(tmp_path):
         Place.of(str(tmp_path / "none")).pictures()
     with pytest.raises(DataError, match="No pictures"):
         Place.of(str(tmp_path)).pictures()
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(b"")
+    with pytest.raises(DataError, match="UTF-8"):
+        Place.of(str(tmp_path)).pictures()

@@ -67,7 +67,7 @@ def test_exported_file_needs_nothing_beside_it(cli, native, model, manifest, tmp
     code, _, err = cli("convert", native, target)
     assert code == 0, err
     assert "compared with torch" in err
-    classify = Classifier(str(target))
+    classify = Classifier(str(target), precision="fp32")
     assert classify.manifest == manifest
     photo = EXAMPLES / "cat.jpg"
     from efficientformer.runtime.image import decode, preprocess
@@ -82,8 +82,8 @@ def test_half_storage_halves_the_file(cli, native, tmp_path):
         assert cli("convert", native, tmp_path / name, *options)[0] == 0
     assert (tmp_path / "half.onnx").stat().st_size < 0.75 * (tmp_path / "full.onnx").stat().st_size
     np.testing.assert_allclose(
-        Classifier(str(tmp_path / "half.onnx"))(EXAMPLES / "cat.jpg").scores,
-        Classifier(str(tmp_path / "full.onnx"))(EXAMPLES / "cat.jpg").scores,
+        Classifier(str(tmp_path / "half.onnx"), precision="fp32")(EXAMPLES / "cat.jpg").scores,
+        Classifier(str(tmp_path / "full.onnx"), precision="fp32")(EXAMPLES / "cat.jpg").scores,
         atol=0.02,
     )
 

@@ -24,7 +24,7 @@ def test_a_profile_names_every_part(cli, tmp_path, engine, kind):
     pytest.importorskip(engine)
     file = embedded_file() if kind == "embedded" else write_network(SMALL.get(kind, SMALL["v1"]), tmp_path / "n.onnx")
     if kind == "int8":
-        quantise(file, SMALL["v1"])
+        quantise(file)
     code, out, err = cli("profile", file, "--engine", engine, "--threads", 1, "--json", "--quiet")
     assert code == 0, err
     found = json.loads(out)

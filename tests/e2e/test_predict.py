@@ -170,7 +170,7 @@ def test_python_interface_agrees_with_the_command(cli, photo):
 
 
 def test_batches_give_what_single_pictures_give(photo):
-    classify = Classifier()
+    classify = Classifier(engine="onnxruntime")
     outcomes = list(classify.predict([*PHOTOS, b"broken", *PHOTOS], batch_size=4))
     assert isinstance(outcomes[len(PHOTOS)], Failed)
     del outcomes[len(PHOTOS)]

@@ -46,26 +46,30 @@ class Place:
         """Return the paths of the pictures below the folder, sorted, hidden ones left out.
 
         Raises:
-            DataError: If there is no such folder, or no picture in it.
+            DataError: If there is no such folder, no picture in it, or a name pyarrow cannot hold.
         """
         from pyarrow import fs
 
         try:
             found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=True))
+            files = [PurePosixPath(info.path) for info in found if info.type == fs.FileType.File]
+        except UnicodeDecodeError as error:
+            hint = "Rename it, or leave out --ray: one machine reads it"
+            raise DataError(
+                f"Cannot list {self.name!r}", expected="names in UTF-8", found=repr(error.object), hint=hint
+            ) from error
         except OSError as error:
             raise DataError(
                 f"Cannot list {self.name!r}", expected="a folder with pictures", found=str(error)
             ) from error
-        paths = (PurePosixPath(info.path) for info in found if info.type == fs.FileType.File)
-        above = len(PurePosixPath(self.path).parts)  # a hidden folder that the user named is not left out
-        wanted = [
-            path
-            for path in paths
-            if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.parts[above:])
-        ]
+        wanted = [p for p in files if p.suffix.lower() in SUFFIXES and not self._hides(p)]
         if not wanted:
             raise DataError(f"No pictures in {self.name!r}", expected=f"files ending in {', '.join(sorted(SUFFIXES))}")
         return sorted(map(str, wanted))
+
+    def _hides(self, path: PurePosixPath) -> bool:
+        """Return whether a name below the folder starts with a dot; those above it are the user's choice."""
+        return any(part.startswith(".") for part in path.relative_to(self.path).parts)
 
     def read(self, path: str) -> bytes:
         """Return a picture's bytes.
