@@ -1,6 +1,6 @@
 """EfficientFormer-L1, V2-S0 and small mobile networks of timm, one image at 224: engine by engine, in turns of one run.
 
-    python benchmarks/engines.py [--rounds 60] [--solo]
+    python benchmarks/engines.py [--rounds 60] [--only WORD,...] [--solo]
 
 Every subject has a process of its own and prepares itself (export, compilation) before anything is timed. Weights are
 random, BatchNorms have statistics. The rate of large matrix products is measured in the same run: a network's MACs at
@@ -87,11 +87,14 @@ def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--only", default="", help="subjects whose name holds one of these words: timm,ours,gemm")
     parser.add_argument("--solo", action="store_true", help="time each subject again, alone")
     options = parser.parse_args()
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        subjects, skipped = start(commands(scratch), stack)
+        words = options.only.split(",")
+        wanted = {k: v for k, v in commands(scratch).items() if any(word in k for word in words)}
+        subjects, skipped = start(wanted, stack)
         turns = {name: partial(subject.turn, "1") for name, subject in subjects.items()}
         timings = take_turns(turns, rounds=options.rounds)
         solo = (
