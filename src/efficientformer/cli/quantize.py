@@ -29,7 +29,12 @@ def quantize(
 ) -> None:
     """Quantise a network to int8. Exits 0, 1 if the allowed drop cannot be held, 2 for wrong usage."""
     from efficientformer.evaluation.report import require_libraries
+    from efficientformer.spec.errors import missing_extra
 
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:  # the extra that brings the report's libraries too
+        raise missing_extra("quantize", "Quantising a network", error) from error
     require_libraries()
     from efficientformer.export.quantize import quantize as make
 

@@ -101,9 +101,9 @@ def store_weights_int8(path: Path, target: Path, manifest: Manifest) -> None:
     Raises:
         MissingExtraError: If onnx is not installed.
     """
+    proto = load_float(path)
     from onnx import helper, numpy_helper
 
-    proto = load_float(path)
     transposed = {node.input[1] for node in proto.graph.node if node.op_type == "MatMul"}  # (in, out), not (out, in)
     added, nodes = [], []
     for tensor in list(proto.graph.initializer):

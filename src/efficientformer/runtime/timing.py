@@ -2,8 +2,7 @@
 
 Subjects are compared in turns, so that what disturbs the machine disturbs all of them alike. Before each turn there is
 a pause and an untimed run: inference engines keep their threads spinning for a few milliseconds after a run, and a
-subject timed beside them would pay for its neighbour (measured: ONNX Runtime's threads made OpenVINO's runs 1.7 times
-slower). Medians and percentiles are reported, never means.
+subject timed beside them would pay for its neighbour. Medians and percentiles are reported, never means.
 """
 
 from __future__ import annotations
