@@ -8,6 +8,10 @@ DEV    := $(VENV)/.dev
 DATA   ?= cifar10
 PHOTOS ?= photos
 
+# The environments are installed without compiling: what is imported is compiled once, and kept. Where a shell forbids
+# keeping it, every process would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help predict test lint types unit docs parity accuracy bench clean
 

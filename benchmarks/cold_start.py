@@ -11,6 +11,7 @@ cache and compiled modules on disk.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,8 @@ print(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_max
 def run_once(command: list[str]) -> tuple[float, float, float]:
     """Run a process; return wall seconds, CPU seconds and peak MiB."""
     launch = [sys.executable, "-I", "-S", "-c", LAUNCH, *command]
-    said = subprocess.run(launch, capture_output=True, check=True, text=True).stdout
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    said = subprocess.run(launch, capture_output=True, check=True, text=True, env=kept).stdout
     wall, cpu, memory, status = map(float, said.split())
     if status != 0:
         raise SystemExit(f"{' '.join(command)} failed with status {status:.0f}")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,6 +87,24 @@ def test_killed_and_run_again_it_goes_on(folder, undisturbed, tmp_path, after):
         assert done <= 0 or "Going on after" in err
     assert output.read_text() == undisturbed
     assert not part.exists()
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(folder, undisturbed, tmp_path):
+    output, part = tmp_path / "labels.jsonl", tmp_path / "labels.jsonl.part"
+    process = run(folder, output)
+    while not part.exists() or part.read_bytes().count(b"\n") <= 2:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    kept, told = part.read_bytes().count(b"\n") - 1, re.search(rf"(\d+) pictures are kept in {part}", err)
+    assert told, err
+    assert int(told[1]) in (kept - 1, kept)  # a line can be written and not yet counted
+    assert "Traceback" not in err
+    again = run(folder, output)
+    assert "Going on after" in again.communicate()[1]
+    assert output.read_text() == undisturbed
 
 
 def test_another_command_never_goes_on(cli, folder, tmp_path):

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as arrow
@@ -117,6 +119,21 @@ def test_wrong_usage(cli, folder, tmp_path, monkeypatch, arguments, code, says):
     found, _, err = cli("predict", folder, *arguments)
     assert found == code
     assert says in err
+
+
+def test_more_threads_than_any_node_has(folder, tmp_path):
+    with pytest.raises(UsageError, match=r"the largest node has 2 CPUs"):
+        predict_on_cluster(str(folder), str(tmp_path / "new"), embedded_file(), Options(threads=3))
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_cluster_at_the_address(folder, tmp_path):
+    command = [sys.executable, "-m", "efficientformer", "predict", str(folder), "--ray", "-o", str(tmp_path / "new")]
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert "Cannot join the Ray cluster at '127.0.0.1:1'" in done.stderr
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_worker_takes_the_threads_it_reserved(folder, monkeypatch):

@@ -185,10 +185,14 @@ def _to_file(
         if place + 1 < journal.done:
             journal.check(place + 1, "nothing: there are fewer inputs")
         total, skipped = journal.done, journal.failed
-        for result in classify(journal.done):
-            journal.write(result.record(top_k))
-            total += 1
-            skipped += bool(result.error)
+        try:
+            for result in classify(journal.done):
+                journal.write(result.record(top_k))
+                total += 1
+                skipped += bool(result.error)
+        except KeyboardInterrupt:
+            typer.echo(f"{total:,} pictures are kept in {journal.path}; the same command goes on from there", err=True)
+            raise
         journal.finish(format_, top_k)
     return total, skipped
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +21,13 @@ from efficientformer.cluster.storage import Place
 from efficientformer.runtime.classifier import Failed, FileClassifier
 from efficientformer.runtime.inputs import Input
 from efficientformer.runtime.records import arrow_schema, printable, record
-from efficientformer.spec.errors import EngineError, missing_extra
+from efficientformer.spec.errors import EngineError, UsageError, missing_extra
 from efficientformer.spec.fields import check_choice
 
 FORMATS = ("parquet", "json")
 DONE_FILE = "_SUCCESS.json"
 BLOCKS_PER_WORKER = 8  # so that workers of different speed end together
+CONNECT_SECONDS = 5.0
 READERS = 8  # pictures that a worker fetches at a time: waiting for storage takes no core
 
 
@@ -118,8 +121,8 @@ def predict_on_cluster(
 ) -> Summary:
     """Classify every picture of a folder on a Ray cluster.
 
-    A cluster that runs is joined where ``RAY_ADDRESS`` says or ``ray.init`` was called; else one is started on this
-    machine. The package must be installed on every node.
+    A cluster that runs is joined where ``RAY_ADDRESS`` says or ``ray.init`` was called; else the one that was started
+    on this machine; else a new one is, for this run. The package must be installed on every node.
 
     Args:
         source: Folder with pictures: a path all nodes see, or a URI such as ``s3://bucket/images``.
@@ -136,7 +139,8 @@ def predict_on_cluster(
         The summary, which also stands in ``_SUCCESS.json`` in the output; a folder without that file is not complete.
 
     Raises:
-        UsageError: If the output is not empty, or a place cannot be opened.
+        UsageError: If the output is not empty, a place cannot be opened, there is no cluster at ``RAY_ADDRESS``, or no
+            node of it has the CPUs of a worker.
         DataError: If there is no picture.
         EngineError: If a worker fails for another reason than its death, or rows are missing.
         MissingExtraError: If the ray extra is not installed.
@@ -151,10 +155,9 @@ def predict_on_cluster(
     options = options or Options()
     place, target = Place.of(source), Place.of(output)
     paths = place.pictures()
+    _join()
+    count = _workers(options.threads, workers)
     target.make_empty()
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)) // options.threads)
     try:
         _run(paths, place, target, model, options, count, format_, batch_size, quiet, worker)
     except RayError as error:
@@ -167,6 +170,36 @@ def predict_on_cluster(
     with target.filesystem.open_output_stream(f"{target.path}/{DONE_FILE}") as file:
         file.write(json.dumps({**asdict(summary), "model": model.name, **asdict(options)}, indent=2).encode())
     return summary
+
+
+def _join() -> None:
+    """Join the cluster, or start one."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:  # a ConnectionError is an OSError
+        problem = f"Cannot join the Ray cluster at {address!r}" if address else "Cannot start Ray on this machine"
+        hint = "Check RAY_ADDRESS; without it a cluster is started on this machine" if address else ""
+        raise UsageError(problem, expected="a running cluster", found=str(error).strip()[:300], hint=hint) from error
+
+
+def _workers(threads: int, wanted: int | None) -> int:
+    """Return how many workers there are to be; each must fit on a node, or Ray would wait for one without end."""
+    import ray
+
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    if threads > max(nodes, default=0):
+        found = f"{threads} threads; the largest node has {max(nodes, default=0)} CPUs"
+        raise UsageError("No node has room for a worker", expected="threads of one node", found=found,
+                         hint="Lower --threads")  # fmt: skip
+    return wanted or sum(cpus // threads for cpus in nodes)
 
 
 def _run(
