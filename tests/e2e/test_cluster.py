@@ -12,7 +12,7 @@ import pytest
 import ray
 from pyarrow import dataset
 
-from efficientformer.cluster.predict import DONE_FILE, Options, Worker, predict_on_cluster
+from efficientformer.cluster.predict import DONE_FILE, Attempts, Options, Worker, predict_on_cluster
 from efficientformer.cluster.storage import Place
 from efficientformer.export.deployable import embedded_file
 from efficientformer.runtime.classifier import FileClassifier
@@ -94,6 +94,31 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(folder, tmp_path):
     check(rows(output), folder)
 
 
+class DiesOver(Worker):
+    """Is killed whenever it meets a certain picture."""
+
+    def classify(self, paths):
+        if any(path.endswith("green/020.png") for path in paths):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().classify(paths)
+
+
+def test_a_picture_that_kills_every_worker_is_given_up(folder, tmp_path):
+    output = tmp_path / "labels"
+    summary = predict_on_cluster(
+        str(folder), str(output), embedded_file(), OPTIONS, workers=2, batch_size=8, worker=DiesOver
+    )
+    assert (summary.pictures, summary.skipped) == (121, 2)
+    found = rows(output)
+    (given_up,) = (row for row in found if row["path"].endswith("green/020.png"))
+    assert "2 workers died over it" in given_up["error"]
+    (folder / "green" / "020.png").rename(folder.parent / "moved")
+    try:
+        check([row for row in found if row is not given_up], folder)
+    finally:
+        (folder.parent / "moved").rename(folder / "green" / "020.png")
+
+
 def test_command(cli, folder, tmp_path):
     code, _, err = cli("predict", folder, "--ray", "-o", tmp_path / "labels", "--engine", "onnxruntime")
     assert code == 1, err
@@ -130,7 +155,7 @@ def test_more_threads_than_any_node_has(folder, tmp_path):
 def test_no_cluster_at_the_address(folder, tmp_path):
     command = [sys.executable, "-m", "efficientformer", "predict", str(folder), "--ray", "-o", str(tmp_path / "new")]
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
     assert "Cannot join the Ray cluster at '127.0.0.1:1'" in done.stderr
     assert not (tmp_path / "new").exists()
@@ -146,7 +171,8 @@ def test_a_worker_takes_the_threads_it_reserved(folder, monkeypatch):
 
     monkeypatch.setattr(FileClassifier, "predict", spy)
     place = Place.of(str(folder))
-    worker = Worker(place, ray.put(embedded_file().read_bytes()), Options(engine="onnxruntime", threads=3))
+    attempts = ray.remote(num_cpus=0)(Attempts).remote()
+    worker = Worker(place, ray.put(embedded_file().read_bytes()), attempts, Options(engine="onnxruntime", threads=3))
     found = worker(arrow.table({"path": place.pictures()})).to_pylist()
     assert given[-1] == 3
     check(sorted(found, key=lambda row: row["path"]), folder)

@@ -6,28 +6,31 @@ others, and writes results as part files, each of which replaces what an earlier
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from efficientformer.cluster.storage import Place
-from efficientformer.runtime.classifier import Failed, FileClassifier
+from efficientformer.runtime.classifier import Failed, FileClassifier, Prediction
 from efficientformer.runtime.inputs import Input
 from efficientformer.runtime.records import arrow_schema, printable, record
-from efficientformer.spec.errors import EngineError, UsageError, missing_extra
+from efficientformer.spec.errors import EngineError, ImageError, UsageError, missing_extra
 from efficientformer.spec.fields import check_choice
 
 FORMATS = ("parquet", "json")
 DONE_FILE = "_SUCCESS.json"
 BLOCKS_PER_WORKER = 8  # so that workers of different speed end together
 CONNECT_SECONDS = 5.0
+MAX_DEATHS = 2  # of workers over one picture, after which it is given up
 READERS = 8  # pictures that a worker fetches at a time: waiting for storage takes no core
 
 
@@ -67,19 +70,38 @@ class Summary:
     output: str
 
 
+class Attempts:
+    """Counts, for the whole cluster, how often something was begun and not ended: how many workers died over it."""
+
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()
+
+    def begin(self, what: str) -> int:
+        """Note that ``what`` begins; return how often it had begun before without an end."""
+        self._open[what] += 1
+        return self._open[what] - 1
+
+    def end(self, what: str) -> None:
+        """Note that ``what`` ended."""
+        del self._open[what]
+
+
 class Worker:
     """The stage that Ray runs: paths in, rows out.
+
+    A batch that killed a worker is done again picture by picture, so that the one to blame is found and given up.
 
     Args:
         source: Where the pictures are.
         model: A Ray reference to the bytes of an exported file.
+        attempts: The cluster's ``Attempts``, as a Ray actor.
         options: How to predict.
     """
 
-    def __init__(self, source: Place, model: Any, options: Options) -> None:  # noqa: ANN401 (a ray.ObjectRef)
+    def __init__(self, source: Place, model: Any, attempts: Any, options: Options) -> None:  # noqa: ANN401 (Ray's)
         import ray
 
-        self._source, self._options = source, options
+        self._source, self._attempts, self._options = source, attempts, options
         self._readers = ThreadPoolExecutor(READERS)
         with tempfile.NamedTemporaryFile(suffix=".onnx") as file:  # engines read it once and keep it in memory
             file.write(ray.get(model))
@@ -94,10 +116,8 @@ class Worker:
         import pyarrow as arrow
 
         paths = batch["path"].to_pylist()
-        fetched = [self._readers.submit(self._source.read, path) for path in paths]
-        pictures = [Input(path, each.result) for path, each in zip(paths, fetched, strict=True)]
-        # No more threads than Ray reserved: the node's other cores belong to other workers.
-        outcomes = self._classify.predict(pictures, decode=self._options.decode, workers=self._options.threads)
+        with self._attempt(f"the batch from {paths[0]}") as deaths:
+            outcomes = [self._one(path) for path in paths] if deaths else self.classify(paths)
         rows = [
             record(printable(path), None, str(outcome.error), self._options.top_k)
             if isinstance(outcome, Failed)
@@ -105,6 +125,28 @@ class Worker:
             for path, outcome in zip(paths, outcomes, strict=True)
         ]
         return arrow.Table.from_pylist(rows, arrow_schema())
+
+    def classify(self, paths: Sequence[str]) -> list[Prediction | Failed]:
+        """Fetch and classify pictures."""
+        fetched = [self._readers.submit(self._source.read, path) for path in paths]
+        pictures = [Input(path, each.result) for path, each in zip(paths, fetched, strict=True)]
+        # No more threads than Ray reserved: the node's other cores belong to other workers.
+        return list(self._classify.predict(pictures, decode=self._options.decode, workers=self._options.threads))
+
+    def _one(self, path: str) -> Prediction | Failed:
+        with self._attempt(path) as deaths:
+            if deaths < MAX_DEATHS:
+                return self.classify([path])[0]
+            found = f"that {deaths} workers died over it"
+            return Failed(ImageError(f"Gave up {path!r}", expected="a picture that can be decoded", found=found))
+
+    @contextlib.contextmanager
+    def _attempt(self, what: str) -> Iterator[int]:
+        """Give how many workers died over ``what``."""
+        import ray
+
+        yield ray.get(self._attempts.begin.remote(what))
+        ray.get(self._attempts.end.remote(what))
 
 
 def predict_on_cluster(
@@ -147,7 +189,7 @@ def predict_on_cluster(
     """
     try:
         import pyarrow.dataset  # noqa: F401
-        import ray
+        import ray  # noqa: F401
         from ray.exceptions import RayError
     except ImportError as error:
         raise missing_extra("ray", "Prediction on a cluster", error) from error
@@ -218,9 +260,10 @@ def _run(
 
     ray.data.DataContext.get_current().enable_progress_bars = not quiet
     blocks = min(count * BLOCKS_PER_WORKER, len(paths))
+    attempts = ray.remote(num_cpus=0)(Attempts).remote()
     rows = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=blocks).map_batches(
         worker,
-        fn_constructor_args=(place, ray.put(model.read_bytes()), options),
+        fn_constructor_args=(place, ray.put(model.read_bytes()), attempts, options),
         batch_size=batch_size,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=count),
