@@ -50,7 +50,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 def mobilenet(name: str) -> nn.Module:
     """Return timm's MobileNetV2 with the stem stride of the EfficientFormer."""
     model = create_model(name, num_classes=10)
-    stride = resolve(EMBEDDED).spec.stem_stride
+    stride = resolve(EMBEDDED).card.spec.stem_stride
     model.conv_stem.stride = (stride, stride)
     return model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from efficientformer import Classifier
 from efficientformer.runtime.classifier import EngineClassifier, Failed
@@ -135,6 +135,15 @@ def test_fast_decoding_never_goes_below_the_resize(size, decoded):
     assert small.size == decoded
     exact, fast = (np.asarray(resize_crop(image, spec), float) for image in (decode(data), small))
     assert np.abs(exact - fast).mean() < 4
+
+
+def test_fast_decoding_counts_with_the_turn_that_follows():
+    """A squashing network takes 64 x 256 (height, width); the picture is stored lying on its side."""
+    spec = PreprocessSpec(input_size=(64, 256), resize="squash", resize_size=0, exif=True)
+    file, exif = BytesIO(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.open(BytesIO(jpeg(1024, 512))).save(file, "JPEG", exif=exif)
+    assert decode(file.getvalue(), exif=True, shrink_for=spec).size == (256, 512)
 
 
 def test_fast_decoding_leaves_other_formats_alone():

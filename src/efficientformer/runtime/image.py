@@ -95,7 +95,7 @@ def decode(
             image = data if isinstance(data, Image.Image) else _open(data, name)
             _check_size(image.size, max_pixels, name)
             if shrink_for is not None and isinstance(image, ImageFile.ImageFile):
-                image.draft(None, _resized_size(image.size, shrink_for))  # None: any mode
+                image.draft(None, _least_size(image.size, shrink_for))  # None: any mode
             image.load()
             turn = _orientation(image) if exif else None
             image = _convert(image, mode, name)
@@ -344,6 +344,12 @@ def _convert(image: Image.Image, mode: str, name: str) -> Image.Image:
         problem, hint = f"Cannot tell black from white in {name}", "Rescale it to 0..255 first"
         raise ImageError(problem, expected="8 or 16 bits per channel", found=found, hint=hint)
     return image.convert(mode)
+
+
+def _least_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:
+    """Return the least (W, H) to decode at; the picture may yet be turned by 90 degrees."""
+    resized = _resized_size(size, spec)
+    return (max(resized),) * 2 if spec.resize == "squash" else resized  # the short edge stays the short edge
 
 
 def _resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:
