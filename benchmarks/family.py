@@ -82,6 +82,21 @@ def fit(model: nn.Module, loader: Loader, recipe: Recipe) -> tuple[nn.Module, fl
     return average.module, time.perf_counter() - start
 
 
+def fit_once(model: nn.Module, loader: Loader, recipe: Recipe, kept: Path | None) -> tuple[nn.Module, float]:
+    """Train a network, or take what an earlier run of the same recipe kept."""
+    if kept is None:
+        return fit(model, loader, recipe)
+    if not kept.exists():
+        average, seconds = fit(model, loader, recipe)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"recipe": recipe.to_json(), "weights": average.state_dict(), "seconds": seconds}, kept)
+    state = torch.load(kept, weights_only=True)
+    if state["recipe"] != recipe.to_json():
+        raise SystemExit(f"{kept} is of another recipe")
+    model.load_state_dict(state["weights"])
+    return model, state["seconds"]
+
+
 def session(model: nn.Module, folder: Path, name: str) -> tuple[ort.InferenceSession, str]:
     """Export a network as its users would, and open it on one thread."""
     path = folder / f"{name}.onnx"
@@ -136,6 +151,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for the trained networks; those it holds are not trained")
     options = parser.parse_args()
     changes = {"epochs": options.epochs, "warmup_epochs": options.epochs / 10, "refine_epochs": 1, "ema_epochs": 1}
     recipe = load_recipe(RECIPE).with_changes(**changes, seed=options.seed, workers=2, teacher="", teacher_cache="")
@@ -148,7 +164,7 @@ def main() -> None:
     for name, build in NETWORKS.items():
         torch.manual_seed(options.seed)
         model = build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        average, seconds = fit(model, loader, recipe)
+        average, seconds = fit_once(model, loader, recipe, options.keep and options.keep / f"{name}.pt")
         evaluation = evaluate(TorchPredictor(average, manifest), splits.val, batch_size=256, keep_worst=0)
         parameters: list[Tensor] = list(model.parameters())
         rows[name] = {"top1": evaluation.top1, "loss": evaluation.loss, "train_seconds": round(seconds, 1),

@@ -66,7 +66,7 @@ def check(found, folder):
 def test_two_workers_say_what_one_process_says(folder, tmp_path, format_):
     output = tmp_path / "labels"
     summary = predict_on_cluster(
-        str(folder), output.as_uri(), embedded_file(), OPTIONS, workers=2, format_=format_, batch_size=8
+        str(folder), output.as_uri(), embedded_file(), OPTIONS, workers=2, format_=format_, part_size=8
     )
     assert (summary.pictures, summary.skipped, summary.workers) == (121, 1, 2)
     assert json.loads((output / DONE_FILE).read_text())["pictures"] == 121
@@ -87,7 +87,7 @@ class DiesOnce(Worker):
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(folder, tmp_path):
     output = tmp_path / "labels"
     summary = predict_on_cluster(
-        str(folder), str(output), embedded_file(), OPTIONS, workers=2, batch_size=8, worker=DiesOnce
+        str(folder), str(output), embedded_file(), OPTIONS, workers=2, part_size=8, worker=DiesOnce
     )
     assert (folder.parent / "killed").exists()
     assert summary.pictures == 121
@@ -106,7 +106,7 @@ class DiesOver(Worker):
 def test_a_picture_that_kills_every_worker_is_given_up(folder, tmp_path):
     output = tmp_path / "labels"
     summary = predict_on_cluster(
-        str(folder), str(output), embedded_file(), OPTIONS, workers=2, batch_size=8, worker=DiesOver
+        str(folder), str(output), embedded_file(), OPTIONS, workers=2, part_size=8, worker=DiesOver
     )
     assert (summary.pictures, summary.skipped) == (121, 2)
     found = rows(output)
@@ -161,7 +161,7 @@ def test_no_cluster_at_the_address(folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_worker_takes_the_threads_it_reserved(folder, monkeypatch):
+def test_a_worker_takes_the_threads_it_reserved(folder, tmp_path, monkeypatch):
     given = []
     original = FileClassifier.predict
 
@@ -172,10 +172,13 @@ def test_a_worker_takes_the_threads_it_reserved(folder, monkeypatch):
     monkeypatch.setattr(FileClassifier, "predict", spy)
     place = Place.of(str(folder))
     attempts = ray.remote(num_cpus=0)(Attempts).remote()
-    worker = Worker(place, ray.put(embedded_file().read_bytes()), attempts, Options(engine="onnxruntime", threads=3))
-    found = worker(arrow.table({"path": place.pictures()})).to_pylist()
+    target, model = Place.of(str(tmp_path)), ray.put(embedded_file().read_bytes())
+    worker = Worker(place, target, "parquet", model, attempts, Options(engine="onnxruntime", threads=3))
+    pictures = place.pictures()
+    done = worker(arrow.table({"place": range(len(pictures)), "path": pictures}))
+    assert done.to_pylist() == [{"pictures": 121}]
     assert given[-1] == 3
-    check(sorted(found, key=lambda row: row["path"]), folder)
+    check(rows(tmp_path), folder)
 
 
 def test_a_hidden_folder_is_taken_when_named(folder):

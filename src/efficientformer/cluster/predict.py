@@ -1,7 +1,8 @@
 """Bulk prediction beyond one machine: pictures and results in a cluster's storage, Ray Data in between.
 
-Each worker is a Ray actor with the network open; Ray gives it batches of paths, gives a dead worker's batches to
-others, and writes results as part files, each of which replaces what an earlier attempt at it left.
+Each worker is a Ray actor with the network open; Ray gives it lists of paths, and a dead worker's lists to others.
+A worker writes the rows of a list as a part file, which replaces what an earlier attempt at it left. (Ray's own writers
+are a stage that gets no CPU before the workers are done.)
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import socket
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,9 +30,10 @@ from efficientformer.spec.fields import check_choice
 
 FORMATS = ("parquet", "json")
 DONE_FILE = "_SUCCESS.json"
-BLOCKS_PER_WORKER = 8  # so that workers of different speed end together
+PARTS_PER_WORKER = 8  # so that workers of different speed end together
 CONNECT_SECONDS = 5.0
 MAX_DEATHS = 2  # of workers over one picture, after which it is given up
+PART_SIZE = 1000  # pictures of a part at most
 READERS = 8  # pictures that a worker fetches at a time: waiting for storage takes no core
 
 
@@ -87,21 +90,32 @@ class Attempts:
 
 
 class Worker:
-    """The stage that Ray runs: paths in, rows out.
+    """The stage that Ray runs: paths in, a part file out.
 
-    A batch that killed a worker is done again picture by picture, so that the one to blame is found and given up.
+    A part that killed a worker is done again picture by picture, so that the one to blame is found and given up.
 
     Args:
         source: Where the pictures are.
+        target: Where part files go.
+        format_: As in ``FORMATS``.
         model: A Ray reference to the bytes of an exported file.
         attempts: The cluster's ``Attempts``, as a Ray actor.
         options: How to predict.
     """
 
-    def __init__(self, source: Place, model: Any, attempts: Any, options: Options) -> None:  # noqa: ANN401 (Ray's)
+    def __init__(
+        self,
+        source: Place,
+        target: Place,
+        format_: str,
+        model: Any,  # noqa: ANN401 (a ray.ObjectRef)
+        attempts: Any,  # noqa: ANN401 (a ray.ActorHandle)
+        options: Options,
+    ) -> None:
         import ray
 
-        self._source, self._attempts, self._options = source, attempts, options
+        self._source, self._target, self._format = source, target, format_
+        self._attempts, self._options = attempts, options
         self._readers = ThreadPoolExecutor(READERS)
         with tempfile.NamedTemporaryFile(suffix=".onnx") as file:  # engines read it once and keep it in memory
             file.write(ray.get(model))
@@ -111,12 +125,12 @@ class Worker:
             )
             list(self._classify.predict([]))  # opens what runs many pictures, too, while the file is there
 
-    def __call__(self, batch: Any) -> Any:  # noqa: ANN401 (pyarrow.Tables)
-        """Classify the pictures of a table with the column ``path``; returns a table of records."""
+    def __call__(self, part: Any) -> Any:  # noqa: ANN401 (pyarrow.Tables)
+        """Classify the pictures of a table with the columns ``place`` and ``path``; returns how many there were."""
         import pyarrow as arrow
 
-        paths = batch["path"].to_pylist()
-        with self._attempt(f"the batch from {paths[0]}") as deaths:
+        paths, name = part["path"].to_pylist(), f"part-{part['place'][0].as_py():09d}"
+        with self._attempt(name) as deaths:
             outcomes = [self._one(path) for path in paths] if deaths else self.classify(paths)
         rows = [
             record(printable(path), None, str(outcome.error), self._options.top_k)
@@ -124,14 +138,32 @@ class Worker:
             else record(printable(path), outcome, "", self._options.top_k)
             for path, outcome in zip(paths, outcomes, strict=True)
         ]
-        return arrow.Table.from_pylist(rows, arrow_schema())
+        self._write(arrow.Table.from_pylist(rows, arrow_schema()), name)
+        return arrow.table({"pictures": [len(rows)]})
+
+    def _write(self, rows: Any, name: str) -> None:  # noqa: ANN401 (a pyarrow.Table)
+        from pyarrow import parquet
+
+        with self._target.filesystem.open_output_stream(f"{self._target.path}/{name}.{self._format}") as file:
+            if self._format == "parquet":
+                parquet.write_table(rows, file)
+            else:
+                file.write("".join(f"{json.dumps(row)}\n" for row in rows.to_pylist()).encode())
 
     def classify(self, paths: Sequence[str]) -> list[Prediction | Failed]:
         """Fetch and classify pictures."""
-        fetched = [self._readers.submit(self._source.read, path) for path in paths]
-        pictures = [Input(path, each.result) for path, each in zip(paths, fetched, strict=True)]
         # No more threads than Ray reserved: the node's other cores belong to other workers.
-        return list(self._classify.predict(pictures, decode=self._options.decode, workers=self._options.threads))
+        threads = self._options.threads
+        return list(self._classify.predict(self._fetch(paths), decode=self._options.decode, workers=threads))
+
+    def _fetch(self, paths: Sequence[str]) -> Iterator[Input]:
+        """Give pictures that are being fetched already, a few of them ahead of their use."""
+        coming: deque[Input] = deque()
+        for path in paths:
+            coming.append(Input(path, self._readers.submit(self._source.read, path).result))
+            if len(coming) > 2 * READERS:
+                yield coming.popleft()
+        yield from coming
 
     def _one(self, path: str) -> Prediction | Failed:
         with self._attempt(path) as deaths:
@@ -157,7 +189,7 @@ def predict_on_cluster(
     *,
     workers: int | None = None,
     format_: str = "parquet",
-    batch_size: int = 32,
+    part_size: int = PART_SIZE,
     quiet: bool = True,
     worker: type[Worker] = Worker,
 ) -> Summary:
@@ -173,7 +205,7 @@ def predict_on_cluster(
         options: How each worker predicts.
         workers: Workers; None takes as many as the cluster's CPUs allow.
         format_: ``parquet`` or ``json`` (lines).
-        batch_size: Pictures a worker is given at a time.
+        part_size: Pictures a worker is given at a time, and rows of a part file, at most.
         quiet: No progress.
         worker: The stage; a subclass may do more.
 
@@ -201,7 +233,7 @@ def predict_on_cluster(
     count = _workers(options.threads, workers)
     target.make_empty()
     try:
-        _run(paths, place, target, model, options, count, format_, batch_size, quiet, worker)
+        _run(paths, place, target, model, options, count, format_, part_size, quiet, worker)
     except RayError as error:
         found = str(error).strip().splitlines()[-1][:300]
         raise EngineError("The cluster could not do it", found=found, hint=f"Remove {output} and run again") from error
@@ -252,27 +284,25 @@ def _run(
     options: Options,
     count: int,
     format_: str,
-    batch_size: int,
+    part_size: int,
     quiet: bool,
     worker: type[Worker],
 ) -> None:
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = not quiet
-    blocks = min(count * BLOCKS_PER_WORKER, len(paths))
+    parts = min(max(count * PARTS_PER_WORKER, math.ceil(len(paths) / part_size)), len(paths))
     attempts = ray.remote(num_cpus=0)(Attempts).remote()
-    rows = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=blocks).map_batches(
+    items = [{"place": index, "path": path} for index, path in enumerate(paths)]
+    done = ray.data.from_items(items, override_num_blocks=parts).map_batches(
         worker,
-        fn_constructor_args=(place, ray.put(model.read_bytes()), attempts, options),
-        batch_size=batch_size,
+        fn_constructor_args=(place, target, format_, ray.put(model.read_bytes()), attempts, options),
+        batch_size=None,  # a whole part
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=count),
         num_cpus=options.threads,
     )
-    if format_ == "parquet":
-        rows.write_parquet(target.path, filesystem=target.filesystem)
-    else:
-        rows.write_json(target.path, filesystem=target.filesystem)
+    done.materialize()
 
 
 def _count(target: Place, format_: str, workers: int, output: str) -> Summary:
