@@ -35,7 +35,7 @@ class Classifier(EngineClassifier):
     """Classifies pictures with a zoo network, a checkpoint of any layout, or an exported file.
 
     The first use of a zoo name or checkpoint builds an exported file, which needs the torch extra, and caches it. With
-    ``engine="auto"`` the engines and precisions there are here are measured once for each file (about two seconds), and
+    ``engine="auto"`` the engines and precisions there are here are measured once for each file, and
     the fastest whose results are right is taken from then on; ``reason`` tells what was measured.
 
     Args:
@@ -45,7 +45,8 @@ class Classifier(EngineClassifier):
         precision: ``fp32``, ``bf16``, ``fp16``, ``int8`` (for a quantised network), or ``auto``.
         threads: CPU threads of the engine; None lets it choose.
         streams: Callers of an exported file's engine at a time, which share its threads. ``predict`` opens an engine
-            with one stream a core when it is first called; with as many here, the one that is open serves.
+            with one stream a core when it is first given more than a few pictures; with as many here, the one that is
+            open serves.
         device: For torch: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ...
         offline: Forbid (True) or allow (False) connections; None asks the environment.
         progress: Told how a download goes.

@@ -3,6 +3,7 @@
 import threading
 import time
 from io import BytesIO
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,16 @@ def test_no_more_callers_than_streams(monkeypatch):
     engine = Counting()
     assert len(list(EngineClassifier(engine).predict(PHOTOS * 3, workers=6))) == 24
     assert engine.most == 2
+
+
+@pytest.mark.parametrize(("count", "opened"), [(0, 0), (1, 0), (7, 0), (8, 1), (30, 1)])
+def test_a_few_pictures_open_no_second_engine(count, opened, monkeypatch):
+    engine = Classifier(engine="onnxruntime")
+    original, asked = engine._engine.for_many, []
+    monkeypatch.setattr(engine._engine, "for_many", lambda: asked.append(1) or original())
+    outcomes = list(engine.predict(islice(cycle(PHOTOS), count)))
+    assert [outcome.label for outcome in outcomes] == [engine(photo).label for photo in islice(cycle(PHOTOS), count)]
+    assert len(asked) == opened
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"workers": 0}, {"decode": "quick"}])

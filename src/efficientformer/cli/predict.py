@@ -219,7 +219,7 @@ def _load(
         )
     chosen, many = engine == "auto", any(True for _ in islice(_gather(inputs), FEW, None))
     if chosen and precision in ("auto", "fp32", "int8") and not many:
-        engine = "onnxruntime"  # opens in half the time of any other
+        engine = "onnxruntime"  # opens fastest
     streams = threads or available_cores() if many else 1
     options = {"checkpoint": checkpoint, "engine": engine, "precision": precision, "threads": threads,
                "streams": streams}  # fmt: skip

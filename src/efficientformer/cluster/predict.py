@@ -123,7 +123,7 @@ class Worker:
             self._classify = FileClassifier(
                 file.name, engine=options.engine, precision=options.precision, threads=options.threads
             )
-            list(self._classify.predict([]))  # opens what runs many pictures, too, while the file is there
+            self._classify.open_for_many()  # while the file is there
 
     def __call__(self, part: Any) -> Any:  # noqa: ANN401 (pyarrow.Tables)
         """Classify the pictures of a table with the columns ``place`` and ``path``; returns how many there were."""

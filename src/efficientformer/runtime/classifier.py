@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from efficientformer.spec.errors import ImageError, UsageError
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
 
+FEW = 8  # pictures below which the engine that is open is done before another would be
 DECODINGS = ("exact", "fast")
 
 
@@ -133,9 +135,9 @@ class EngineClassifier:
             if value is not None and value < 1:
                 raise UsageError(f"Illegal {name}", expected="a whole number from 1", found=repr(value))
         check_choice("decode", decode, DECODINGS)
-        if self._for_many is None:
-            self._for_many = self._engine.for_many()
-        engine = self._for_many
+        remaining = iter(pictures)
+        first = list(islice(remaining, FEW))
+        engine = self._engine if len(first) < FEW and self._for_many is None else self.open_for_many()
         chunk = batch_size or (64 if engine.streams == 1 and engine.key == "torch" else 1)
         turns = threading.BoundedSemaphore(engine.streams)
 
@@ -146,7 +148,14 @@ class EngineClassifier:
                 found = iter(self._classify(engine, images) if images else ())
             return [next(found) if isinstance(image, Image.Image) else image for image in prepared]
 
-        return in_order(pictures, work, workers=workers or max(engine.streams, available_cores()), chunk=chunk)
+        drawn = chain(first, remaining)
+        return in_order(drawn, work, workers=workers or max(engine.streams, available_cores()), chunk=chunk)
+
+    def open_for_many(self) -> Engine:
+        """Return the engine that ``predict`` runs many pictures on, opened when first asked for."""
+        if self._for_many is None:
+            self._for_many = self._engine.for_many()
+        return self._for_many
 
     def _try_prepare(self, picture: Source | Input, how: str) -> Image.Image | Failed:
         try:
