@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
+from efficientformer.models.layers import StridedDepthwise
 from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.errors import InputSizeError, UsageError
 from efficientformer.spec.variants import VARIANTS, v1_spec, v2_spec
@@ -190,3 +192,24 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(name):
         assert torch.equal(a, b), key
     for (key, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-6), key
+
+
+def test_strided_depthwise_convolutions_are_single_precision_inside_bf16_training():
+    """Where torch would take 20 times as long in bf16: the result is the single-precision one, rounded once."""
+    layer = StridedDepthwise(16)
+    x = torch.randn(4, 16, 7, 9, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    exact = layer(x)
+    assert exact.shape == (4, 16, 4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained, measured = layer(x), layer.eval()(x)
+    assert trained.dtype == measured.dtype == torch.bfloat16
+    assert torch.equal(trained, exact.bfloat16())
+    assert not torch.equal(measured, trained)  # computed in bf16, as a network in use is
+    (gradient,) = torch.autograd.grad(trained.float().sum(), x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(exact.sum(), x)[0])
+    strided = [
+        m
+        for m in EfficientFormer(VARIANTS["efficientformerv2_s0"]).modules()
+        if isinstance(m, nn.Conv2d) and m.groups > 1
+    ]
+    assert {type(m) for m in strided if m.stride == (2, 2)} == {StridedDepthwise}

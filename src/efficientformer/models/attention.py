@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efficientformer.models.layers import ConvNorm
+from efficientformer.models.layers import ConvNorm, StridedDepthwise
 from efficientformer.spec.arch import AttentionSpec
 
 Grid = tuple[int, int]
@@ -120,7 +120,7 @@ class LocalGlobalQuery(nn.Module):
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
-        self.local = nn.Conv2d(dim, dim, 3, stride=2, padding=1, groups=dim)
+        self.local = StridedDepthwise(dim)
         self.proj = ConvNorm(dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
