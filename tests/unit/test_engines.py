@@ -1,5 +1,7 @@
 """Both engines run one file, agree, and say what they compute in; what cannot be done is refused by name."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +39,30 @@ def test_auto_says_what_runs(reference):
     # half precision rounds each product to 8 bits: decisions stay, digits do not
     batch = pictures(64)
     assert (engine.run(batch).argmax(1) == reference.run(batch).argmax(1)).mean() > 0.95
+
+
+FIRST_RUNS = """
+import sys, threading
+import numpy as np
+from efficientformer.export.deployable import embedded_file
+from efficientformer.runtime.engines import open_engine
+sys.setswitchinterval(1e-6)
+engine = open_engine(embedded_file(), "openvino", precision="fp32", streams=2, threads=2)
+engine._for_batch(1)
+together = threading.Barrier(2)
+def run():
+    together.wait()
+    engine.run(np.zeros((1, 3, 32, 32), np.float32))
+threads = [threading.Thread(target=run) for _ in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+def test_the_first_runs_of_a_process_do_not_lock_each_other_out():
+    """Without care one process in three hangs here, so ten that do not are no luck."""
+    for _ in range(10):
+        subprocess.run([sys.executable, "-c", FIRST_RUNS], check=True, timeout=60)
 
 
 def test_smaller_batches_reuse_a_larger_one_and_few_are_kept():

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from efficientformer.spec.errors import EngineError, missing_extra
 from efficientformer.spec.manifest import METADATA_KEY
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+# OpenVINO's Python binding sets up its tables when an array first passes through it. Two threads that do so at once can
+# wait for each other for ever, one holding Python's lock and the other that of the table.
+_FIRST_RUN = threading.Lock()
 MAX_COMPILED = 2  # batch sizes kept compiled at a time: one picture, and full batches
 
 
@@ -43,6 +46,7 @@ class OpenVinoEngine:
     """
 
     key = "openvino"
+    _has_run = False  # any engine of this process
 
     def __init__(self, path: Path, *, precision: str = "auto", threads: int | None = None, streams: int = 1) -> None:
         try:
@@ -85,10 +89,11 @@ class OpenVinoEngine:
         size, requests = self._for_batch(count)
         if size > count:
             batch = np.concatenate([batch, np.zeros((size - count, *batch.shape[1:]), np.float32)])
-        with _taken(requests) as request:
+        with _taken(requests) as request, nullcontext() if OpenVinoEngine._has_run else _FIRST_RUN:
             # inputs are shared for the duration of the call, outputs are copied: the request is used again
             request.infer([np.ascontiguousarray(batch)], share_inputs=True, share_outputs=True)
             logits: npt.NDArray[np.float32] = np.array(request.get_output_tensor(0).data[:count], np.float32)
+            OpenVinoEngine._has_run = True
         return logits
 
     def _for_batch(self, count: int) -> tuple[int, queue.SimpleQueue[Any]]:
