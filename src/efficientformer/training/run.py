@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import signal
@@ -95,24 +96,38 @@ def train(
     _check_call(recipe, data, output, resume, device)
     subject = subject or PlainNetwork()
     with _process_group(), _signals() as stop:
-        resumed = None if resume is None else RunFolder(Path(resume), subject.resume_command)
-        if resumed is not None:
-            note = resumed.data()
-            recipe, path = resumed.recipe(), Path(note["path"] if data is None else data).absolute()
-        else:
-            note, recipe, path = {}, recipe or Recipe(), Path(str(data)).absolute()
-        accelerator = _accelerator(recipe, device)
-        manifest = Manifest.from_json(note["manifest"]) if note else None
-        rank, world = accelerator.process_index, accelerator.num_processes
-        prepared = prepare(recipe, path, rank, world, manifest, subject)
-        if resumed is not None and note["digest"] != prepared.digest:
-            raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
-        run = _assemble(prepared, resumed or _new_folder(output, prepared, path, accelerator), accelerator, stop)
-        _take_up(run, prepared, path, new=resumed is None, quiet=quiet)
-        try:
-            return _train(run, prepared, path)
-        finally:
-            run.watch.close()
+        return _go(recipe, data, output, resume, device, quiet, subject, stop)
+
+
+def _go(
+    recipe: Recipe | None,
+    data: str | Path | None,
+    output: str | Path | None,
+    resume: str | Path | None,
+    device: str,
+    quiet: bool,
+    subject: Subject,
+    stop: Callable[[], bool],
+) -> Outcome:
+    """Train; when this returns, nothing of the run holds the process group any more."""
+    resumed = None if resume is None else RunFolder(Path(resume), subject.resume_command)
+    if resumed is not None:
+        note = resumed.data()
+        recipe, path = resumed.recipe(), Path(note["path"] if data is None else data).absolute()
+    else:
+        note, recipe, path = {}, recipe or Recipe(), Path(str(data)).absolute()
+    accelerator = _accelerator(recipe, device)
+    manifest = Manifest.from_json(note["manifest"]) if note else None
+    rank, world = accelerator.process_index, accelerator.num_processes
+    prepared = prepare(recipe, path, rank, world, manifest, subject)
+    if resumed is not None and note["digest"] != prepared.digest:
+        raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
+    run = _assemble(prepared, resumed or _new_folder(output, prepared, path, accelerator), accelerator, stop)
+    _take_up(run, prepared, path, new=resumed is None, quiet=quiet)
+    try:
+        return _train(run, prepared, path)
+    finally:
+        run.watch.close()
 
 
 def _check_call(
@@ -327,6 +342,7 @@ def _process_group() -> Iterator[None]:
         yield
     finally:
         if torch.distributed.is_initialized() and not before:
+            gc.collect()  # a group that is still held keeps its threads, which can abort the process as Python ends
             torch.distributed.destroy_process_group()
 
 
