@@ -84,6 +84,16 @@ def test_only_layers_with_weights_are_int8_and_tokens_come_out_right_in_every_en
         assert np.linalg.norm(found - expected) < 0.3 * np.linalg.norm(expected - expected.mean(0)), name
 
 
+def test_a_file_for_openvino_has_no_zero_points_to_subtract(pictures, tmp_path):
+    report = quantize("", pictures, tmp_path / "own", engine="openvino", pictures=8, holdout=8, max_drop=100)
+    proto = onnx.load(str(report.path))
+    values = {each.name: onnx.numpy_helper.to_array(each) for each in proto.graph.initializer}
+    zeros = [values[node.input[2]] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    assert len(zeros) > 40
+    assert all(zero.dtype == np.int8 and not zero.any() for zero in zeros)
+    assert all(each.agreement > 70 for each in report.accuracy)
+
+
 def test_the_report_says_what_was_measured(made, pictures):
     report, output = made
     assert (report.calibrated_on, report.held_out, report.labelled) == (12, 12, True)

@@ -1,9 +1,13 @@
 """An exported file in int8: QuantizeLinear and DequantizeLinear nodes around its operators, which every engine knows.
 
 Weights are symmetric int8 with a scale for each output channel, activations uint8 with one scale each, from the
-smallest and largest values seen in calibration. Only layers with weights are int8: residual sums, pooling, GELU and the
-attention's products in int8 cost more in conversions than they saved, in both engines. What matrix products give stays
-in float as well, which is as fast and rounds once less.
+smallest and largest values seen in calibration. In a file for OpenVINO alone activations are symmetric int8 as well,
+because of uint8 it subtracts the zero point wherever a float operator follows; that is a little faster, a little
+rougher, and slow in ONNX Runtime, whose kernels are made for uint8.
+
+Only layers with weights are int8: residual sums, pooling, GELU and the attention's products in int8 cost more in
+conversions than they saved, in both engines. What matrix products give stays in float as well, which is as fast and
+rounds once less.
 
 ONNX Runtime's quantiser does the work: its files run in int8 in ONNX Runtime and in OpenVINO alike. NNCF's were as fast
 in OpenVINO, but ONNX Runtime could not fuse them. OpenVINO 2026.4 leaves out a LayerNorm's eps where an int8 layer
@@ -40,12 +44,16 @@ class Quantiser:
         path: The float file.
         batch: Calibration pictures, (N, C, H, W), preprocessed.
         progress: Told how many pictures are done, and how many there are.
+        signed: Activations in symmetric int8 instead of uint8, for OpenVINO.
 
     Raises:
         MissingExtraError: If onnx is not installed.
     """
 
-    def __init__(self, path: Path, batch: npt.NDArray[np.float32], progress: Progress | None = None) -> None:
+    def __init__(
+        self, path: Path, batch: npt.NDArray[np.float32], progress: Progress | None = None, *, signed: bool = False
+    ) -> None:
+        self._signed = signed
         self._proto = load_float(path)
         self._ranges = _calibrate(self._proto, batch, progress)
         weights = {each.name for each in self._proto.graph.initializer}
@@ -74,14 +82,14 @@ class Quantiser:
                 per_channel=True,
                 reduce_range=False,
                 weight_qType=QuantType.QInt8,
-                activation_qType=QuantType.QUInt8,
+                activation_qType=QuantType.QInt8 if self._signed else QuantType.QUInt8,
                 tensors_range=self._ranges,
                 nodes_to_quantize=[only] if only else [],
                 nodes_to_exclude=[*keep, *self._products],
                 op_types_to_quantize=list(WEIGHTED),
                 extra_options={
                     "WeightSymmetric": True,
-                    "ActivationSymmetric": False,
+                    "ActivationSymmetric": self._signed,
                     "OpTypesToExcludeOutputQuantization": ["MatMul"],
                 },
             )
