@@ -73,6 +73,13 @@ def test_two_workers_say_what_one_process_says(folder, tmp_path, format_):
     check(rows(output, format_), folder)
 
 
+def predict_with(worker, folder, output):
+    """Predict with two workers of a kind; return the summary and the rows."""
+    model = embedded_file()
+    summary = predict_on_cluster(str(folder), str(output), model, OPTIONS, workers=2, part_size=8, worker=worker)
+    return summary, rows(output)
+
+
 class DiesOnce(Worker):
     """Is killed in the middle of its work, once: when it meets a certain picture for the first time."""
 
@@ -85,13 +92,10 @@ class DiesOnce(Worker):
 
 
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(folder, tmp_path):
-    output = tmp_path / "labels"
-    summary = predict_on_cluster(
-        str(folder), str(output), embedded_file(), OPTIONS, workers=2, part_size=8, worker=DiesOnce
-    )
+    summary, found = predict_with(DiesOnce, folder, tmp_path / "labels")
     assert (folder.parent / "killed").exists()
     assert summary.pictures == 121
-    check(rows(output), folder)
+    check(found, folder)
 
 
 class DiesOver(Worker):
@@ -104,12 +108,8 @@ class DiesOver(Worker):
 
 
 def test_a_picture_that_kills_every_worker_is_given_up(folder, tmp_path):
-    output = tmp_path / "labels"
-    summary = predict_on_cluster(
-        str(folder), str(output), embedded_file(), OPTIONS, workers=2, part_size=8, worker=DiesOver
-    )
+    summary, found = predict_with(DiesOver, folder, tmp_path / "labels")
     assert (summary.pictures, summary.skipped) == (121, 2)
-    found = rows(output)
     (given_up,) = (row for row in found if row["path"].endswith("green/020.png"))
     assert "2 workers died over it" in given_up["error"]
     (folder / "green" / "020.png").rename(folder.parent / "moved")

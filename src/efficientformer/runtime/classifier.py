@@ -120,6 +120,7 @@ class EngineClassifier:
 
         Each core takes a picture from file to label, so decoding and inference overlap. A CPU's engines run pictures
         one by one, which keeps their maps in the caches (compare: efficientformer benchmark --threads 1 --batch 1,16).
+        The first few are drawn before this returns: so few open no second engine.
 
         Args:
             pictures: As for one picture, or what ``runtime.inputs.gather`` found.

@@ -29,9 +29,8 @@ MAX_COMPILED = 2  # batch sizes kept compiled at a time: one picture, and full b
 class OpenVinoEngine:
     """Runs an .onnx file on the CPU with OpenVINO.
 
-    The network is compiled for each batch size that comes, at most two at a time: fixed shapes run
-    faster than free ones, and compiling is quick. A batch smaller than one that is
-    compiled is filled up.
+    The network is compiled for each batch size that comes, at most two at a time: fixed shapes run faster than free
+    ones, and compiling is quick. A batch smaller than one that is compiled is filled up.
 
     Args:
         path: The file.
