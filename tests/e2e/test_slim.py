@@ -18,6 +18,7 @@ from efficientformer.latency.table import Cost, LatencyTable
 from efficientformer.slimming import device, judge, judging, run
 from efficientformer.slimming.device import Measured
 from efficientformer.spec.arch import ArchSpec
+from efficientformer.spec.count import count
 from efficientformer.spec.errors import TrainingError
 from efficientformer.spec.variants import v1_spec
 from efficientformer.training import loop
@@ -230,6 +231,7 @@ def test_a_second_target_comes_from_the_same_search(place, finished, cli):
         (("--target-latency", "soon"), "Illegal latency"),
         ((), "No target"),
         (("--target-latency", "0.6", "--engine", "openvino"), "of another engine"),
+        (("--target-latency", "0.6", "--set", "search.max_params=9"), "at most 9 parameters"),
         (("--target-latency", "0.6", "--set", "search.depth=3"), "Unknown field 'depth'"),
         (("--target-latency", "0.6", "--set", "teacher=supernet"), "cannot teach itself"),
         (("--target-latency", "0.6", "--model", "none.json"), "Cannot read the spec"),
@@ -261,6 +263,37 @@ def test_folders_are_not_mixed_up(place, finished, cli, tmp_path):
     assert "no slimming run" in cli("slim", "--resume", tmp_path)[2]
     assert "keeps its plan" in cli("slim", "--resume", finished[0], "--epochs", 3)[2]
     assert "Nothing to train on" in cli("slim", "--target-latency", "1")[2]
+
+
+JOINT = ("search.objective=mes", "search.min_depth=1", "search.max_params=25000")
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_size_and_latency_are_searched_together(place, tmp_path, monkeypatch):
+    """The elastic supernet, and a death in the middle of its search."""
+    line = command(place, "--target-latency", "0.7ms", *(word for each in JOINT for word in ("--set", each)), "--quiet")
+    in_process([*line, "--output", tmp_path / "whole"])
+    spec = load_checkpoint(tmp_path / "whole" / "slimmed-0.7ms.safetensors").spec
+    assert count(spec).params <= 25_000
+    assert LatencyTable.load(place / "phone.json").predict(spec).ms <= 0.7
+    assert all(stage.blocks for stage in spec.stages)
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "mobile efficiency score" in page
+    assert "What the supernet learned" not in page
+    original, calls = judge.PoolJudge.accuracy, []
+
+    def deadly(self, candidate):
+        calls.append(1)
+        if len(calls) == 9:
+            raise Killed
+        return original(self, candidate)
+
+    monkeypatch.setattr(judge.PoolJudge, "accuracy", deadly)
+    with pytest.raises(Killed):
+        in_process([*line, "--output", tmp_path / "run"])
+    in_process(["slim", "--resume", tmp_path / "run", "--quiet"])
+    found, expected = (load_file(tmp_path / each / "slimmed-0.7ms.safetensors") for each in ("run", "whole"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.mark.usefixtures("no_training_report")

@@ -61,8 +61,8 @@ def drawn(space: Space, rng: random.Random) -> Candidate:
     for stage, row in enumerate(candidate.kinds):
         candidate = candidate.with_width(stage, rng.choice(space.widths(stage)))
         share = rng.random()
-        for position in range(len(row)):
-            if rng.random() < share:
+        for position in rng.sample(range(len(row)), len(row)):
+            if rng.random() < share and position in space.removable(candidate, stage):
                 candidate = candidate.with_kind(stage, position, IDENTITY)
         attending = candidate.positions(stage, attention=True)
         for position in attending[: rng.randint(0, len(attending))]:

@@ -40,7 +40,8 @@ _RULES: tuple[tuple[str, str, str], ...] = (
 _BLOCK = re.compile(r"stages\.(\d)\.blocks\.(\d+)\.(?:candidates\.(\w+)\.)?")
 _STAGE = re.compile(r"stages\.(\d)\.")
 
-Order = Callable[[Tensor], Tensor]  # scores of channels (C,) to their indices (C,), the most important first
+# The channels of an axis (weights, its name, C) as indices (C,), those that stay longest first.
+Order = Callable[[Mapping[str, Tensor], str, int], Tensor]
 Cut = dict[str, Tensor]  # axis (``stream.2``, ``hidden.2.0.mb4d``, ``half``) to the indices that stay, in order
 
 
@@ -88,29 +89,34 @@ def plan_cut(state: Mapping[str, Tensor], old: ArchSpec, new: ArchSpec, order: O
         state: The weights of ``old``, of a network or a supernet.
         old: What they are of.
         new: The same blocks at smaller widths or expansions.
-        order: Which channels matter most.
+        order: Which channels stay longest.
 
     Returns:
         Only the axes that shrink; indices in increasing order, so that nothing is reordered.
     """
     sizes = _sizes(state, old, new)
     return {
-        axis: order(channel_scores(state, axis, size)).narrow(0, 0, wanted).sort().values
+        axis: order(state, axis, size).narrow(0, 0, wanted).sort().values
         for axis, (size, wanted) in sizes.items()
         if wanted < size
     }
 
 
-def by_importance(scores: Tensor) -> Tensor:
-    """Return the indices of the scores (C,), largest first; the earlier one of equals."""
-    return scores.sort(descending=True, stable=True).indices
+def by_importance(state: Mapping[str, Tensor], axis: str, size: int) -> Tensor:
+    """Return the channels (C,) of an axis by their scores, largest first; the earlier one of equals."""
+    return channel_scores(state, axis, size).sort(descending=True, stable=True).indices
+
+
+def by_position(state: Mapping[str, Tensor], axis: str, size: int) -> Tensor:
+    """Return the channels (C,) of an axis as they are: narrow networks that share weights use the first ones."""
+    return torch.arange(size)
 
 
 def by_chance(seed: int) -> Order:
-    """Return an order that knows nothing of the scores: what slimming without channel importance would keep."""
+    """Return an order that knows nothing of the weights: what slimming without channel importance would keep."""
 
-    def order(scores: Tensor) -> Tensor:
-        return torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
+    def order(state: Mapping[str, Tensor], axis: str, size: int) -> Tensor:
+        return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
     return order
 

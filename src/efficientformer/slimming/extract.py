@@ -36,8 +36,8 @@ class Pool:
     start: ArchSpec
 
     @classmethod
-    def of(cls, supernet: Supernet) -> Pool:
-        """Return the weights of a supernet, each candidate's layer scales times its share of the mixture."""
+    def of(cls, supernet: Supernet, *, mixed: bool = True) -> Pool:
+        """Return the weights of a supernet, if it is a mixture each candidate's layer scales times its share of it."""
         shares = supernet.probabilities()
         state = {}
         for name, tensor in supernet.state_dict().items():
@@ -45,17 +45,17 @@ class Pool:
             if parts[-1] == "alpha":
                 continue
             kept = tensor.detach().cpu().clone()
-            if parts[-1] == "gamma":
+            if mixed and parts[-1] == "gamma":
                 kept *= shares[int(parts[1])][int(parts[3])][parts[5]]
             state[name] = kept
         return cls(supernet.spec, state, supernet.spec)
 
     def slimmed(self, candidate: Candidate, order: Order = by_importance) -> Pool:
-        """Return the pool at the widths and expansions of a candidate, with the channels that matter most.
+        """Return the pool at the widths and expansions of a candidate, with the channels that come first in an order.
 
         Args:
             candidate: A network of the same space, nowhere wider than this pool.
-            order: Scores of channels (C,) to their indices (C,), the most important first.
+            order: Which channels stay.
 
         Raises:
             SpecError: If the candidate is of another start network, or wider.

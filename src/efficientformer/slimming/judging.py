@@ -13,12 +13,12 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from efficientformer.slimming.channels import by_chance, by_importance
+from efficientformer.slimming.channels import Order, by_chance, by_importance, by_position
 from efficientformer.slimming.extract import Pool
 from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.judge import Pictures, PoolJudge, Recovery
 from efficientformer.slimming.plan import Plan
-from efficientformer.slimming.search import Device, PathFile, Search, Step
+from efficientformer.slimming.search import EVERY, Device, PathFile, Search, Step
 from efficientformer.slimming.space import Space
 from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.slimming.supernet import Supernet, load_supernet
@@ -95,11 +95,13 @@ class Bench:
         """Return the run's search, which goes on from what its folder holds."""
         options, seed = self.plan.options, self.plan.supernet.seed
         importances = Importances.of(self.supernet.probabilities())
+        breadth = EVERY if options.joint else options.breadth
         if options.importances == "shuffled":
             importances = importances.shuffled(seed)
         (self.folder / "search").mkdir(exist_ok=True)
         file = PathFile(self.folder / "search" / "path.json", self.space, self._identity())
-        return Search(self.space, importances, device, self._judge(), file, options.breadth, progress)
+        return Search(self.space, importances, device, self._judge(), file, breadth, progress, options.goal,
+                      options.max_params)  # fmt: skip
 
     def save(self, steps: list[Step], number: int, path: Path) -> None:
         """Write the network of a step with the weights it inherits, as an ordinary checkpoint."""
@@ -125,8 +127,11 @@ class Bench:
         dtype = names.get(mixed_precision(recipe, "auto"))
         task = build_task(recipe, self.manifest, self.prepared.source, device, dtype)
         recovery = Recovery(options.recover_steps, options.recover_lr, recipe, task, self.prepared.loader)
-        order = by_importance if options.importances == "learned" else by_chance(recipe.seed)
-        pool = Pool.of(self.supernet)
+        if options.joint:
+            order: Order = by_position
+        else:
+            order = by_importance if options.importances == "learned" else by_chance(recipe.seed)
+        pool = Pool.of(self.supernet, mixed=not options.joint)
         judge = PoolJudge(pool, self.held_out, self.calibration, recovery, device, dtype, order)
         self._judges.append(judge)
         return judge

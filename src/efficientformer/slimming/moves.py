@@ -51,10 +51,16 @@ class Action:
         elif self.kind == "expansion":
             if _can_lower(space, candidate, stage):
                 return candidate.with_expansions(stage, _lowered(space, candidate, stage))
-        elif position in candidate.positions(stage, attention=self.kind == "type"):
+        elif position in self._blocks(space, candidate):
             kind = IDENTITY if self.kind == "depth" else WITHOUT_ATTENTION[candidate.kinds[stage][position]]
             return candidate.with_kind(stage, position, kind)
         raise SpecError(f"Nothing to cut: {self.describe(candidate)}", hint="The path belongs to another start network")
+
+    def _blocks(self, space: Space, candidate: Candidate) -> tuple[int, ...]:
+        """Return the positions a ``depth`` or ``type`` cut may be made at."""
+        if self.kind == "depth":
+            return space.removable(candidate, self.stage)
+        return candidate.positions(self.stage, attention=True)
 
     def describe(self, before: Candidate) -> str:
         """Say the cut in words, for a candidate it is applied to."""
@@ -93,7 +99,7 @@ def propose(space: Space, candidate: Candidate, importances: Importances, breadt
     def of_stage(action: Action) -> float:
         return importances.stage(candidate, action.stage)
 
-    depth = [Action("depth", stage, position) for stage in stages for position in candidate.positions(stage)]
+    depth = [Action("depth", stage, position) for stage in stages for position in space.removable(candidate, stage)]
     kinds = [
         Action("type", stage, found[0]) for stage in stages if (found := candidate.positions(stage, attention=True))
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientformer.runtime.engines import ENGINES, PRECISIONS
+from efficientformer.slimming.objective import Efficiency, Latency, Objective
 from efficientformer.slimming.space import Space
 from efficientformer.spec.arch import ArchSpec, AttentionSpec, load_json
 from efficientformer.spec.errors import SpecError, UsageError, nearest
@@ -36,23 +37,34 @@ class Options:
         width_step: Channels a width cut takes away (16 in the paper).
         min_width: No stage becomes narrower.
         min_expansion: No MLP expansion becomes smaller (V2).
+        min_depth: Blocks that every stage keeps.
         breadth: Cuts of each kind that are scored for a step, the least important first; 1 as in the paper.
         recover_steps: Training steps after every cut, before the next is scored; 0 as in the paper.
         recover_lr: Their learning rate over the peak of the supernet's recipe.
         held_out: Training pictures set aside to score cuts with, at most a fifth of them all.
         calibration: Training pictures that BatchNorm statistics are estimated on before each score.
         importances: ``learned``, or ``shuffled`` to see what they are worth.
+        objective: ``latency`` (V1 paper: a supernet of MetaPaths, milliseconds), or ``mes`` (V2 paper: an elastic
+            supernet, every cut scored, the mobile efficiency score).
+        size_weight: How much size counts in the mobile efficiency score (0.5 in the paper).
+        latency_weight: How much latency counts in it (1 in the paper).
+        max_params: Parameters the networks may have, beside their latency; 0 for no limit.
     """
 
     width_step: int = 16
     min_width: int = 16
     min_expansion: float = 1.0
+    min_depth: int = 0
     breadth: int = 2
     recover_steps: int = 20
     recover_lr: float = 0.1
     held_out: int = 2000
     calibration: int = 512
     importances: str = "learned"
+    objective: str = "latency"
+    size_weight: float = 0.5
+    latency_weight: float = 1.0
+    max_params: int = 0
 
     def __post_init__(self) -> None:
         limits = {"breadth": 256, "held_out": 1_000_000, "calibration": 1_000_000}
@@ -61,10 +73,26 @@ class Options:
         check_int("recover_steps", self.recover_steps, 0, 100_000)
         check_number("recover_lr", self.recover_lr, 0, 10)
         check_choice("importances", self.importances, ("learned", "shuffled"))
+        check_choice("objective", self.objective, ("latency", "mes"))
+        for name in ("size_weight", "latency_weight"):
+            check_number(name, getattr(self, name), 0, 100)
+        check_int("max_params", self.max_params, 0, 10**12)
+        if self.joint and self.importances != "learned":
+            raise SpecError("An elastic supernet learns no importances to shuffle", hint="Leave search.importances out")
 
     def space(self, start: ArchSpec) -> Space:
         """Return the space below a start network."""
-        return Space(start, self.width_step, self.min_width, self.min_expansion)
+        return Space(start, self.width_step, self.min_width, self.min_expansion, self.min_depth)
+
+    @property
+    def joint(self) -> bool:
+        """Whether size and latency are searched together, in an elastic supernet."""
+        return self.objective == "mes"
+
+    @property
+    def goal(self) -> Objective:
+        """What cuts are made for."""
+        return Efficiency(self.size_weight, self.latency_weight) if self.joint else Latency()
 
 
 @dataclass(frozen=True)

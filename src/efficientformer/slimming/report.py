@@ -91,14 +91,16 @@ def write_report(
                 "Stars: after their final training, on the validation pictures.")  # fmt: skip
     _add_networks(page, networks, comparisons)
     page.heading("How it was slimmed")
-    page.text("Every step takes the cut that loses the least accuracy per millisecond saved.")
+    gained = "point that the mobile efficiency score rises" if plan.options.joint else "millisecond saved"
+    page.text(f"Every step takes the cut that loses the least accuracy per {gained}.")
     page.table(_COLUMNS, [tuple(row[name] for name in _COLUMNS) for row in _some(rows)])
     if len(rows) > SHOWN:
         page.text(f"Every one of the {len(rows)} steps is in path.csv, with its architecture in path.json.")
-    page.heading("What the supernet learned")
-    page.text("Importance of every block: how much more its MetaPath leans on the block than on doing nothing. Blocks "
-              "that the smallest target's network has lost are pale.")  # fmt: skip
-    page.figure(draw_importances(_importances(folder), networks[-1].step))
+    if not plan.options.joint:
+        page.heading("What the supernet learned")
+        page.text("Importance of every block: how much more its MetaPath leans on the block than on doing nothing. "
+                  "Blocks that the smallest target's network has lost are pale.")  # fmt: skip
+        page.figure(draw_importances(_importances(folder), networks[-1].step))
     _add_use(page, networks, table)
     page.write(folder / "report.html")
 
@@ -209,7 +211,8 @@ def _summary(page: Page, steps: Sequence[Step], networks: Sequence[Finished]) ->
             ("predicted", f"{best.step.predicted_ms:.3f} ms"),
             ("measured", "not on this machine" if best.measured_ms is None else f"{best.measured_ms:.3f} ms"),
             ("of the start network's latency", f"{best.latency_ms / steps[0].predicted_ms:.0%}"),
-            ("of its parameters", f"{after.params / before.params:.0%}"),
+            ("parameters", f"{after.params / 1e6:.2f} M"),
+            ("of the start network's", f"{after.params / before.params:.0%}"),
         ]
     )
 

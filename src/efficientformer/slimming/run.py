@@ -147,7 +147,7 @@ class _SlimRun:
         return f"efficientformer slim --resume {shlex.quote(str(self.folder))}"
 
     def _subject(self) -> SupernetSubject:
-        return SupernetSubject(self.plan.options.held_out, self._command)
+        return SupernetSubject(self.plan.options, self.plan.supernet.seed, self._command)
 
     def _train_supernet(self) -> bool:
         """Train the supernet if it is not trained; return whether it is."""
@@ -180,7 +180,7 @@ class _SlimRun:
         low, _ = reachable(self.space, self.table)
         last = ""
         while bound >= low:
-            step = first_within(search.run(bound), bound)
+            step = first_within(search.run(bound), bound, self.plan.options.max_params)
             assert step is not None
             found = self._measure([step])[0]
             if found is None or found.quiet_ms <= target:
@@ -270,7 +270,7 @@ def _begun(plan: Plan, folder: Path, table: Path | None, *, quiet: bool) -> _Sli
             plan.save(folder)  # a run that is killed while it measures can be resumed; a given table is quickly kept
         latencies = device.open_table(plan, space, folder, table, quiet=quiet)
         plan.save(folder)
-        check_targets(space, latencies, plan.targets)
+        check_targets(space, latencies, plan.targets, plan.options.max_params)
     except EfficientFormerError:
         (folder / PLAN).unlink(missing_ok=True)  # not a run: the folder can be used again, and its table too
         raise
@@ -284,7 +284,7 @@ def _resumed(folder: Path, targets: Iterable[float], data: str | Path | None, *,
     wanted = plan.with_targets(targets)
     space = wanted.options.space(start_network(wanted))
     table = device.open_table(wanted, space, folder, None, quiet=quiet)
-    check_targets(space, table, wanted.targets)
+    check_targets(space, table, wanted.targets, wanted.options.max_params)
     wanted.save(folder)
     return _SlimRun(folder, wanted, space, table, quiet)
 

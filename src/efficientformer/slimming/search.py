@@ -15,11 +15,15 @@ from typing import Any, Protocol
 
 from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.moves import Action, propose
+from efficientformer.slimming.objective import Cost, Latency, Objective
 from efficientformer.slimming.space import Candidate, Space
 from efficientformer.spec.arch import ArchSpec, load_json
+from efficientformer.spec.count import count
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.fields import as_list, check_int, check_keys, check_number
 from efficientformer.weights.files import atomic_write
+
+EVERY = 1000  # as a breadth: all cuts there are
 
 
 class Prediction(Protocol):
@@ -62,6 +66,7 @@ class Considered:
         action: The cut.
         what: The same in words.
         saved_ms: Predicted latency it saves.
+        gain: What it gains by the search's objective.
         top1: Accuracy after it, in percent.
         lost: Points of accuracy it loses against the network before it.
     """
@@ -69,6 +74,7 @@ class Considered:
     action: Action
     what: str
     saved_ms: float
+    gain: float
     top1: float
     lost: float
 
@@ -169,6 +175,8 @@ class Search:
         file: Where the path is kept.
         breadth: Cuts of each kind that are scored for a step; 1 as in the paper.
         progress: Told every new step.
+        objective: What cuts are made for.
+        max_params: Parameters the networks may have; 0 for no limit.
         steps: The path so far.
     """
 
@@ -179,14 +187,16 @@ class Search:
     file: PathFile
     breadth: int = 1
     progress: Callable[[Step], None] | None = None
+    objective: Objective = field(default_factory=Latency)
+    max_params: int = 0
     steps: list[Step] = field(default_factory=list)
 
     def check(self, targets: Sequence[float]) -> None:
         """Raise UsageError, naming the reachable range, if a target cannot be met."""
-        check_targets(self.space, self.device, targets)
+        check_targets(self.space, self.device, targets, self.max_params)
 
     def run(self, target_ms: float) -> list[Step]:
-        """Slim until the predicted latency is at most the target.
+        """Slim until the predicted latency is at most the target, and the parameters are within their limit.
 
         Returns:
             The whole path from the start network; it may have gone further already.
@@ -201,7 +211,7 @@ class Search:
                 self.judge.follow(step.candidate)
         if not self.steps:
             self._add(self._step(0, "start", self.space.largest, self.judge.take(self.space.largest)))
-        while self.steps[-1].predicted_ms > target_ms:
+        while not within(self.steps[-1], target_ms, self.max_params):
             self._add(self._next(self.steps[-1], target_ms))
         return list(self.steps)
 
@@ -227,20 +237,26 @@ class Search:
         return self._step(step.number + 1, scored[0].what, candidate, top1, tuple(scored))
 
     def _possible(self, step: Step) -> list[Action]:
-        """Return the cuts to score; if none that is proposed saves time, any cut there is."""
-        for breadth in (self.breadth, 1000):
+        """Return the cuts to score; if none that is proposed gains anything, any cut there is."""
+        for breadth in (self.breadth, EVERY):
             actions = propose(self.space, step.candidate, self.importances, breadth)
-            if any(self._saved(step, action) > 0 for action in actions):
-                return [action for action in actions if self._saved(step, action) > 0]
+            if any(self._gain(step, action) > 0 for action in actions):
+                return [action for action in actions if self._gain(step, action) > 0]
         return actions
 
-    def _saved(self, step: Step, action: Action) -> float:
-        return step.predicted_ms - self.device.predict(action.apply(self.space, step.candidate).spec).ms
+    def _after(self, step: Step, action: Action) -> Cost:
+        """Return what the network costs after a cut."""
+        spec = action.apply(self.space, step.candidate).spec
+        return Cost(self.device.predict(spec).ms, count(spec).params)
+
+    def _gain(self, step: Step, action: Action) -> float:
+        return self.objective.gain(cost(step), self._after(step, action))
 
     def _score(self, step: Step, action: Action) -> Considered:
         top1 = self.judge.accuracy(action.apply(self.space, step.candidate))
-        what = action.describe(step.candidate)
-        return Considered(action, what, round(self._saved(step, action), 7), top1, round(step.top1 - top1, 6))
+        saved = round(step.predicted_ms - self._after(step, action).ms, 7)
+        gain, lost = round(self._gain(step, action), 7), round(step.top1 - top1, 6)
+        return Considered(action, action.describe(step.candidate), saved, gain, top1, lost)
 
     def _step(
         self, number: int, what: str, candidate: Candidate, top1: float, considered: tuple[Considered, ...] = ()
@@ -250,14 +266,29 @@ class Search:
 
 
 def _cost(cut: Considered) -> tuple[float, float]:
-    """Rank a cut: accuracy lost per millisecond saved; of those that lose nothing, the one that saves most."""
-    if cut.saved_ms <= 0:
-        return float("inf"), -cut.saved_ms
-    return max(0.0, cut.lost) / cut.saved_ms, -cut.saved_ms
+    """Rank a cut: accuracy lost per gain; of those that lose nothing, the one that gains most."""
+    if cut.gain <= 0:
+        return float("inf"), -cut.gain
+    return max(0.0, cut.lost) / cut.gain, -cut.gain
 
 
-def check_targets(space: Space, device: Device, targets: Sequence[float]) -> None:
+def cost(step: Step) -> Cost:
+    """Return what a step's network costs."""
+    return Cost(step.predicted_ms, count(step.candidate.spec).params)
+
+
+def within(step: Step, target_ms: float, max_params: int = 0) -> bool:
+    """Return whether a network meets a latency, and a limit of its parameters unless that is 0."""
+    return step.predicted_ms <= target_ms and not 0 < max_params < cost(step).params
+
+
+def check_targets(space: Space, device: Device, targets: Sequence[float], max_params: int = 0) -> None:
     """Raise UsageError, naming the reachable range, if one of the targets (ms) cannot be met by slimming."""
+    smallest = count(space.smallest.spec).params
+    if 0 < max_params < smallest:
+        raise UsageError(f"No network of the space has at most {max_params:,} parameters",
+                         expected=f"at least {smallest:,} (all that can be cut is gone)",
+                         hint="Raise search.max_params, or choose a smaller start network")  # fmt: skip
     low, high = reachable(space, device)
     for target in targets:
         if low <= target < high:
@@ -276,6 +307,6 @@ def reachable(space: Space, device: Device) -> tuple[float, float]:
     return device.predict(space.smallest.spec).ms, device.predict(space.largest.spec).ms
 
 
-def first_within(steps: Sequence[Step], target_ms: float) -> Step | None:
-    """Return the first network of a path whose predicted latency is at most the target, or None."""
-    return next((step for step in steps if step.predicted_ms <= target_ms), None)
+def first_within(steps: Sequence[Step], target_ms: float, max_params: int = 0) -> Step | None:
+    """Return the first network of a path that meets a latency and a limit of its parameters, or None."""
+    return next((step for step in steps if within(step, target_ms, max_params)), None)

@@ -105,6 +105,7 @@ class Space:
         width_step: Channels that a cut takes away, down to the next multiple of it (16 in the paper).
         min_width: No stage becomes narrower, unless the start network's is.
         min_expansion: No MLP expansion becomes smaller; expansions are cut in V2 only, as the papers vary them there.
+        min_depth: Blocks every stage keeps, as far as the start network has as many.
 
     Raises:
         SpecError: If a bound is illegal.
@@ -114,8 +115,10 @@ class Space:
     width_step: int = 16
     min_width: int = 16
     min_expansion: float = 1.0
+    min_depth: int = 0
 
     def __post_init__(self) -> None:
+        check_int("min_depth", self.min_depth, 0, 256)
         check_int("width_step", self.width_step, 1, 4096)
         check_int("min_width", self.min_width, 2, 8192)
         check_number("min_expansion", self.min_expansion, 0.125, 16)
@@ -130,15 +133,26 @@ class Space:
 
     @property
     def smallest(self) -> Candidate:
-        """What is left when nothing more can be cut: stem, embeddings and heads, as narrow as allowed."""
+        """What is left when nothing more can be cut, as narrow as allowed: stem, embeddings, heads, the last blocks."""
         largest = self.largest
-        kinds = tuple(tuple(IDENTITY for _ in row) for row in largest.kinds)
+        kinds = tuple(
+            tuple(
+                IDENTITY if position < len(row) - self.min_depth else WITHOUT_ATTENTION.get(kind, kind)
+                for position, kind in enumerate(row)
+            )
+            for row in largest.kinds
+        )
         widths = tuple(self.widths(stage)[-1] for stage in range(len(largest.widths)))
         expansions = tuple(
             tuple(self.expansions(stage, position)[-1] for position in range(len(row)))
             for stage, row in enumerate(largest.expansions)
         )
         return Candidate(self.start, kinds, widths, expansions)
+
+    def removable(self, candidate: Candidate, stage: int) -> tuple[int, ...]:
+        """Return the positions of a stage whose block a cut may remove."""
+        kept = candidate.positions(stage)
+        return kept if len(kept) > self.min_depth else ()
 
     def options(self, stage: int, position: int) -> tuple[str, ...]:
         """Return the kinds a MetaPath chooses from, the start network's own first, identity last."""
@@ -185,6 +199,9 @@ class Space:
             if candidate.widths[stage] not in self.widths(stage):
                 raise SpecError(f"Width of stage {stage + 1} outside the space", expected=f"{self.widths(stage)}",
                                 found=f"{candidate.widths[stage]}")  # fmt: skip
+            if len(candidate.positions(stage)) < min(self.min_depth, len(row)):
+                raise SpecError(f"Stage {stage + 1} has too few blocks", expected=f"at least {self.min_depth}",
+                                found=f"{len(candidate.positions(stage))}")  # fmt: skip
             for position, kind in enumerate(row):
                 legal = self.options(stage, position)
                 if kind not in legal or candidate.expansions[stage][position] not in self.expansions(stage, position):

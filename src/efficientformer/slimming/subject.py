@@ -1,4 +1,4 @@
-"""The supernet as what a training run trains: pictures held out for the search, MetaPaths, falling temperature."""
+"""The supernet as what a training run trains: pictures held out for the search; a mixture, or an elastic network."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from efficientformer.data.source import Subset
 from efficientformer.data.sources import Splits, open_splits, split_indices
 from efficientformer.models.network import EfficientFormer
+from efficientformer.slimming.elastic import Sandwich, choose_blocks
+from efficientformer.slimming.plan import Options
 from efficientformer.slimming.supernet import Annealed, Supernet, load_supernet, save_supernet
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import DataError
@@ -27,18 +29,21 @@ class SupernetSubject:
     """A supernet around the recipe's network.
 
     Attributes:
-        held_out: Training pictures set aside for the search: the supernet never learns from them, and is measured on
-            them, so that neither sees the pictures that the final networks are measured on.
+        options: How the search goes about it. Its ``held_out`` training pictures are set aside: the supernet never
+            learns from them, and is measured on them, so that neither sees the pictures that the final networks are
+            measured on.
+        seed: Decides which networks of an elastic supernet each step trains.
         resume_command: The command that goes on with the run.
     """
 
-    held_out: int
+    options: Options
+    seed: int = 0
     resume_command: str = ""
 
     def splits(self, recipe: Recipe, path: Path) -> Splits:
         """Divide the data set's training pictures into those to learn from and those held out for the search."""
         whole = open_splits(path, val_fraction=recipe.val_fraction, seed=recipe.seed).train
-        share = min(MOST_HELD_OUT, self.held_out / max(1, len(whole)))
+        share = min(MOST_HELD_OUT, self.options.held_out / max(1, len(whole)))
         learn, held = split_indices(whole, share, recipe.seed)
         if not len(held):
             raise DataError("Too few pictures to hold any out for the search", found=f"{len(whole)}")
@@ -56,16 +61,23 @@ class SupernetSubject:
             head_dropout=recipe.head_dropout,
             layer_scale_init=recipe.layer_scale_init,
         )
+        if self.options.joint:
+            choose_blocks(supernet)
         provenance = {**manifest.provenance, "model": f"supernet of {manifest.provenance['model']}"}
         return supernet, dataclasses.replace(manifest, provenance=provenance)
 
     def rebuild(self, recipe: Recipe, spec: ArchSpec) -> EfficientFormer:
         """Return a supernet without weights."""
-        return Supernet(spec, drop_path_rate=recipe.drop_path, head_dropout=recipe.head_dropout)
+        supernet = Supernet(spec, drop_path_rate=recipe.drop_path, head_dropout=recipe.head_dropout)
+        if self.options.joint:
+            choose_blocks(supernet)
+        return supernet
 
     def task(self, model: EfficientFormer, task: Task, steps: int) -> Task:
-        """Return the recipe's task with the temperature's schedule."""
+        """Return the recipe's task with the temperature's schedule, or by the sandwich rule."""
         assert isinstance(model, Supernet)
+        if self.options.joint:
+            return Sandwich(task, model, self.options.space(model.spec), self.seed)
         return Annealed(task, model, steps)
 
     def save(self, path: Path, model: EfficientFormer, manifest: Manifest) -> None:
