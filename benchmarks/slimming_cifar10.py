@@ -3,12 +3,11 @@
     python benchmarks/slimming_cifar10.py --data cifar10 --epochs 20 --final-epochs 40 --output runs/slimming
 
 The budget is the measured latency of MobileNetV2 x1.4 (timm's, stem stride 1) on the engine; further budgets are shares
-of it. Compared with the slimmed network: MobileNetV2 x1.4 and x1.0, the start network scaled
-uniformly, a V1 network and the package's own made by hand, random legal networks, and the same search with importances
-and channels shuffled. Networks without a search are trained from scratch; the
-slimmed one both from scratch and from the weights it inherits. Top-1 is of the best epoch, measured on the test
-pictures; latencies are measured together, in turns. Writes figures and a plot into benchmarks/results, and the
-comparisons into the slimming run's report.
+of it. Compared with the slimmed network: the start network scaled uniformly, random legal networks, the same search
+with importances and channels shuffled, and networks made by hand: MobileNetV2 x1.4 and x1.0, one of V1 blocks, and the
+package's own. Networks without a search are trained from scratch; the slimmed one both from scratch and from the
+weights it inherits. Top-1 is of the best epoch, measured on the test pictures; latencies are measured together, in
+turns. Writes figures and a plot into benchmarks/results, and the comparisons into the slimming run's report.
 """
 
 from __future__ import annotations
@@ -49,6 +48,7 @@ from efficientformer.training.setup import PlainNetwork
 PEER = "mobilenetv2_140"
 PEERS = (PEER, "mobilenetv2_100")
 BY_HAND = "V1 by hand"
+HAND_MADE = (*PEERS, BY_HAND, EMBEDDED)
 BUDGET_RUNS = 5
 PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "efficientformer")
 
@@ -100,8 +100,15 @@ def manifest_for(spec: ArchSpec) -> Manifest:
     return Manifest(spec, preprocess)
 
 
-def by_hand(start: ArchSpec) -> ArchSpec:
-    """Return a V1 network that takes about as long as the peer: half the depth of the default start network."""
+def hand_made(name: str, start: ArchSpec) -> ArchSpec:
+    """Return a network by its name: for a peer the start network, whose input it takes.
+
+    The one of V1 blocks takes about as long as the peer: it has half the depth of a start network of that family.
+    """
+    if name in PEERS:
+        return start
+    if name == EMBEDDED:
+        return dataclasses.replace(resolve(EMBEDDED).card.spec, num_classes=start.num_classes)
     spec = v1_spec(
         (48, 96, 192, 320), (2, 2, 3, 2), (1, 2), input_size=start.input_size, num_classes=start.num_classes,
         distilled=False, stem_stride=2,
@@ -162,13 +169,20 @@ def slimmed(plan: Plan, folder: Path, like: Path | None = None) -> SlimOutcome:
     """Slim in a folder, or go on there; with the supernet and latency table of another run, if one is given."""
     if not (folder / "slim.json").exists():
         if like is None:
-            return slim(plan, folder, quiet=False)
+            return finished(slim(plan, folder, quiet=False))
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("table.json", "importances.json"):
             shutil.copy(like / name, folder / name)
         shutil.copytree(like / "supernet", folder / "supernet", dirs_exist_ok=True)
         plan.save(folder)
-    return slim(resume=folder, quiet=False)
+    return finished(slim(resume=folder, quiet=False))
+
+
+def finished(outcome: SlimOutcome) -> SlimOutcome:
+    """Return a finished run, or leave."""
+    if not outcome.finished:
+        raise SystemExit("interrupted: run the same command again")
+    return outcome
 
 
 def draw(rows: dict[str, dict[str, Any]], path: Path, engine: str) -> None:
@@ -199,6 +213,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.8, 0.6], help="budgets over the peer's")
+    parser.add_argument("--hand-made", nargs="*", default=HAND_MADE, choices=HAND_MADE)
     parser.add_argument("--random", type=int, default=5, help="random networks")
     parser.add_argument("--seeds", type=int, default=1, help="final trainings of every network from scratch")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
@@ -253,10 +268,8 @@ def main() -> None:
     others = {
         "slimmed, from scratch": learned.networks[0].step.candidate.spec,
         "uniformly scaled": scaled_to(space, table, target).spec,
+        **{name: hand_made(name, start) for name in options.hand_made},
         **{f"random {number + 1}": candidate.spec for number, candidate in enumerate(random)},
-        BY_HAND: by_hand(start),
-        EMBEDDED: dataclasses.replace(resolve(EMBEDDED).card.spec, num_classes=start.num_classes),
-        **dict.fromkeys(PEERS, start),
     }
     rows = {
         **{f"slimmed to {each.target_ms:g} ms": each for each in learned.networks},
@@ -267,7 +280,8 @@ def main() -> None:
     ours = [name for name in rows if name not in PEERS]
     found = latencies([ArchSpec.from_dict(rows[name]["spec"]) for name in ours], plan)
     for name, ms in zip((*PEERS, *ours), found, strict=True):
-        rows[name]["latency_ms"] = ms
+        if name in rows:
+            rows[name]["latency_ms"] = ms
     comparisons = [
         {"name": name, "latency_ms": row["latency_ms"], "top1": statistics.mean(row["top1"])}
         for name, row in rows.items()
