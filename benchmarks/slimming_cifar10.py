@@ -33,7 +33,6 @@ from efficientformer import ArchSpec, Recipe, train
 from efficientformer.latency.graph import write_network
 from efficientformer.latency.measure import time_engines
 from efficientformer.latency.table import LatencyTable
-from efficientformer.reporting.page import new_figure, png
 from efficientformer.runtime.engines import open_engine
 from efficientformer.slimming.baselines import drawn_at, scaled_to
 from efficientformer.slimming.device import open_table
@@ -185,22 +184,6 @@ def finished(outcome: SlimOutcome) -> SlimOutcome:
     return outcome
 
 
-def draw(rows: dict[str, dict[str, Any]], path: Path, engine: str) -> None:
-    """Draw top-1 over latency."""
-    figure = new_figure(7.5, 4.6)
-    axes = figure.subplots()
-    for name, row in rows.items():
-        marker = "*" if name.startswith("slimmed") else "s" if name in PEERS else "o"
-        mean = statistics.mean(row["top1"])
-        axes.plot([row["latency_ms"]], [mean], marker, markersize=11 if marker == "*" else 6)
-        axes.annotate(name, (row["latency_ms"], mean), textcoords="offset points", xytext=(6, 3), fontsize=7)
-    axes.margins(0.2)
-    axes.set_xlabel(f"latency of one picture, {engine} (ms)")
-    axes.set_ylabel("top-1 on CIFAR-10's test pictures (%)")
-    axes.grid(alpha=0.3)
-    path.write_bytes(png(figure))
-
-
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -278,12 +261,14 @@ def main() -> None:
     rows = {name: {"top1": [each.top1], "spec": each.step.candidate.spec.to_dict()} for name, each in rows.items()}
     rows |= train_others(options, plan, others)
     ours = [name for name in rows if name not in PEERS]
-    found = latencies([ArchSpec.from_dict(rows[name]["spec"]) for name in ours], plan)
+    *found, start_ms = latencies([*(ArchSpec.from_dict(rows[name]["spec"]) for name in ours), start], plan)
     for name, ms in zip((*PEERS, *ours), found, strict=True):
         if name in rows:
             rows[name]["latency_ms"] = ms
+    path_ms = json.loads((learned.folder / "path.json").read_text())[0]["measured_ms"]
+    now = start_ms / path_ms  # the machine's speed against that at which the path in the report was measured
     comparisons = [
-        {"name": name, "latency_ms": row["latency_ms"], "top1": statistics.mean(row["top1"])}
+        {"name": name, "latency_ms": row["latency_ms"] / now, "top1": statistics.mean(row["top1"])}
         for name, row in rows.items()
         if not name.startswith("slimmed to")
     ]
@@ -291,9 +276,9 @@ def main() -> None:
     slim(resume=learned.folder)  # draws them into its report
     engine = {"engine": table.engine, "precision": table.precision, "threads": table.threads}
     figures = {"recipe": plan.final.to_dict(), "options": dataclasses.asdict(plan.options), "engine": engine,
-               "supernet_epochs": options.epochs, "networks": rows}  # fmt: skip
+               "supernet_epochs": options.epochs, "start_ms": start_ms, "networks": rows}  # fmt: skip
     path = save("slimming_cifar10", figures, PACKAGES)
-    draw(rows, path.with_suffix(".png"), f"{table.engine} {table.precision}")
+    shutil.copy(learned.folder / "accuracy_latency.png", path.with_suffix(".png"))
     print(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COMPARISONS = "comparisons.json"  # other networks on the same data, engine and recipe, put there by who trained them
+_MARKERS = "soD^vPX"
 SHOWN = 12  # steps of a longer path that the page's table shows
 
 
@@ -55,8 +57,8 @@ class Finished:
 
     @property
     def latency_ms(self) -> float:
-        """The best figure there is for its latency."""
-        return self.step.predicted_ms if self.measured_ms is None else self.measured_ms
+        """The best figure there is for its latency, at the speed the machine had when the table was made."""
+        return self.step.predicted_ms if self.quiet_ms is None else self.quiet_ms
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,11 @@ def write_report(
     measured: Sequence[float | None],
     networks: Sequence[Finished],
 ) -> None:
-    """Write ``path.csv``, ``path.json``, ``accuracy_latency.png`` and ``report.html`` into a run folder."""
+    """Write ``path.csv``, ``path.json``, ``accuracy_latency.png`` and ``report.html`` into a run folder.
+
+    All latencies are at the speed the machine had when the table was made; ``measured`` holds one for each step, or
+    None where the table is of another machine.
+    """
     rows = path_rows(steps, measured)
     _write(folder / "path.csv", _csv(rows).encode())
     described = [{**row, "spec": step.candidate.spec.to_dict()} for row, step in zip(rows, steps, strict=True)]
@@ -158,25 +164,27 @@ def draw_path(
     engine: str,
 ) -> Figure:
     """Draw top-1 over latency: the path, the trained networks, and others to compare them with."""
-    figure = new_figure(8.0, 4.6)
+    figure = new_figure(10.0, 4.6)
     axes = figure.subplots()
     xs = [step.predicted_ms if ms is None else ms for step, ms in zip(steps, measured, strict=True)]
     axes.plot(xs, [step.top1 for step in steps], ".-", color="#8aa", label="path, inherited weights (held out)")
     for each in networks:
         axes.axvline(each.target_ms, color="#2a6fdb", alpha=0.25, linestyle=":")
-        axes.annotate(f"{each.top1:.2f} %", (each.latency_ms, each.top1), textcoords="offset points", xytext=(6, 5))
+        place = (each.latency_ms, each.top1)
+        axes.annotate(f"{each.top1:.2f} %", place, textcoords="offset points", xytext=(-6, 6), ha="right", fontsize=8)
     if networks:
         points = [(each.latency_ms, each.top1) for each in networks]
         axes.plot(*zip(*points, strict=True), "*", color="#2a6fdb", markersize=13, label="slimmed, trained")
-    for other in comparisons:
-        axes.plot([other.latency_ms], [other.top1], "s", color="#d2691e")
-        place = (other.latency_ms, other.top1)
-        axes.annotate(other.name, place, textcoords="offset points", xytext=(6, -10), fontsize=8)
-    axes.margins(x=0.12)  # room for the names
+    for index, (name, group) in enumerate(_grouped(comparisons).items()):
+        places = [(other.latency_ms, other.top1) for other in group]
+        label = name if len(group) == 1 else f"{name} ({len(group)})"
+        marker, colour = _MARKERS[index % len(_MARKERS)], f"C{(index + 1) % 10}"
+        axes.plot(*zip(*places, strict=True), marker, color=colour, label=label)
+    axes.margins(x=0.12)
     axes.set_xlabel(f"latency of one picture, {engine} (ms)")
     axes.set_ylabel("top-1 (%)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)  # beside the points, not over them
     return figure
 
 
@@ -201,6 +209,14 @@ def draw_importances(paths: Sequence[Sequence[float]], step: Step) -> Figure:
     return figure
 
 
+def _grouped(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    """Put networks together whose names differ in a number at the end: "random 1", "random 2"."""
+    groups: dict[str, list[Comparison]] = {}
+    for each in comparisons:
+        groups.setdefault(re.sub(r" \d+$", "", each.name), []).append(each)
+    return groups
+
+
 def _summary(page: Page, steps: Sequence[Step], networks: Sequence[Finished]) -> None:
     best = networks[0]
     before, after = count(steps[0].candidate.spec), count(best.step.candidate.spec)
@@ -209,7 +225,7 @@ def _summary(page: Page, steps: Sequence[Step], networks: Sequence[Finished]) ->
             ("top-1", f"{best.top1:.2f} %"),
             ("budget", f"{best.target_ms:g} ms"),
             ("predicted", f"{best.step.predicted_ms:.3f} ms"),
-            ("measured", "not on this machine" if best.measured_ms is None else f"{best.measured_ms:.3f} ms"),
+            ("measured", "not on this machine" if best.quiet_ms is None else f"{best.quiet_ms:.3f} ms"),
             ("of the start network's latency", f"{best.latency_ms / steps[0].predicted_ms:.0%}"),
             ("parameters", f"{after.params / 1e6:.2f} M"),
             ("of the start network's", f"{after.params / before.params:.0%}"),
@@ -220,7 +236,7 @@ def _summary(page: Page, steps: Sequence[Step], networks: Sequence[Finished]) ->
 def _add_networks(page: Page, networks: Sequence[Finished], comparisons: Sequence[Comparison]) -> None:
     rows = []
     for each in networks:
-        spec, measured = each.step.candidate.spec, each.measured_ms
+        spec, measured = each.step.candidate.spec, each.quiet_ms
         predicted = f"{each.step.predicted_ms:.3f} ± {each.step.error_ms:.3f}"
         held = {None: "", True: "yes", False: "no"}[each.holds]
         rows.append((f"{each.target_ms:g}", predicted, "" if measured is None else f"{measured:.3f}", held,
@@ -230,7 +246,7 @@ def _add_networks(page: Page, networks: Sequence[Finished], comparisons: Sequenc
     page.table(columns, rows)
     if any(each.quiet_ms != each.measured_ms for each in networks):
         page.text("The machine was busy when a latency was measured: the start network, measured in turns with it, "
-                  "took longer than its table says. Whether a budget holds is judged with that taken off.")  # fmt: skip
+                  "took longer than its table says. That is taken off here.")  # fmt: skip
     if comparisons:
         page.text("Other networks on the same pictures:")
         values = [(other.name, f"{other.latency_ms:.3f}", f"{other.top1:.2f}") for other in comparisons]

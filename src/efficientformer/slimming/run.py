@@ -128,7 +128,7 @@ class _SlimRun:
             if network is None:
                 return SlimOutcome(self.folder, False, tuple(networks))
             networks.append(network)
-        measured = [None if each is None else each.ms for each in self._measure(steps)]
+        measured = [None if each is None else each.quiet_ms for each in self._measure(steps)]
         write_report(self.folder, self.plan, self.table, steps, measured, networks)
         return SlimOutcome(self.folder, True, tuple(networks))
 

@@ -1,0 +1,40 @@
+"""What a slimming run's report draws, and what it reads for it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from efficientformer.slimming.report import Comparison, Finished, draw_path, read_comparisons
+from efficientformer.slimming.search import Step
+from efficientformer.spec.errors import SpecError
+from tests.unit.test_slimming_search import SPACE
+
+STEP = Step(0, "start", SPACE.largest, 1.0, 0.1, 90.0)
+
+
+def drawn(comparisons):
+    network = Finished(0.9, STEP, Path("x"), 91.0, measured_ms=1.6, quiet_ms=0.8)
+    figure = draw_path([STEP], [1.0], [network], comparisons, "engine")
+    return {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
+
+
+def test_networks_named_by_numbers_are_drawn_as_one_kind():
+    others = [Comparison("random 1", 1.0, 80.0), Comparison("by hand", 2.0, 85.0), Comparison("random 2", 1.5, 82.0)]
+    lines = drawn(others)
+    assert lines["random (2)"] == [[1.0, 80.0], [1.5, 82.0]]
+    assert lines["by hand"] == [[2.0, 85.0]]
+
+
+def test_a_busy_machine_is_taken_off_what_is_drawn():
+    assert drawn([])["slimmed, trained"] == [[0.8, 91.0]]
+
+
+@pytest.mark.parametrize(
+    "entries", [[{"name": "x"}], [{"name": "x", "latency_ms": "fast", "top1": 1}], ["x"], {"name": "x"}]
+)
+def test_comparisons_that_are_none_are_refused(tmp_path, entries):
+    path = tmp_path / "comparisons.json"
+    path.write_text(json.dumps(entries))
+    with pytest.raises(SpecError):
+        read_comparisons(path)
