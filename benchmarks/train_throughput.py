@@ -5,7 +5,8 @@
 Two figures each: the step alone (one batch kept in memory) and from files (decode, RandAugment, normalise, step).
 timm's side is its library in the order of its train.py: create_model, create_loader, create_optimizer_v2, ModelEmaV3,
 autocast, loss.backward, step, loss.item(). (The script itself is not part of timm's package.) Ours is the trainer's own
-loop. Both run eagerly, and compiled with --compile. The pipeline alone (no step) is measured last.
+loop. Both run eagerly, and compiled with --compile. The pipeline alone (no step) is measured last. Each has a process
+of its own: how a process manages its memory is a part of its speed.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import shutil
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import save, spread
+from common import save, spread, start
 from timm.data import create_dataset, create_loader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import create_model
@@ -28,6 +31,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils.model_ema import ModelEmaV3
 
 from efficientformer import Recipe
+from efficientformer.benchmarking.subject import Runs, Subject, serve
 from efficientformer.training.run import _accelerator, _assemble
 from efficientformer.training.setup import prepare
 from efficientformer.training.state import RunFolder
@@ -35,14 +39,13 @@ from efficientformer.training.state import RunFolder
 # without -inc1 and -mstd, whose largest magnitudes make timm's own posterize fail with Pillow 13
 RANDAUGMENT, SMOOTHING, EMA, LR, DECAY = "rand-m7", 0.1, 0.9999, 1e-3, 0.05
 WORKERS = 2
+JOBS = ("step", "fed_step", "pipeline")
 
 
 class Ours:
     """The trainer's own loop, step by step."""
 
-    name = "efficientformer"
-
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         recipe = Recipe(
             model=options.model, pretrained=False, epochs=100_000, batch_size=options.batch, lr=LR, layer_decay=1.0,
             weight_decay=DECAY, label_smoothing=SMOOTHING, randaugment=RANDAUGMENT, crop="rrc", crop_scale=(0.08, 1.0),
@@ -50,7 +53,7 @@ class Ours:
             workers=WORKERS,
         )  # fmt: skip
         prepared = prepare(recipe, options.data, 0, 1)
-        self._run = _assemble(prepared, RunFolder(folder), _accelerator(recipe, "auto"), lambda: False)
+        self._run = _assemble(prepared, RunFolder(options.scratch), _accelerator(recipe, "auto"), lambda: False)
         self._batches = self._run.loader.batches(0, 10**9)
         self._kept = next(self._batches)
 
@@ -70,15 +73,9 @@ class Ours:
         """The next batch from files."""
         next(self._batches)
 
-    def close(self) -> None:
-        """Stop the loader."""
-        self._batches.close()
-
 
 class Timm:
     """timm's pieces, as its train.py puts them together."""
-
-    name = "timm"
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,8 +118,20 @@ class Timm:
         """The next batch from files."""
         next(self._batches)
 
-    def close(self) -> None:
-        """Nothing to stop."""
+
+SUBJECTS: dict[str, Callable[[argparse.Namespace], Ours | Timm]] = {"timm": Timm, "efficientformer": Ours}
+
+
+def prepared(name: str, options: argparse.Namespace) -> tuple[dict[str, Any], Runs]:
+    """Return what a subject can run: each call waits for its work."""
+    subject = SUBJECTS[name](options)
+
+    def run(job: str) -> None:
+        getattr(subject, job)()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return {}, {job: partial(run, job) for job in JOBS}
 
 
 def class_folders(photos: Path) -> Path:
@@ -138,27 +147,18 @@ def class_folders(photos: Path) -> Path:
     return root
 
 
-def measure(subjects: list[Any], job: str, options: argparse.Namespace) -> dict[str, list[float]]:
+def measure(subjects: Mapping[str, Subject], job: str, options: argparse.Namespace) -> dict[str, list[float]]:
     """Return images per second of each subject, round by round, in turns."""
-    found: dict[str, list[float]] = {subject.name: [] for subject in subjects}
-    for subject in subjects:  # warm up, and compile
-        getattr(subject, job)()
-        getattr(subject, job)()
+    found: dict[str, list[float]] = {name: [] for name in subjects}
+    count = options.steps * (8 if job == "pipeline" else 1)  # more than are waiting in any queue
     for _ in range(options.rounds):
-        for subject in subjects:
-            call: Callable[[], None] = getattr(subject, job)
-            start = time.perf_counter()
-            count = options.steps * (8 if job == "pipeline" else 1)  # more than are waiting in any queue
-            for _ in range(count):
-                call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            found[subject.name].append(options.batch * count / (time.perf_counter() - start))
+        for name, subject in subjects.items():
+            found[name].append(options.batch * count / sum(subject.turn(job, count)))
     return found
 
 
-def main() -> None:
-    """Measure, print, save."""
+def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="class folders, or photos named CLASS_....jpg")
     parser.add_argument("--model", default="efficientformer_l1")
@@ -167,21 +167,35 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
-    options = parser.parse_args()
-    options.data = class_folders(options.data)
-    with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(options, Path(folder))
-        options.data = options.data / "train" if (options.data / "train").is_dir() else options.data
-        subjects = [Timm(options), ours]
+    parser.add_argument("--serve", choices=SUBJECTS, help=argparse.SUPPRESS)  # a subject's own process
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print, save."""
+    options = parse()
+    if options.serve:
+        serve(partial(prepared, options.serve, options), warmup=2)
+        return
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        data = class_folders(options.data)
+        train = data / "train" if (data / "train").is_dir() else data
+        commands = {
+            name: (sys.executable, *sys.argv, "--scratch", scratch, "--serve", name, "--data", str(folder))
+            for name, folder in (("timm", train), ("efficientformer", data))
+        }
+        subjects, skipped = start(commands, stack)
+        if skipped:
+            raise SystemExit(1)
         figures: dict[str, object] = {}
-        for job in ("step", "fed_step", "pipeline"):
+        for job in JOBS:
             found = measure(subjects, job, options)
             ratios = [b / a for a, b in zip(found["timm"], found["efficientformer"], strict=True)]
             figures[job] = {**{name: spread(values) for name, values in found.items()}, "ratio": spread(ratios)}
             medians = ", ".join(f"{name} {spread(values)['median']:.1f}" for name, values in found.items())
             print(f"{job}: {medians} images/s; ratio {spread(ratios)['median']:.2f}", flush=True)
-        for subject in subjects:
-            subject.close()
     kind = f"{options.model}_b{options.batch}_{options.precision}{'_compiled' if options.compile else ''}"
     print(save(f"train-throughput_{kind}", figures, ("torch", "timm", "accelerate", "pillow", "efficientformer")))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from efficientformer.models.layers import StridedDepthwise
+from efficientformer.models.layers import LayerScale, StridedDepthwise
 from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.errors import InputSizeError, UsageError
 from efficientformer.spec.variants import VARIANTS, v1_spec, v2_spec
@@ -213,3 +213,16 @@ def test_strided_depthwise_convolutions_are_single_precision_inside_bf16_trainin
         if isinstance(m, nn.Conv2d) and m.groups > 1
     ]
     assert {type(m) for m in strided if m.stride == (2, 2)} == {StridedDepthwise}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "float32")]
+)
+def test_layer_scales_keep_bf16_maps_in_bf16(given, expected):
+    scale = LayerScale(3, 0.1, on_map=True)
+    found = scale(torch.ones(2, 3, 4, 4, dtype=getattr(torch, given)))
+    assert found.dtype == getattr(torch, expected)
+    found.float().sum().backward()
+    assert scale.gamma.grad is not None
+    assert scale.gamma.grad.dtype == torch.float32
+    assert scale.gamma.grad.tolist() == [32.0] * 3

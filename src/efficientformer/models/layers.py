@@ -59,8 +59,13 @@ class LayerScale(nn.Module):
         self.on_map = on_map
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale (B, C, h, w) if ``on_map``, else (B, N, C)."""
-        return x * (self.gamma[:, None, None] if self.on_map else self.gamma)
+        """Scale (B, C, h, w) if ``on_map``, else (B, N, C); a bf16 branch stays one, and so does what it is added to.
+
+        Factors in single precision would make both single, at three times the cost. Not so for fp16, whose smallest
+        numbers are too close to the 1e-5 that factors begin with.
+        """
+        gamma = self.gamma.to(x.dtype) if x.dtype == torch.bfloat16 else self.gamma
+        return x * (gamma[:, None, None] if self.on_map else gamma)
 
 
 class DropPath(nn.Module):

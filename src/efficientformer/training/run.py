@@ -27,6 +27,7 @@ from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.errors import EfficientFormerError, EngineError, TrainingError, UsageError, missing_extra
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
+from efficientformer.training.allocator import keep_freed_memory
 from efficientformer.training.loop import Run, Shell
 from efficientformer.training.norms import synchronise_norms
 from efficientformer.training.optim import BATCH_NORM, build_optimizer, freeze
@@ -311,6 +312,8 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = device == "cpu" or (world > 1 and not torch.cuda.is_available())  # else each would train on its own
     accelerator = Accelerator(mixed_precision=mixed_precision(recipe, device), cpu=on_cpu)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.num_processes != world:
         raise UsageError(
             "The processes do not find each other",
