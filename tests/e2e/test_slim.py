@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,16 +14,20 @@ import torch
 from safetensors.torch import load_file
 
 from efficientformer.cli.app import app
+from efficientformer.data.sources import open_splits
 from efficientformer.latency.design import TableSpace, all_parts
 from efficientformer.latency.table import Cost, LatencyTable
 from efficientformer.slimming import device, judge, judging, run
 from efficientformer.slimming.device import Measured
+from efficientformer.slimming.plan import Options
+from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import TrainingError
 from efficientformer.spec.variants import v1_spec
 from efficientformer.training import loop
 from efficientformer.training import run as training
+from efficientformer.training.recipe import Recipe
 from efficientformer.weights.checkpoint import load_checkpoint
 from tests.pictures import write_folders
 
@@ -145,6 +150,16 @@ def test_the_search_never_sees_the_pictures_it_is_measured_on(finished):
     assert (final["train"], final["val"]) == (48, 12)
 
 
+def test_a_seed_of_its_own_for_the_final_training_opens_no_leak(place):
+    recipe, final = Recipe(seed=0), Recipe(seed=5)
+    subject = SupernetSubject(Options(held_out=9), seed=0, split_seed=final.seed)
+    seen = subject.splits(recipe, place / "data")
+    judged = open_splits(place / "data", val_fraction=final.val_fraction, seed=final.seed).val
+    names = {source.name(index) for source in (seen.train, seen.val) for index in range(len(source))}
+    assert len(names) == 48
+    assert names.isdisjoint(judged.name(index) for index in range(len(judged)))
+
+
 class Killed(BaseException):
     """Ends a run where it stands, as a kill does: nothing catches it."""
 
@@ -197,6 +212,43 @@ def test_a_killed_process_ends_with_the_same_network(place, finished, tmp_path):
     assert_same(folder, finished[0])
 
 
+@pytest.mark.usefixtures("no_training_report")
+def test_sigterm_in_the_search_says_how_to_go_on(place, tmp_path):
+    folder = tmp_path / "run"
+    line = command(place, "--target-latency", f"{BUDGET}ms", "--output", folder, "--quiet")
+    code = "from efficientformer.cli.app import main; main()"
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.Popen([sys.executable, "-c", code, *map(str, line)], stderr=subprocess.PIPE, env=alone)
+    while not (folder / "search" / "path.json").exists():
+        assert ended.poll() is None, ended.stderr.read().decode()
+        time.sleep(0.005)
+    ended.send_signal(signal.SIGTERM)
+    said = ended.communicate()[1].decode()
+    assert ended.returncode == 130, said
+    assert f"slim --resume {folder}" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("search/measured.json", '{"0": {"ms": 1}}'),
+        ("search/measured.json", '{"0": {"ms": "long", "quiet_ms": 1}}'),
+        (f"targets/{BUDGET:g}ms/choice.json", '{"step": 999, "predicted_ms": 1}'),
+        (f"targets/{BUDGET:g}ms/choice.json", "[]"),
+        (f"targets/{BUDGET:g}ms/result.json", '{"top1": null, "measured_ms": null, "quiet_ms": null}'),
+        ("search/path.json", "{}"),
+    ],
+)
+def test_damaged_files_of_a_run_are_refused(place, finished, tmp_path, cli, file, text):
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy, ignore=shutil.ignore_patterns("tensorboard"))
+    (copy / file).write_text(text)
+    code, _, err = cli("slim", "--resume", copy)
+    assert code == 2, err
+    assert file.rsplit("/", 1)[1] in err
+
+
 def assert_same(folder, other):
     expected, found = weights(other), weights(folder)
     assert expected.keys() == found.keys()
@@ -231,6 +283,7 @@ def test_a_second_target_comes_from_the_same_search(place, finished, cli):
         (("--target-latency", "soon"), "Illegal latency"),
         ((), "No target"),
         (("--target-latency", "0.6", "--engine", "openvino"), "of another engine"),
+        (("--target-latency", "0.6", "--threads", "2"), "another number of threads"),
         (("--target-latency", "0.6", "--set", "search.max_params=9"), "at most 9 parameters"),
         (("--target-latency", "0.6", "--set", "search.depth=3"), "Unknown field 'depth'"),
         (("--target-latency", "0.6", "--set", "teacher=supernet"), "cannot teach itself"),
@@ -314,6 +367,13 @@ def test_a_network_that_takes_longer_than_predicted_is_cut_further(place, monkey
     monkeypatch.setattr(device, "measured", lambda _, specs, start: [Measured(9.0, 9.0) for _ in specs])
     with pytest.raises(TrainingError, match="measured within"):
         run.slim(*planned(place, tmp_path / "other"), table=place / "phone.json")
+    monkeypatch.setattr(device, "measured", slower)  # the machine is no longer busy
+    assert run.slim(resume=tmp_path / "other").networks[0].step == network.step
+    monkeypatch.setattr(device, "measured", lambda _, specs, start: [Measured(9.0, 9.0) for _ in specs])
+    with pytest.raises(TrainingError, match="measured within") as missed:
+        run.slim(resume=tmp_path / "other", targets=[0.4])
+    assert "--target-latency 0.4ms" in missed.value.hint
+    assert [each.target_ms for each in run.slim(resume=tmp_path / "other").networks] == [BUDGET]
 
 
 def planned(place, folder):

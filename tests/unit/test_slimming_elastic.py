@@ -19,6 +19,7 @@ from efficientformer.slimming.objective import Cost, Efficiency, Latency
 from efficientformer.slimming.plan import Options
 from efficientformer.slimming.search import PathFile, Search, first_within
 from efficientformer.slimming.space import Space
+from efficientformer.slimming.supernet import Supernet
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.training.task import Loss
@@ -86,6 +87,23 @@ def test_a_step_trains_the_largest_the_smallest_and_others():
     alone = Recorder()
     largest = alone(Sliced(elastic(V2).train(), space.largest), batch_of(V2, step=5))
     assert torch.equal(loss.correct, largest.correct)
+
+
+def test_only_the_largest_network_moves_the_statistics():
+    """Also those of layers that a narrower network does not cut."""
+    space, x, states = Space(V2), pictures(V2, count=6), []
+    for others in ((), (space.smallest, space.largest.with_width(3, space.widths(3)[1]))):
+        supernet = elastic(V2).train()
+        for candidate in (space.largest, *others):
+            Sliced(supernet, candidate).train()(x)
+        states.append(dict(supernet.named_buffers()))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_slices_drop_what_the_recipe_drops():
+    supernet = Supernet(V2, drop_path_rate=0.3, head_dropout=0.5)
+    network = Sliced(supernet, Space(V2).largest).network
+    assert [m.p for m in network.modules() if isinstance(m, nn.Dropout)] == [0.5]
 
 
 def test_the_loss_is_the_mean_of_the_networks():

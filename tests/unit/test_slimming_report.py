@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from efficientformer.slimming.report import Comparison, Finished, draw_path, read_comparisons
+from efficientformer.reporting.page import png
+from efficientformer.slimming.report import Comparison, Finished, _importances, draw_path, read_comparisons
 from efficientformer.slimming.search import Step
 from efficientformer.spec.errors import SpecError
 from tests.unit.test_slimming_search import SPACE
@@ -24,6 +25,20 @@ def test_networks_named_by_numbers_are_drawn_as_one_kind():
     lines = drawn(others)
     assert lines["random (2)"] == [[1.0, 80.0], [1.5, 82.0]]
     assert lines["by hand"] == [[2.0, 85.0]]
+
+
+def test_names_are_no_formulas(tmp_path):
+    path = tmp_path / "comparisons.json"
+    path.write_text('[{"name": "a $b_{ \\udc80 $", "latency_ms": 1, "top1": 1}]')
+    figure = draw_path([STEP], [1.0], [], read_comparisons(path), "engine")
+    assert png(figure)
+
+
+@pytest.mark.parametrize("text", ['{"paths": 3}', '{"paths": [["much"]]}', "[]", "{}"])
+def test_damaged_importances_are_refused(tmp_path, text):
+    (tmp_path / "importances.json").write_text(text)
+    with pytest.raises(SpecError, match=r"importances\.json"):
+        _importances(tmp_path)
 
 
 def test_a_busy_machine_is_taken_off_what_is_drawn():

@@ -1,14 +1,17 @@
 """Gradual slimming on made-up accuracies and latencies whose best path is known."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 
 from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.plan import Options, Plan, apply_settings, milliseconds, small_start
-from efficientformer.slimming.search import PathFile, Search, first_within, reachable, step_from_dict
+from efficientformer.slimming.search import PathFile, Search, check_targets, first_within, reachable, step_from_dict
 from efficientformer.slimming.space import IDENTITY, Space
-from efficientformer.slimming.start import with_start
+from efficientformer.slimming.start import make_plan, with_start
+from efficientformer.spec.count import count
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.training.recipe import Recipe
 from tests.unit.test_slimming_space import V1, Macs
@@ -143,8 +146,12 @@ def test_several_targets_lie_on_one_path(tmp_path):
 def test_an_unreachable_target_is_refused_with_the_range(tmp_path, target):
     judge = Ledger(WORTH)
     low, high = reachable(SPACE, Blocks())
-    with pytest.raises(UsageError, match=rf"from {low:.3f} ms .* below {high:.3f} ms"):
+    with pytest.raises(UsageError, match="cannot be reached") as refused:
         search(tmp_path / "path.json", judge).run(target)
+    first, last = (float(number) for number in re.findall(r"(\d+\.\d{4}) ms", refused.value.expected))
+    assert low <= first < low + 2e-4, "what is named can be asked for"
+    assert high - 2e-4 < last <= high
+    check_targets(SPACE, Blocks(), [first])
     assert judge.scored == 0
     assert not (tmp_path / "path.json").exists()
 
@@ -208,12 +215,61 @@ def test_settings_reach_the_part_they_name():
 
 
 @pytest.mark.parametrize(
-    "setting", ["finale.lr=1", "search.breadths=1", "search.breadth=0", "search.importances=none", "search.breadth",
-                "search.width_step=0", "learning=1"],
+    "setting", ["finale.lr=1", "final.model=efficientformer_l1", "final.input_size=64", "search.size_weight=1",
+                "search.recover_lr=1" + 400 * "0", "search.breadths=1", "search.breadth=0",
+                "search.importances=none", "search.breadth", "search.width_step=0", "lr=1" + 400 * "0", "learning=1"],
 )  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(setting):
     with pytest.raises(SpecError):
         apply_settings(Recipe(), Recipe(), Options(), [setting])
+
+
+def test_an_objective_takes_its_own_options_only():
+    apply_settings(Recipe(), Recipe(), Options(), ["search.objective=mes", "search.size_weight=1"])
+    for wrong in ("search.breadth=3", "search.latency_weight=0"):
+        settings = ["search.objective=mes", "search.size_weight=0", wrong]
+        with pytest.raises(SpecError):
+            apply_settings(Recipe(), Recipe(), Options(), settings)
+
+
+def test_what_the_search_finds_is_no_matter_of_the_final_recipe():
+    supernet, final, _ = apply_settings(Recipe(), Recipe(), Options(), ["input_size=64"])
+    assert (supernet.input_size, final.input_size) == (64, 0)
+
+
+@pytest.mark.parametrize(
+    ("supernet", "final", "options"),
+    [
+        ({"val_fraction": 0.3}, {}, {}),
+        ({"norm": "frozen"}, {}, {"objective": "mes"}),
+        ({"grad_checkpointing": True}, {}, {"objective": "mes"}),
+    ],
+)
+def test_a_plan_that_would_not_do_what_it_says_is_refused(supernet, final, options):
+    def plan(options):
+        return Plan("data", (1.0,), Recipe(**supernet), Recipe(**final), options=Options(**options))
+
+    with pytest.raises(SpecError):
+        plan(options)
+    if options:
+        plan({})
+
+
+def test_epochs_of_the_supernet_leave_a_recipes_final_training_alone(tmp_path):
+    (tmp_path / "spec.json").write_text(V1.to_json())
+    recipe = Recipe(epochs=30, refine_epochs=5, spec=small_start().to_dict(), pretrained=False)
+    plan = make_plan("data", [1.0], model=str(tmp_path / "spec.json"), recipe=recipe, epochs=2)
+    assert (plan.supernet.epochs, plan.supernet.refine_epochs, plan.supernet.arch) == (2, 2, V1)
+    assert (plan.final.epochs, plan.final.refine_epochs, plan.final.spec) == (30, 5, None)
+    assert make_plan("data", [1.0], model="efficientformer_l1", recipe=recipe).supernet.spec is None
+
+
+def test_a_start_that_is_quick_enough_may_be_too_large(tmp_path):
+    largest = count(SPACE.largest.spec).params
+    steps = dataclasses.replace(search(tmp_path / "path.json", Ledger(WORTH)), max_params=largest - 1).run(99.0)
+    assert len(steps) > 1
+    with pytest.raises(UsageError, match="cannot be reached"):
+        check_targets(SPACE, Blocks(), [99.0], largest)
 
 
 def test_a_plan_comes_back_from_its_folder(tmp_path):

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from efficientformer.latency.parts import parts_of
 from efficientformer.slimming.baselines import drawn, drawn_at, scaled, scaled_to
 from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.moves import Action, propose
@@ -116,6 +117,8 @@ def test_any_order_of_cuts_is_legal_all_the_way_down(start, seed):
     "change",
     [
         {"widths": [32, 48, 64, 90]},
+        {"widths": [32, 48, 64]},
+        {"widths": [32, 48, 64, [96]]},
         {"kinds": [["mb4d", "mb4d"], ["mb4d"], ["mb4d", "mb3d", "mb4d"], ["mb3d", "mb3d"]]},
         {"kinds": [["mb4d"], ["mb4d"], ["mb4d", "mb3d", "mb3d"], ["mb3d", "mb3d"]]},
         {"kinds": [["mb4d", "mb3d"], ["mb4d"], ["mb4d", "mb3d", "mb3d"], ["mb3d", "mb3d"]]},
@@ -159,6 +162,21 @@ def test_uniform_scaling_keeps_proportions_and_fits():
     assert 0.6 * target < Macs().predict(found.spec).ms <= target
     with pytest.raises(UsageError, match="No uniformly scaled network"):
         scaled_to(space, Macs(), 0.11)
+
+
+@pytest.mark.parametrize("start", [V1, V2, NONE])
+def test_a_few_networks_have_every_part_of_the_space(start):
+    space, rng = Space(start), random.Random(0)
+    parts = {part for spec in space.covering() for part in parts_of(spec)}
+    found = {part for _ in range(300) for part in parts_of(drawn(space, rng).spec)}
+    assert found <= parts
+    assert len(found) > 0.8 * len(parts), "and hardly any other"
+
+
+def test_uniform_scaling_keeps_the_least_depth():
+    space = Space(V1, min_depth=2)
+    for factor in (1.0, 0.5, 0.01):
+        space.check(scaled(space, factor))
 
 
 @pytest.mark.parametrize("start", [V1, V2, NONE])

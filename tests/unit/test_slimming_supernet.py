@@ -10,7 +10,7 @@ from efficientformer.data.draws import Draws
 from efficientformer.data.loader import Batch
 from efficientformer.models.network import EfficientFormer
 from efficientformer.slimming.channels import axes_of, by_chance, by_importance, channel_scores, plan_cut
-from efficientformer.slimming.extract import Pool, extract
+from efficientformer.slimming.extract import Pool
 from efficientformer.slimming.moves import Action
 from efficientformer.slimming.space import IDENTITY, Candidate, Space
 from efficientformer.slimming.supernet import (
@@ -31,6 +31,10 @@ V1 = v1_spec((32, 48, 64, 64), (2, 1, 2, 2), (1, 2), input_size=32, num_classes=
 V2 = v2_spec((32, 32, 48, 64), ((4,), (4, 3), (4, 3), (3, 4)), 1, input_size=32, num_classes=3, stem_stride=1)
 NONE = v1_spec((16, 16, 32, 32), (0, 1, 0, 1), 0, input_size=32, num_classes=3, stem_stride=2, distilled=False)
 STARTS = pytest.mark.parametrize("spec", [V1, V2, NONE], ids=["v1", "v2", "without attention"])
+
+
+def extract(supernet, candidate, order=by_importance):
+    return Pool.of(supernet).slimmed(candidate, order).network(candidate)
 
 
 def supernet_of(spec, seed=0):

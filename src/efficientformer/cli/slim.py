@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,21 +44,28 @@ def slim(
         import torch  # noqa: F401
     except ImportError as error:
         raise missing_extra("train", "Slimming", error) from error
-    from efficientformer.slimming.plan import milliseconds
+    from efficientformer.slimming.plan import PLAN, milliseconds
     from efficientformer.slimming.run import slim as run
 
     targets = tuple(milliseconds(text) for text in target_latency or ())
     given = {"model": model, "recipe": recipe, "epochs": epochs, "final_epochs": final_epochs, "engine": engine,
              "precision": precision, "threads": threads, "settings": settings or ()}  # fmt: skip
-    if resume is not None:
-        _refuse_changes({**given, "table": table, "output": output})
-        outcome = run(resume=resume, targets=targets, data=data, quiet=quiet)
-    elif data is None:
-        raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
-    else:
-        outcome = run(_plan(data, targets, given), output or Path("runs/slim"), table=table, quiet=quiet)
-    if not outcome.finished:
-        typer.echo(f"Stopped. Go on: efficientformer slim --resume {outcome.folder}", err=True)
+    folder = resume or output or Path("runs/slim")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; a training's own handlers come before it
+    try:
+        if resume is not None:
+            _refuse_changes({**given, "table": table, "output": output})
+            outcome = run(resume=resume, targets=targets, data=data, quiet=quiet)
+        elif data is None:
+            raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
+        else:
+            outcome = run(_plan(data, targets, given), folder, table=table, quiet=quiet)
+    except KeyboardInterrupt:  # between the trainings: every step of the search is on disk
+        if not (folder / PLAN).is_file():
+            raise
+        outcome = None
+    if outcome is None or not outcome.finished:
+        typer.echo(f"Stopped. Go on: efficientformer slim --resume {shlex.quote(str(folder))}", err=True)
         raise typer.Exit(130)
     for network in outcome.networks:
         typer.echo(network.weights)

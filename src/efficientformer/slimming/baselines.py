@@ -16,8 +16,8 @@ MAX_DRAWS = 20_000
 def scaled(space: Space, factor: float) -> Candidate:
     """Return the start network with every width and every depth times a factor.
 
-    Widths go to the nearest legal one; every stage keeps at least one block; the first blocks of a stage go first, so
-    that the share of attention stays about the same or grows.
+    Widths go to the nearest legal one; every stage keeps at least one block, or as many as the space demands; the first
+    blocks of a stage go first, so that the share of attention stays about the same or grows.
 
     Args:
         space: What is legal.
@@ -29,8 +29,8 @@ def scaled(space: Space, factor: float) -> Candidate:
         candidate = candidate.with_width(stage, nearest)
         row = candidate.kinds[stage]
         attending = sum(kind in WITHOUT_ATTENTION for kind in row)
-        keep = max(1, round(factor * len(row))) if row else 0
-        keep_attending = min(keep, round(factor * attending))
+        keep = min(len(row), max(1, space.min_depth, round(factor * len(row))))
+        keep_attending = min(keep, max(round(factor * attending), keep - (len(row) - attending)))
         plain = keep - keep_attending
         for position in range(len(row)):
             attends = row[position] in WITHOUT_ATTENTION

@@ -55,9 +55,9 @@ class Axes:
     def cut(self, tensor: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
         """Return the tensor with only those channels that stay."""
         if self.first in kept and tensor.ndim > 0:
-            tensor = tensor.index_select(0, kept[self.first])
+            tensor = tensor.index_select(0, kept[self.first].to(tensor.device))
         if self.second in kept and tensor.ndim > 1:
-            tensor = tensor.index_select(1, kept[self.second])
+            tensor = tensor.index_select(1, kept[self.second].to(tensor.device))
         return tensor
 
 

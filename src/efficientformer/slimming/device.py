@@ -54,10 +54,10 @@ def open_table(plan: Plan, space: Space, folder: Path, given: Path | None, *, qu
         _check_engine(plan, table, kept)
     else:
         table = measure_table(plan, space, quiet=quiet)
-    for candidate in (space.largest, space.smallest):
-        table.predict(candidate.spec)
+    for spec in space.covering():  # a hole in the table is found now, not hours into the search
+        table.predict(spec)
     table.save(kept)
-    return table
+    return LatencyTable.load(kept)  # rounded as a resumed run reads it, whose search is to be the same
 
 
 def measure_table(plan: Plan, space: Space, *, quiet: bool) -> LatencyTable:
@@ -110,12 +110,12 @@ def measured(table: LatencyTable, specs: Sequence[ArchSpec], start: ArchSpec) ->
 
 
 def _check_engine(plan: Plan, table: LatencyTable, path: Path) -> None:
-    for name in ("engine", "precision"):
+    for name in ("engine", "precision", "threads"):
         wanted = getattr(plan, name)
-        if wanted not in ("auto", getattr(table, name)):
+        if wanted not in ("auto", None, getattr(table, name)):
             raise UsageError(
-                f"{path} is of another {name}",
-                expected=wanted,
-                found=getattr(table, name),
+                f"{path} is of another {name}" if name != "threads" else f"{path} is of another number of threads",
+                expected=str(wanted),
+                found=str(getattr(table, name) or "as many as the engine chooses"),
                 hint=f"Leave --{name} out to take the table's, or give another table",
             )

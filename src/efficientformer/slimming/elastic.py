@@ -41,10 +41,13 @@ class Sliced(nn.Module):
         state = supernet.state_dict(keep_vars=True)
         device = next(supernet.parameters()).device
         with torch.device(device):
-            self.network = EfficientFormer(candidate.spec)
+            self.network = EfficientFormer(candidate.spec, **supernet.rates)
         cut = plan_cut(state, supernet.spec, candidate.full, by_position)
         names = pool_names(candidate, self.network)
         self._weights = {name: axes_of(own).cut(state[own], cut) for name, own in names.items()}
+        if candidate.spec != supernet.spec:  # what no axis cuts is still the supernet's own tensor
+            statistics = {name for name, _ in self.network.named_buffers()}
+            self._weights |= {name: self._weights[name].clone() for name in statistics & self._weights.keys()}
 
     def forward(self, *args: Any, **options: Any) -> Tensor:  # noqa: ANN401 (as the network)
         """Run the network: images (B, C, H, W) to logits (B, K)."""

@@ -1,8 +1,8 @@
 """Networks out of a trained supernet, with the weights they inherit.
 
-``Pool`` holds the weights of every candidate at its present width. Each MetaPath's share of the mixture goes into the
-layer scales of its candidates once (``Pool.of``), so that a network cut out of the pool adds to its stream what the
-mixture did; from then on cutting copies numbers and changes none.
+``Pool`` holds the weights of every candidate at its present width. Where the supernet is a mixture, each MetaPath's
+share goes into the layer scales of its candidates once (``Pool.of``), so that a network cut out of the pool adds to its
+stream what the mixture did; from then on cutting copies numbers and changes none.
 """
 
 from __future__ import annotations
@@ -85,14 +85,6 @@ class Pool:
         names = pool_names(candidate, network)
         state = {names[name]: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
         return dataclasses.replace(self, state={**self.state, **state})
-
-
-def extract(supernet: Supernet, candidate: Candidate, order: Order = by_importance) -> EfficientFormer:
-    """Return one network of a supernet's space, with the weights it inherits.
-
-    Where the candidate's shares are 1 it computes what the supernet does; BatchNorm statistics are the supernet's.
-    """
-    return Pool.of(supernet).slimmed(candidate, order).network(candidate)
 
 
 def pool_names(candidate: Candidate, network: EfficientFormer) -> dict[str, str]:

@@ -9,8 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from efficientformer.slimming.space import IDENTITY, Candidate, Space
-from efficientformer.spec.errors import SpecError
+from efficientformer.slimming.space import IDENTITY, Candidate
 
 Probabilities = Sequence[Sequence[Mapping[str, float]]]
 
@@ -34,13 +33,6 @@ class Importances:
     def stage(self, candidate: Candidate, stage: int) -> float:
         """Return a stage's score: the sum over those of its paths that still hold a block."""
         return sum(self.paths[stage][position] for position in candidate.positions(stage))
-
-    def check(self, space: Space) -> None:
-        """Raise SpecError unless these are the scores of a space's start network."""
-        expected = [len(stage.blocks) for stage in space.start.stages]
-        found = [len(row) for row in self.paths]
-        if found != expected:
-            raise SpecError("Importances of another network", expected=f"{expected} positions", found=f"{found}")
 
     def shuffled(self, seed: int) -> Importances:
         """Return the same scores dealt out to the paths by chance: what a search without importances would know."""

@@ -25,7 +25,7 @@ from efficientformer.slimming.space import Candidate
 from efficientformer.spec.errors import DataError, ImageError, TrainingError
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.training.loop import seed_everything
-from efficientformer.training.optim import BATCH_NORM, build_optimizer, clip_gradients, set_learning_rate
+from efficientformer.training.optim import BATCH_NORM, build_optimizer, clip_gradients, hold_still, set_learning_rate
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.task import Task
 
@@ -174,6 +174,8 @@ class PoolJudge:
         if self._batches is None:  # a new judge that follows a path sees the batches the first one saw
             self._batches = self._recovery.loader.batches(first, ENDLESS)
         network.train()
+        for module in hold_still(network, recipe, cut=True):
+            module.eval()
         optimizer = build_optimizer(network, recipe)
         set_learning_rate(optimizer, self._recovery.rate * recipe.scaled_lr)
         for number, batch in enumerate(islice(self._batches, self._recovery.steps)):

@@ -6,13 +6,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import torch
 
+from efficientformer.models.network import EfficientFormer
 from efficientformer.slimming.channels import Order, by_chance, by_importance, by_position
 from efficientformer.slimming.extract import Pool
 from efficientformer.slimming.importance import Importances
@@ -56,7 +57,7 @@ class Bench:
     prepared: Prepared
     held_out: Pictures
     calibration: Pictures
-    _judges: list[PoolJudge] = field(default_factory=list)
+    _searching: PoolJudge | None = None
 
     @classmethod
     def open(cls, folder: Path, plan: Plan, space: Space, subject: SupernetSubject) -> Bench:
@@ -88,8 +89,8 @@ class Bench:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for judge in self._judges:
-            judge.close()
+        if self._searching is not None:
+            self._searching.close()
 
     def search(self, device: Device, progress: Callable[[Step], None]) -> Search:
         """Return the run's search, which goes on from what its folder holds."""
@@ -100,17 +101,14 @@ class Bench:
             importances = importances.shuffled(seed)
         (self.folder / "search").mkdir(exist_ok=True)
         file = PathFile(self.folder / "search" / "path.json", self.space, self._identity())
-        return Search(self.space, importances, device, self._judge(), file, breadth, progress, options.goal,
+        judge = self._searching = self._judge()
+        return Search(self.space, importances, device, judge, file, breadth, progress, options.goal,
                       options.max_params)  # fmt: skip
 
     def save(self, steps: list[Step], number: int, path: Path) -> None:
         """Write the network of a step with the weights it inherits, as an ordinary checkpoint."""
         step = steps[number]
-        judge = self._judges[0]
-        if judge.candidate != step.candidate:  # the search has gone further: do it again up to here
-            judge = self._judge()
-            for each in steps[: number + 1]:
-                judge.follow(each.candidate)
+        network = self._network(steps, number)
         provenance = {**self.manifest.provenance, "source": "cut out of a supernet", "slimming_step": str(number)}
         manifest = dataclasses.replace(
             self.manifest,
@@ -118,7 +116,20 @@ class Bench:
             metrics={"held_out_top1": step.top1},
             provenance=provenance,
         )
-        save_native(path, judge.network().state_dict(), manifest)
+        save_native(path, network.state_dict(), manifest)
+
+    def _network(self, steps: list[Step], number: int) -> EfficientFormer:
+        """Return the network of a step; if the search has gone further, do it again up to there."""
+        assert self._searching is not None
+        if self._searching.candidate == steps[number].candidate:
+            return self._searching.network()
+        judge = self._judge()
+        try:
+            for each in steps[: number + 1]:
+                judge.follow(each.candidate)
+            return judge.network()
+        finally:
+            judge.close()
 
     def _judge(self) -> PoolJudge:
         options, recipe = self.plan.options, self.prepared.recipe
@@ -132,9 +143,7 @@ class Bench:
         else:
             order = by_importance if options.importances == "learned" else by_chance(recipe.seed)
         pool = Pool.of(self.supernet, mixed=not options.joint)
-        judge = PoolJudge(pool, self.held_out, self.calibration, recovery, device, dtype, order)
-        self._judges.append(judge)
-        return judge
+        return PoolJudge(pool, self.held_out, self.calibration, recovery, device, dtype, order)
 
     def _identity(self) -> str:
         """Return what the path depends on: supernet, pictures, latency table, options."""

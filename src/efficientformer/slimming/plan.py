@@ -21,12 +21,19 @@ from efficientformer.training.recipe import Recipe, override
 from efficientformer.weights.files import atomic_write
 
 PLAN = "slim.json"
+FOUND: dict[str, Any] = {"model": "auto", "spec": None, "input_size": 0}  # of the final recipe: the search finds them
 SUPERNET = "supernet"  # as a teacher: the start network, trained as part of the supernet
 # What trains a small network from scratch, as recipes/cifar10.py does.
 FROM_SCRATCH: dict[str, Any] = {
     "pretrained": False, "batch_size": 256, "opt": "muon", "opt_args": {"fallback_lr_scale": 0.2}, "lr": 0.02,
     "lr_batch": 256, "warmup_lr": 0.0, "min_lr": 0.0, "layer_decay": 1.0, "layer_scale_init": 0.1, "cutout": 8,
 }  # fmt: skip
+
+
+# What counts with one objective only: an elastic supernet learns no importances, and has every cut scored.
+_LATENCY_ONLY, _JOINT_ONLY = ("breadth", "importances"), ("size_weight", "latency_weight")
+# Fields of a recipe that an elastic supernet, whose networks are cut out anew for each step, cannot follow.
+_NOT_ELASTIC: dict[str, Any] = {"norm": "frozen", "grad_checkpointing": True, "compile": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +84,12 @@ class Options:
         for name in ("size_weight", "latency_weight"):
             check_number(name, getattr(self, name), 0, 100)
         check_int("max_params", self.max_params, 0, 10**12)
-        if self.joint and self.importances != "learned":
-            raise SpecError("An elastic supernet learns no importances to shuffle", hint="Leave search.importances out")
+        if self.joint and not self.size_weight and not self.latency_weight:
+            raise SpecError("A mobile efficiency score of nothing", expected="size_weight or latency_weight above 0")
+        for name in _LATENCY_ONLY if self.joint else _JOINT_ONLY:
+            if getattr(self, name) != Options.__dataclass_fields__[name].default:
+                raise SpecError(f"search.{name} means nothing with the objective {self.objective!r}",
+                                hint=f"Leave search.{name} out")  # fmt: skip
 
     def space(self, start: ArchSpec) -> Space:
         """Return the space below a start network."""
@@ -122,6 +133,13 @@ class Plan:
     def __post_init__(self) -> None:
         if not isinstance(self.data, str):
             raise SpecError("Illegal data set", expected="a path", found=type(self.data).__name__)
+        if self.supernet.val_fraction != self.final.val_fraction:  # else the search learns from what judges its result
+            hint = "Say --set val_fraction=..., without a part before it"
+            raise SpecError("Supernet and final training set other pictures aside", hint=hint)
+        for name, value in _NOT_ELASTIC.items() if self.options.joint else ():
+            if getattr(self.supernet, name) == value:
+                raise SpecError(f"An elastic supernet cannot be trained with {name}={value}",
+                                hint=f"Say --set final.{name}={value} for the final training only")  # fmt: skip
         if self.supernet.teacher == SUPERNET:
             raise UsageError("The supernet cannot teach itself", hint=f"Say --set final.teacher={SUPERNET}")
         for target in self.targets:
@@ -221,6 +239,9 @@ def apply_settings(
     for setting in settings:
         prefix, dot, rest = setting.partition(".")
         if dot and "=" not in prefix:
+            if prefix == "final" and rest.partition("=")[0] in FOUND:
+                hint = f"Say --model, or --set supernet.{rest} for the start network"
+                raise SpecError(f"{setting.partition('=')[0]} is what the search finds", hint=hint)
             if prefix not in parts:
                 close = nearest(prefix, parts) or list(parts)
                 raise SpecError(f"Unknown part {prefix!r} in --set", hint=f"Did you mean {close[0]}.{rest}?")
@@ -240,4 +261,5 @@ def apply_settings(
     check_keys("the search's options", changes, Options)
     options = dataclasses.replace(options, **changes)
     options.space(small_start())  # checks the bounds
-    return override(supernet, parts["supernet"]), override(final, parts["final"]), options
+    final = override(final, parts["final"]).with_changes(**FOUND)
+    return override(supernet, parts["supernet"]), final, options

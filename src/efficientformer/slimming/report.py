@@ -152,7 +152,8 @@ def read_comparisons(path: Path) -> list[Comparison]:
             raise SpecError(f"Illegal entry in {path}", expected="name, latency_ms and top1", found=repr(each)[:80])
         for name in ("latency_ms", "top1"):
             check_number(name, each[name], 0, 1e6)
-        found.append(Comparison(str(each["name"]), each["latency_ms"], each["top1"]))
+        name = str(each["name"]).encode(errors="backslashreplace").decode()  # half a surrogate pair is no text
+        found.append(Comparison(name, each["latency_ms"], each["top1"]))
     return found
 
 
@@ -177,7 +178,7 @@ def draw_path(
         axes.plot(*zip(*points, strict=True), "*", color="#2a6fdb", markersize=13, label="slimmed, trained")
     for index, (name, group) in enumerate(_grouped(comparisons).items()):
         places = [(other.latency_ms, other.top1) for other in group]
-        label = name if len(group) == 1 else f"{name} ({len(group)})"
+        label = (name if len(group) == 1 else f"{name} ({len(group)})").replace("$", r"\$")  # no formula
         marker, colour = _MARKERS[index % len(_MARKERS)], f"C{(index + 1) % 10}"
         axes.plot(*zip(*places, strict=True), marker, color=colour, label=label)
     axes.margins(x=0.12)
@@ -277,10 +278,13 @@ def _some(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _importances(folder: Path) -> list[list[float]]:
-    data = load_json("the importances", (folder / "importances.json").read_bytes())
-    assert isinstance(data, dict)
-    paths: list[list[float]] = data["paths"]
-    return paths
+    path = folder / "importances.json"
+    data = load_json(f"the importances {path}", path.read_bytes())
+    rows = as_list(f"importances in {path}", data.get("paths") if isinstance(data, dict) else None, 4)
+    found = [as_list(f"importances of a stage in {path}", row, 256) for row in rows]
+    for value in (value for row in found for value in row):
+        check_number(f"importance in {path}", value, 0, 1e12)
+    return found
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -34,6 +34,7 @@ from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.slimming.watch import SearchWatch
 from efficientformer.spec.arch import load_json
 from efficientformer.spec.errors import EfficientFormerError, TrainingError, UsageError
+from efficientformer.spec.fields import check_int, check_keys, check_number
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import Outcome, train
 from efficientformer.training.setup import PlainNetwork
@@ -41,7 +42,7 @@ from efficientformer.training.subject import Subject
 from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from efficientformer.weights.files import atomic_write
 
-PATH, CHOICE = "search/path.json", "choice.json"
+PATH, MEASURED, CHOICE = "search/path.json", "search/measured.json", "choice.json"
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,10 @@ def slim(
         EngineError: If the engine cannot be used here.
         MissingExtraError: If a library is missing.
     """
-    if (plan is None) == (resume is None) or (plan is None and table is not None):
-        raise UsageError("A run is either new or resumed", hint="Give a plan and an output, or resume")
+    mixed = (output or table) if plan is None else (targets or data)
+    if (plan is None) == (resume is None) or mixed:
+        hint = "Give a plan, an output and perhaps a table; or resume, and perhaps targets and data"
+        raise UsageError("A run is either new or resumed", hint=hint)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         hint = "Slim in one process; its sliced network can be trained by many: torchrun ... train --model FILE"
         raise UsageError("Slimming is no job for torchrun", hint=hint)
@@ -147,7 +150,7 @@ class _SlimRun:
         return f"efficientformer slim --resume {shlex.quote(str(self.folder))}"
 
     def _subject(self) -> SupernetSubject:
-        return SupernetSubject(self.plan.options, self.plan.supernet.seed, self._command)
+        return SupernetSubject(self.plan.options, self.plan.supernet.seed, self.plan.final.seed, self._command)
 
     def _train_supernet(self) -> bool:
         """Train the supernet if it is not trained; return whether it is."""
@@ -178,7 +181,7 @@ class _SlimRun:
         """
         folder, bound = self._target(target), target
         low, _ = reachable(self.space, self.table)
-        last = ""
+        last, tried = "", list[int]()
         while bound >= low:
             step = first_within(search.run(bound), bound, self.plan.options.max_params)
             assert step is not None
@@ -187,19 +190,39 @@ class _SlimRun:
                 break
             last = f"{found.ms:.3f} ms at a predicted {step.predicted_ms:.3f} ms"
             bound = step.predicted_ms * min(0.999, target / found.quiet_ms)
+            tried.append(step.number)
         else:
-            hint = "Is the machine busy? Then resume when it is not; else measure the latency table again"
-            raise TrainingError(f"No network of the path is measured within {target:g} ms", found=last, hint=hint)
+            raise self._missed(target, tried, last)
         folder.mkdir(parents=True, exist_ok=True)
         bench.save(search.steps, step.number, folder / f"sliced-{target:g}ms.safetensors")
         if self.plan.final.teacher == SUPERNET:
             bench.save(search.steps, 0, self.folder / "search" / "start.safetensors")
         _write(folder / CHOICE, {"step": step.number, "predicted_ms": step.predicted_ms})
 
+    def _missed(self, target: float, tried: list[int], last: str) -> TrainingError:
+        """Forget what was measured for a target that nothing met, so that it can be tried again; return the error."""
+        known = self._measured()
+        _write(self.folder / MEASURED, {key: value for key, value in known.items() if int(key) not in tried})
+        hint = "Is the machine busy? Resume when it is not; else start a new run, with a table measured then"
+        if rest := [each for each in self.plan.targets if each != target]:
+            dataclasses.replace(self.plan, targets=tuple(rest)).save(self.folder)
+            hint = (f"Is the machine busy? Try again when it is not: {self._command} --target-latency {target:g}ms; "
+                    "without it, --resume goes on with the other targets")  # fmt: skip
+        return TrainingError(f"No network of the path is measured within {target:g} ms", found=last, hint=hint)
+
+    def _measured(self) -> dict[str, Any]:
+        """Return the measured latencies so far, by the number of their step."""
+        path = self.folder / MEASURED
+        known = _read(path) if path.exists() else {}
+        for key, each in known.items():
+            values = check_keys(f"{path}: step {key!r}", each, Measured)
+            for name, value in values.items():
+                check_number(f"{name} of step {key!r} in {path}", value, 0, 1e9)
+        return known
+
     def _measure(self, wanted: list[Step]) -> list[Measured | None]:
         """Return the measured latencies of some steps; each is measured once, and kept."""
-        path = self.folder / "search" / "measured.json"
-        known: dict[str, Any] = _read(path) if path.exists() else {}
+        known = self._measured()
         missing = [step for step in wanted if str(step.number) not in known]
         if missing:
             specs = [step.candidate.spec for step in missing]
@@ -207,13 +230,13 @@ class _SlimRun:
             if found is None:
                 return [None for _ in wanted]
             known |= {str(step.number): vars(each) for step, each in zip(missing, found, strict=True)}
-            _write(path, known)
+            _write(self.folder / MEASURED, known)
         return [Measured(**known[str(step.number)]) for step in wanted]
 
     def _finish(self, steps: list[Step], target: float) -> Finished | None:
         """Train a target's network if it is not trained; return it, or None if somebody stopped the training."""
         folder = self._target(target)
-        step = steps[int(_read(folder / CHOICE)["step"])]
+        step = steps[_chosen(folder / CHOICE, len(steps))]
         result = folder / "result.json"
         weights = self.folder / f"slimmed-{target:g}ms.safetensors"
         if not (result.exists() and weights.exists()):
@@ -222,7 +245,7 @@ class _SlimRun:
             if not outcome.finished:
                 return None
             self._deliver(folder, weights, step, target)
-        return Finished(target, step, weights, **_read(result))
+        return Finished(target, step, weights, **_result(result))
 
     def _final_recipe(self, sliced: Path, step: Step) -> Recipe:
         """Return the final recipe for a network: from its inherited weights, unless it asks for new ones."""
@@ -287,6 +310,35 @@ def _resumed(folder: Path, targets: Iterable[float], data: str | Path | None, *,
     check_targets(space, table, wanted.targets, wanted.options.max_params)
     wanted.save(folder)
     return _SlimRun(folder, wanted, space, table, quiet)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    step: int
+    predicted_ms: float
+
+
+@dataclass(frozen=True)
+class _Result:
+    top1: float
+    measured_ms: float | None
+    quiet_ms: float | None
+
+
+def _chosen(path: Path, steps: int) -> int:
+    """Return the step that was chosen for a target."""
+    number: int = check_keys(f"{path}", _read(path), _Choice)["step"]
+    check_int(f"step in {path}", number, 0, steps - 1)
+    return number
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """Return what a target's network reached."""
+    values = check_keys(f"{path}", _read(path), _Result)
+    for name, value in values.items():
+        if value is not None or name == "top1":
+            check_number(f"{name} in {path}", value, 0, 1e9)
+    return values
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ written, without scoring them again, and goes on to the path an uninterrupted on
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -151,7 +152,8 @@ class PathFile:
         if not isinstance(data, dict) or self._identity not in (None, data.get("identity")):
             hint = "Start a new run in another folder"
             raise UsageError(f"{self._path} is the path of another search", hint=hint)
-        steps = [step_from_dict(self._space, each) for each in as_list("the path", data.get("steps"), 100_000)]
+        listed = as_list(f"steps in {self._path}", data.get("steps"), 100_000)
+        steps = [step_from_dict(self._space, each) for each in listed]
         if [step.number for step in steps] != list(range(len(steps))):
             raise SpecError(f"{self._path} is damaged", expected="steps numbered from 0")
         return steps
@@ -290,13 +292,15 @@ def check_targets(space: Space, device: Device, targets: Sequence[float], max_pa
                          expected=f"at least {smallest:,} (all that can be cut is gone)",
                          hint="Raise search.max_params, or choose a smaller start network")  # fmt: skip
     low, high = reachable(space, device)
+    too_large = 0 < max_params < count(space.largest.spec).params  # then there is something to cut whatever the target
     for target in targets:
-        if low <= target < high:
+        if low <= target and (target < high or too_large):
             continue
         hint = "Choose a larger start network with --model" if target >= high else "Choose a smaller start network"
         raise UsageError(
             f"A target of {target:g} ms cannot be reached by slimming",
-            expected=f"from {low:.3f} ms (all that can be cut is gone) to below {high:.3f} ms (the start network)",
+            expected=f"from {math.ceil(low * 1e4) / 1e4:.4f} ms (all that can be cut is gone) "
+            f"to below {math.floor(high * 1e4) / 1e4:.4f} ms (the start network)",
             found=f"{target:g} ms",
             hint=hint,
         )

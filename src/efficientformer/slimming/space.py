@@ -9,10 +9,11 @@ paper's. Kinds only ever move to the right in these lists, which keeps every MB4
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from efficientformer.spec.arch import ArchSpec, BlockSpec, StageSpec
 from efficientformer.spec.errors import SpecError
@@ -23,6 +24,7 @@ WITHOUT_ATTENTION = {"mb3d": "mb4d", "attn_ffn": "ffn"}
 EXPANSION_STEP = 1.0
 
 Kinds = tuple[tuple[str, ...], ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,25 @@ class Space:
             found.append(found[-1] - EXPANSION_STEP)
         return tuple(found)
 
+    def covering(self) -> Iterator[ArchSpec]:
+        """Yield networks that between them have every part that any network of the space has."""
+        largest, stages = self.largest, range(len(self.start.stages))
+        for stage in stages[1:]:  # embeddings: every width after every width
+            for before in self.widths(stage - 1):
+                for width in self.widths(stage):
+                    yield largest.with_width(stage - 1, before).with_width(stage, width).spec
+        plain = tuple(tuple(WITHOUT_ATTENTION.get(kind, kind) for kind in row) for row in largest.kinds)
+        steps = max(len(self.widths(stage)) for stage in stages)
+        levels = max((len(row) for stage in stages for row in self._ratios(stage)), default=1)
+        for kinds, step, level in itertools.product((largest.kinds, plain), range(steps), range(levels)):
+            widths = tuple(_at(self.widths(stage), step) for stage in stages)
+            ratios = tuple(tuple(_at(row, level) for row in self._ratios(stage)) for stage in stages)
+            yield Candidate(self.start, kinds, widths, ratios).spec
+
+    def _ratios(self, stage: int) -> list[tuple[float, ...]]:
+        """Return the MLP expansions that each block of a stage can have."""
+        return [self.expansions(stage, position) for position in range(len(self.start.stages[stage].blocks))]
+
     def candidate(self, data: object) -> Candidate:
         """Build a candidate from what ``Candidate.to_dict`` returned, trusting nothing in it.
 
@@ -193,6 +214,9 @@ class Space:
         largest = self.largest
         shapes = [[len(row) for row in each.kinds] for each in (candidate, largest)]
         shapes += [[len(row) for row in candidate.expansions]]
+        if len(candidate.widths) != len(largest.widths):
+            raise SpecError("This network is of another space", expected=f"{len(largest.widths)} widths",
+                            found=f"{len(candidate.widths)}")  # fmt: skip
         if candidate.start != self.start or shapes[0] != shapes[1] or shapes[2] != shapes[1]:
             raise SpecError("This network is of another space", expected=f"{shapes[1]} positions", found=f"{shapes[0]}")
         for stage, row in enumerate(candidate.kinds):
@@ -208,6 +232,11 @@ class Space:
                     raise SpecError(f"Block {position + 1} of stage {stage + 1} outside the space",
                                     expected=f"one of {legal}", found=f"{kind!r}")  # fmt: skip
         _ = candidate.spec  # its own checks: the order of 4D and 3D
+
+
+def _at(values: Sequence[T], index: int) -> T:
+    """Return a value by its index, the last one for indices beyond it."""
+    return values[min(index, len(values) - 1)]
 
 
 @dataclass(frozen=True)

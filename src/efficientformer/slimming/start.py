@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from efficientformer.data.sources import open_splits
-from efficientformer.slimming.plan import FROM_SCRATCH, Options, Plan, apply_settings, small_start
+from efficientformer.slimming.plan import FOUND, FROM_SCRATCH, Options, Plan, apply_settings, small_start
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.zoo import FILE_SUFFIXES, resolve
@@ -55,9 +55,9 @@ def make_plan(
     base = choose_start(with_start(base, model) if model else base, data)
     if recipe is None and base.spec is not None:
         base = base.with_changes(**FROM_SCRATCH)
+    final = base.with_changes(pretrained=True, **FOUND)
     if recipe is None or epochs is not None:
         base = _with_epochs(base, epochs or (20 if base.spec is not None else 10))
-    final = base.with_changes(pretrained=True, model="auto", spec=None)
     if recipe is None or final_epochs is not None:
         final = _with_epochs(final, final_epochs or 2 * base.epochs)
     supernet, final, options = apply_settings(base, final, Options(), settings)
@@ -129,4 +129,4 @@ def with_start(recipe: Recipe, model: str) -> Recipe:
                             hint=error.hint) from error  # fmt: skip
     if path.suffix in FILE_SUFFIXES and not path.is_file():
         raise UsageError(f"There is no weights file {path}", hint="Give a zoo name, a weights file or a spec in JSON")
-    return recipe.with_changes(model=model)
+    return recipe.with_changes(model=model, spec=None)

@@ -96,6 +96,7 @@ class Supernet(EfficientFormer):
             "drop_path_rate": drop_path_rate, "head_dropout": head_dropout, "layer_scale_init": layer_scale_init,
         }  # fmt: skip
         super().__init__(spec, **rates)
+        self.rates = rates
         plain = EfficientFormer(without_attention(spec), **rates)
         for stage, mine, others in zip(spec.stages, self.stages, plain.stages, strict=True):
             assert isinstance(mine, Stage) and isinstance(others, Stage)

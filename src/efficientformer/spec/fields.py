@@ -18,8 +18,9 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
 
 def check_number(name: str, value: object, low: float, high: float) -> None:
     """Raise SpecError unless ``value`` is a finite number in ``[low, high]``."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high:  # type: ignore[operator]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # the bounds first: a whole number beyond every fraction is none that isfinite can take
+    if not number or not low <= value <= high or not math.isfinite(value):  # type: ignore[operator, arg-type]
         raise SpecError(f"Illegal {name}", expected=f"a number from {low} to {high}", found=repr(value))
 
 

@@ -341,7 +341,10 @@ def _assignments(data: bytes) -> dict[str, Any]:
 def _typed(name: str, value: object, kind: Any) -> Any:  # noqa: ANN401 (whatever the field holds)
     """Return ``value`` as the field's type (whole numbers pass for fractions, lists for tuples), or raise SpecError."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise SpecError(f"Illegal {name}", expected="a number", found=f"one of {len(str(value))} digits") from None
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if isinstance(value, str) or not isinstance(value, Iterable):

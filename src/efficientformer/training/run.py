@@ -30,7 +30,7 @@ from efficientformer.spec.manifest import Manifest
 from efficientformer.training.allocator import keep_freed_memory
 from efficientformer.training.loop import Run, Shell
 from efficientformer.training.norms import synchronise_norms
-from efficientformer.training.optim import BATCH_NORM, build_optimizer, freeze
+from efficientformer.training.optim import build_optimizer, hold_still
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.report import write_report
 from efficientformer.training.setup import PlainNetwork, Prepared, build_task, prepare
@@ -184,9 +184,7 @@ def _assemble(prepared: Prepared, folder: RunFolder, accelerator: Accelerator, s
     recipe, model, device = prepared.recipe, prepared.model, accelerator.device
     if recipe.norm == "sync" and accelerator.num_processes > 1:
         synchronise_norms(model, device)
-    still = freeze(model, recipe.freeze)
-    if recipe.norm == "frozen":
-        still = [module for module in model.modules() if isinstance(module, BATCH_NORM)]
+    still = hold_still(model, recipe)
     model.set_grad_checkpointing(recipe.grad_checkpointing)
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     model.to(device, memory_format=layout)  # type: ignore[call-overload]
