@@ -194,17 +194,23 @@ def test_a_run_that_dies_anywhere_ends_with_the_same_network(place, finished, tm
     assert_same(folder, finished[0])
 
 
+def searching(place, folder):
+    """Start a run as a process of its own, and return it once its search has begun."""
+    line = command(place, "--target-latency", f"{BUDGET}ms", "--output", folder, "--quiet")
+    code = "from efficientformer.cli.app import main; main()"
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, line)], stderr=subprocess.PIPE, env=alone)
+    while not (folder / "search" / "path.json").exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.005)
+    return process
+
+
 @pytest.mark.usefixtures("no_training_report")
 def test_a_killed_process_ends_with_the_same_network(place, finished, tmp_path):
     """SIGKILL once the search has begun."""
     folder = tmp_path / "run"
-    line = command(place, "--target-latency", f"{BUDGET}ms", "--output", folder, "--quiet")
-    code = "from efficientformer.cli.app import main; main()"
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.Popen([sys.executable, "-c", code, *map(str, line)], stderr=subprocess.PIPE, env=alone)
-    while not (folder / "search" / "path.json").exists():
-        assert killed.poll() is None, killed.stderr.read().decode()
-        time.sleep(0.005)
+    killed = searching(place, folder)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not (folder / "report.html").exists()
@@ -215,13 +221,7 @@ def test_a_killed_process_ends_with_the_same_network(place, finished, tmp_path):
 @pytest.mark.usefixtures("no_training_report")
 def test_sigterm_in_the_search_says_how_to_go_on(place, tmp_path):
     folder = tmp_path / "run"
-    line = command(place, "--target-latency", f"{BUDGET}ms", "--output", folder, "--quiet")
-    code = "from efficientformer.cli.app import main; main()"
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.Popen([sys.executable, "-c", code, *map(str, line)], stderr=subprocess.PIPE, env=alone)
-    while not (folder / "search" / "path.json").exists():
-        assert ended.poll() is None, ended.stderr.read().decode()
-        time.sleep(0.005)
+    ended = searching(place, folder)
     ended.send_signal(signal.SIGTERM)
     said = ended.communicate()[1].decode()
     assert ended.returncode == 130, said

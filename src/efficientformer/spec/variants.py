@@ -123,8 +123,8 @@ def v2_spec(
 def _cifar10_spec() -> ArchSpec:
     """The embedded model: V2 blocks for 32-pixel images, first stage without blocks, small attention."""
     spec = v2_spec(
-        widths=(24, 48, 96, 160),
-        expansions=((), (4, 4), (4, 3, 4), (4, 3)),
+        widths=(64, 128, 192, 224),
+        expansions=((), (1, 1, 1), (2, 2, 2), ()),
         num_attention=1,
         input_size=32,
         num_classes=10,

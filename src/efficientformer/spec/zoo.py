@@ -291,4 +291,5 @@ def _v2_cards() -> tuple[ModelCard, ...]:
 
 
 def _cifar10_card() -> ModelCard:
-    return ModelCard(EMBEDDED, VARIANTS[EMBEDDED], "cifar10", (), training="CIFAR-10, recipes/cifar10.py")
+    training = "CIFAR-10, recipes/cifar10.py, then recipes/cifar10_cutmix.py"
+    return ModelCard(EMBEDDED, VARIANTS[EMBEDDED], "cifar10", (), training=training)
