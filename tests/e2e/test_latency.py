@@ -4,13 +4,17 @@ import json
 
 import pytest
 
+from efficientformer.cli.latency_table import _space
 from efficientformer.export.deployable import embedded_file
+from efficientformer.latency.design import all_parts
 from efficientformer.latency.graph import write_network
 from efficientformer.latency.int8 import quantise
+from efficientformer.latency.parts import parts_of
 from efficientformer.latency.table import LatencyTable
+from efficientformer.slimming.space import Space
 from efficientformer.spec.arch import AttentionSpec
 from efficientformer.spec.count import count_parts
-from efficientformer.spec.variants import v1_spec, v2_spec
+from efficientformer.spec.variants import VARIANTS, v1_spec, v2_spec
 
 SMALL = {
     "v1": v1_spec((8, 16, 16, 24), (1, 1, 1, 2), 1, input_size=32, num_classes=10, stem_stride=2),
@@ -64,6 +68,13 @@ def test_the_four_observations(cli, tmp_path, monkeypatch):
     assert [len(each["variants"]) for each in found["observations"]] == [4, 5, 2, 3]
     assert all(each["verdict"] for each in found["observations"])
     assert "hard-swish" in (tmp_path / "o" / "observations.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["efficientformer_l1", "efficientformerv2_s0"])
+def test_a_table_like_a_network_covers_what_slimming_can_make_of_it(name):
+    space = Space(VARIANTS[name])
+    keys = {part.key for part in all_parts(_space(name, "", "", "", "", "", None))}
+    assert {part.key for spec in space.covering() for part in parts_of(spec)} <= keys
 
 
 def test_a_table_of_a_spec_in_a_file(cli, tmp_path):

@@ -19,11 +19,11 @@ from efficientformer.latency.design import TableSpace, all_parts
 from efficientformer.latency.table import Cost, LatencyTable
 from efficientformer.slimming import device, judge, judging, run
 from efficientformer.slimming.device import Measured
-from efficientformer.slimming.plan import Options
-from efficientformer.slimming.subject import SupernetSubject
+from efficientformer.slimming.plan import Options, Plan
+from efficientformer.slimming.space import Space
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.count import count
-from efficientformer.spec.errors import TrainingError
+from efficientformer.spec.errors import TrainingError, UsageError
 from efficientformer.spec.variants import v1_spec
 from efficientformer.training import loop
 from efficientformer.training import run as training
@@ -67,6 +67,9 @@ def place(tmp_path_factory):
     LatencyTable(
         "onnxruntime", "fp32", 1, "v1", START.attention, Cost(0.2, 1e-3), costs, weights={}, spread=0.01, networks=9
     ).save(root / "phone.json")
+    whole = json.loads((root / "phone.json").read_text())
+    del whole["costs"]["embedding conv 8-24 at 4x4"]
+    (root / "hole.json").write_text(json.dumps(whole))
     return root
 
 
@@ -152,7 +155,8 @@ def test_the_search_never_sees_the_pictures_it_is_measured_on(finished):
 
 def test_a_seed_of_its_own_for_the_final_training_opens_no_leak(place):
     recipe, final = Recipe(seed=0), Recipe(seed=5)
-    subject = SupernetSubject(Options(held_out=9), seed=0, split_seed=final.seed)
+    plan = Plan(str(place / "data"), (BUDGET,), recipe, final, options=Options(held_out=9))
+    subject = run._SlimRun(place, plan, Space(START), LatencyTable.load(place / "phone.json"), True)._subject()
     seen = subject.splits(recipe, place / "data")
     judged = open_splits(place / "data", val_fraction=final.val_fraction, seed=final.seed).val
     names = {source.name(index) for source in (seen.train, seen.val) for index in range(len(source))}
@@ -218,6 +222,25 @@ def test_a_killed_process_ends_with_the_same_network(place, finished, tmp_path):
     assert_same(folder, finished[0])
 
 
+def test_a_supernet_of_other_pictures_is_refused(place, finished, tmp_path):
+    """As of a run begun when differing seeds still divided the pictures differently."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy, ignore=shutil.ignore_patterns("tensorboard", "targets", "search"))
+    plan = json.loads((copy / "slim.json").read_text())
+    plan["final"]["seed"] = 5
+    (copy / "slim.json").write_text(json.dumps(plan))
+    with pytest.raises(UsageError, match="other pictures"):
+        run.slim(resume=copy)
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_a_frozen_part_the_search_has_cut_away_is_no_obstacle(place, tmp_path):
+    line = command(place, "--target-latency", "0.35ms", "--set", 'freeze=["stages.0.blocks.0", "stem"]', "--quiet")
+    in_process([*line, "--output", tmp_path / "run"])
+    spec = load_checkpoint(tmp_path / "run" / "slimmed-0.35ms.safetensors").spec
+    assert not spec.stages[0].blocks
+
+
 @pytest.mark.usefixtures("no_training_report")
 def test_sigterm_in_the_search_says_how_to_go_on(place, tmp_path):
     folder = tmp_path / "run"
@@ -233,6 +256,7 @@ def test_sigterm_in_the_search_says_how_to_go_on(place, tmp_path):
     ("file", "text"),
     [
         ("search/measured.json", '{"0": {"ms": 1}}'),
+        ("search/measured.json", '{"x": {"ms": 1, "quiet_ms": 1}}'),
         ("search/measured.json", '{"0": {"ms": "long", "quiet_ms": 1}}'),
         (f"targets/{BUDGET:g}ms/choice.json", '{"step": 999, "predicted_ms": 1}'),
         (f"targets/{BUDGET:g}ms/choice.json", "[]"),
@@ -288,11 +312,12 @@ def test_a_second_target_comes_from_the_same_search(place, finished, cli):
         (("--target-latency", "0.6", "--set", "search.depth=3"), "Unknown field 'depth'"),
         (("--target-latency", "0.6", "--set", "teacher=supernet"), "cannot teach itself"),
         (("--target-latency", "0.6", "--model", "none.json"), "Cannot read the spec"),
+        (("--target-latency", "0.6", "--table", "{place}/hole.json"), "has no 'embedding conv 8-24 at 4x4'"),
         (("--target-latency", "0.6", "--set", "search.width_step=4", "--set", "search.min_width=4"), "has no"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_trained(place, cli, tmp_path, more, says):
-    code, _, err = cli(*command(place, *more), "--output", tmp_path / "run")
+    code, _, err = cli(*command(place, *(word.format(place=place) for word in more)), "--output", tmp_path / "run")
     assert code == 2
     assert says in err
     assert not (tmp_path / "run" / "slim.json").exists()

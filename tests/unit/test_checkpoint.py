@@ -76,6 +76,20 @@ class TestNative:
         assert len(checkpoint.sha256) == 64
         assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
+    def test_a_header_whose_length_looks_like_a_pickle(self, tmp_path):
+        """The file begins with the length of its header, and that may begin with a pickle's first byte."""
+        path, state = tmp_path / "a.safetensors", random_state(V1)
+        for letters in range(0, 512, 8):
+            said = manifest(V1, provenance={"name": "x" * letters})
+            save_native(path, state, said)
+            if path.read_bytes()[:1] == b"\x80":
+                break
+        else:
+            pytest.fail("no such length")
+        checkpoint = load_checkpoint(path)
+        assert checkpoint.manifest == said
+        assert equal(checkpoint.state, state)
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_is_stored_and_widened(self, dtype, tmp_path):
         state = random_state(V1)

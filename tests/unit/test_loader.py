@@ -95,6 +95,17 @@ def test_a_killed_worker_is_an_error_that_says_so():
         list(workers(Flat(deadly=(7,)), plan).batches(0, 4))
 
 
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
+def test_a_worker_that_is_killed_as_it_hands_a_batch_over(monkeypatch, error):
+    def broken(*_):
+        raise error
+        yield
+
+    monkeypatch.setattr(WorkerLoader, "_pixels", broken)
+    with pytest.raises(DataError, match="died"):
+        list(workers(Flat(), plan).batches(0, 1))
+
+
 def test_the_number_of_workers_changes_nothing():
     augmentation = dataclasses.replace(PLAIN, crop="rrc", hflip=0.5, color_jitter=0.4, crop_scale=(0.2, 1.0))
     found = []

@@ -187,4 +187,6 @@ def test_stages_keep_their_least_depth():
 )  # fmt: skip
 def test_illegal_options_are_refused(changes):
     with pytest.raises(SpecError):
-        Options(**changes).space(V1)
+        options = Options(**changes)
+        options.check()
+        options.space(V1)

@@ -1,19 +1,25 @@
 """What a candidate's score rests on: BatchNorm statistics of its own, and pictures that can be read."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from efficientformer.data.loader import Batch
 from efficientformer.data.sources import open_source
 from efficientformer.models.network import EfficientFormer
 from efficientformer.slimming import judge
-from efficientformer.slimming.judge import Pictures, estimate_statistics
+from efficientformer.slimming.extract import frozen_parts
+from efficientformer.slimming.judge import Pictures, PoolJudge, Recovery, estimate_statistics
+from efficientformer.slimming.space import IDENTITY, Space
 from efficientformer.spec.errors import DataError
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import v1_spec
+from efficientformer.training.recipe import Recipe
+from efficientformer.training.task import Supervised
 from tests.pictures import write_folders
 
 SPEC = v1_spec((8, 8, 16, 16), (1, 1, 1, 1), 1, input_size=16, num_classes=3, stem_stride=1)
@@ -35,6 +41,40 @@ def test_unreadable_pictures_are_left_out_with_their_labels(source, tmp_path):
     broken = [index for index in range(len(source)) if source.name(index).endswith("red/001.png")]
     with pytest.raises(DataError, match="None of the pictures"):
         Pictures.read(source, np.array(broken), PREPROCESS)
+
+
+def test_a_recovery_leaves_alone_what_the_recipe_freezes():
+    network, before = EfficientFormer(SPEC), None
+    batch = Batch(torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]), SimpleNamespace(step=0), cut=False)
+    loader = SimpleNamespace(batches=lambda first, end: iter([batch, batch]))
+    task = Supervised(Recipe(), 3)
+    for changes, moved in (({"norm": "frozen"}, False), ({"freeze": ("stem",)}, False), ({}, True)):
+        recovery = Recovery(2, 1.0, Recipe(opt="sgd", opt_args={}, **changes), task, loader)
+        one = PoolJudge(None, None, None, recovery, CPU)
+        before = copy.deepcopy(network.stem.state_dict())
+        network.requires_grad_(True)
+        one._recover(network, Space(SPEC).largest)
+        assert torch.equal(before["conv1.norm.running_mean"], network.stem.conv1.norm.running_mean) is not moved
+        stem = torch.equal(before["conv1.conv.weight"], network.stem.conv1.conv.weight)
+        assert stem is (changes.get("freeze") == ("stem",))
+
+
+def test_frozen_parts_go_by_the_start_networks_numbers():
+    spec = v1_spec((8, 8, 16, 16), (3, 1, 1, 1), 1, input_size=16, num_classes=3, stem_stride=1)
+    cut = Space(spec).largest.with_kind(0, 0, IDENTITY).with_kind(3, 0, "mb4d")
+    wanted = (
+        "body",
+        "stem",
+        "stages.0",
+        "stages.0.blocks.0",
+        "stages.0.blocks.2.mlp",
+        "stages.0.blocks.1.candidates.mb4d",
+        "stages.3.blocks.0.candidates.mb3d",
+        "stages.3.blocks.0.token_mixer.qkv",
+    )
+    assert frozen_parts(wanted, cut, EfficientFormer(cut.spec)) == (
+        "body", "stem", "stages.0", "stages.0.blocks.1.mlp", "stages.0.blocks.0"
+    )  # fmt: skip
 
 
 def test_statistics_become_those_of_the_pictures(source, monkeypatch):

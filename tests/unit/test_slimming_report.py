@@ -34,11 +34,11 @@ def test_names_are_no_formulas(tmp_path):
     assert png(figure)
 
 
-@pytest.mark.parametrize("text", ['{"paths": 3}', '{"paths": [["much"]]}', "[]", "{}"])
+@pytest.mark.parametrize("text", ['{"paths": 3}', '{"paths": [["much"]]}', "[]", "{}", '{"paths": [[1]]}'])
 def test_damaged_importances_are_refused(tmp_path, text):
     (tmp_path / "importances.json").write_text(text)
     with pytest.raises(SpecError, match=r"importances\.json"):
-        _importances(tmp_path)
+        _importances(tmp_path, STEP)
 
 
 def test_a_busy_machine_is_taken_off_what_is_drawn():

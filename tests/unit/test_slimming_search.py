@@ -243,6 +243,8 @@ def test_what_the_search_finds_is_no_matter_of_the_final_recipe():
         ({"val_fraction": 0.3}, {}, {}),
         ({"norm": "frozen"}, {}, {"objective": "mes"}),
         ({"grad_checkpointing": True}, {}, {"objective": "mes"}),
+        ({"freeze": ("stem",)}, {}, {"objective": "mes"}),
+        ({}, {}, {"objective": "mes", "breadth": 3}),
     ],
 )
 def test_a_plan_that_would_not_do_what_it_says_is_refused(supernet, final, options):
@@ -250,9 +252,9 @@ def test_a_plan_that_would_not_do_what_it_says_is_refused(supernet, final, optio
         return Plan("data", (1.0,), Recipe(**supernet), Recipe(**final), options=Options(**options))
 
     with pytest.raises(SpecError):
-        plan(options)
+        plan(options).check()
     if options:
-        plan({})
+        plan({}).check()
 
 
 def test_epochs_of_the_supernet_leave_a_recipes_final_training_alone(tmp_path):

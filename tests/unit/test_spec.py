@@ -27,6 +27,7 @@ def test_spec_round_trips_through_json(name):
     spec = SPECS[name]
     assert ArchSpec.from_json(spec.to_json()) == spec
     assert hash(ArchSpec.from_json(spec.to_json())) == hash(spec)
+    assert ArchSpec.from_json(json.dumps({"name": name, "spec": spec.to_dict()})) == spec  # as `info --json` prints it
 
 
 def _edited(**changes):

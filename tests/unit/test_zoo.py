@@ -54,6 +54,10 @@ def test_patterns_match_names_and_aliases():
     assert len(list_models()) == 8
 
 
+def test_short_names_are_names():
+    assert [resolve(card.short).card for card in cards()] == list(cards())
+
+
 @pytest.mark.parametrize("card", cards(), ids=lambda card: card.name)
 def test_every_card_is_complete(card):
     for source in card.sources or (None,):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,9 +19,16 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a network: architecture, true and published counts, stages, preprocessing, sources."""
+    from efficientformer.spec.errors import UnknownModelError, UsageError
     from efficientformer.spec.zoo import resolve
 
-    card = resolve(model).card
+    try:
+        card = resolve(model).card
+    except UnknownModelError:
+        if not Path(model).is_file():
+            raise
+        hint = "For a file: efficientformer test measures it, profile shows its parts"
+        raise UsageError(f"{model} is a file", expected="a name of the zoo", hint=hint) from None
     if as_json:
         typer.echo(json.dumps(_as_dict(card), indent=2))
         return

@@ -103,31 +103,17 @@ def _read_spec(like: str) -> ArchSpec:
     if not like.endswith(".json"):
         return resolve(like).card.spec
     try:
-        return ArchSpec.from_json(Path(like).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        return ArchSpec.from_json(Path(like).read_bytes())
+    except OSError as error:
         raise UsageError(f"Cannot read the spec {like}", found=str(error)) from error
 
 
 def _space_of(spec: ArchSpec) -> TableSpace:
-    """Return the space below a network: its widths in steps of 16, its depths and ratios."""
-    from efficientformer.latency.design import TableSpace
+    """Return the space below a network, as slimming searches it: widths in steps of 16, depths, ratios down to 1."""
+    from efficientformer.slimming.device import table_space
+    from efficientformer.slimming.space import Space
 
-    blocks = [block for stage in spec.stages for block in stage.blocks]
-    widest = max(stage.width for stage in spec.stages)
-    strided = any(block.stride == 2 for block in blocks)
-    return TableSpace(
-        family=spec.family,
-        widths=tuple(sorted({*range(16, widest + 1, 16), *(stage.width for stage in spec.stages)})),
-        depths=tuple(len(stage.blocks) for stage in spec.stages),
-        expansions=tuple(sorted({block.expansion for block in blocks})) or (4.0,),
-        input_sizes=(spec.input_size,),
-        stem_strides=(spec.stem_stride,),
-        in_chans=spec.in_chans,
-        num_classes=spec.num_classes,
-        attention=spec.attention,
-        stage3_stride=2 if strided else 1,
-        max_widths=tuple(stage.width for stage in spec.stages),
-    )
+    return table_space(Space(spec))
 
 
 def _widths(text: str) -> tuple[int, ...]:

@@ -214,7 +214,7 @@ def _load(
     if not model and checkpoint is None and not quiet:
         typer.echo(
             f"Using {EMBEDDED}, shipped in the package (10 classes). For 1,000 ImageNet classes: "
-            "--model efficientformer_l1 (or l3, l7, efficientformerv2_s0, s1, s2, l).",
+            "--model efficientformer_l1 (or l3, l7, v2_s0, v2_s1, v2_s2, v2_l).",
             err=True,
         )
     chosen, many = engine == "auto", any(True for _ in islice(_gather(inputs), FEW, None))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shlex
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,17 +54,19 @@ def slim(
     given = {"model": model, "recipe": recipe, "epochs": epochs, "final_epochs": final_epochs, "engine": engine,
              "precision": precision, "threads": threads, "settings": settings or ()}  # fmt: skip
     folder = resume or output or Path("runs/slim")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; a training's own handlers come before it
+    others = resume is None and (folder / PLAN).is_file()  # a run that this command is about to refuse
     try:
         if resume is not None:
             _refuse_changes({**given, "table": table, "output": output})
-            outcome = run(resume=resume, targets=targets, data=data, quiet=quiet)
+            with _sigterm_as_ctrl_c():
+                outcome = run(resume=resume, targets=targets, data=data, quiet=quiet)
         elif data is None:
             raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
         else:
-            outcome = run(_plan(data, targets, given), folder, table=table, quiet=quiet)
+            with _sigterm_as_ctrl_c():
+                outcome = run(_plan(data, targets, given), folder, table=table, quiet=quiet)
     except KeyboardInterrupt:  # between the trainings: every step of the search is on disk
-        if not (folder / PLAN).is_file():
+        if others or not (folder / PLAN).is_file():
             raise
         outcome = None
     if outcome is None or not outcome.finished:
@@ -69,6 +74,19 @@ def slim(
         raise typer.Exit(130)
     for network in outcome.networks:
         typer.echo(network.weights)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM interrupt what is between the trainings; those have handlers of their own."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _plan(data: Path, targets: tuple[float, ...], given: dict[str, Any]) -> Plan:

@@ -265,9 +265,10 @@ def _collate(samples: Sequence[_Sample]) -> tuple[Tensor, npt.NDArray[np.int64],
 
 def _explain(error: BaseException) -> BaseException:
     """Return an error of ours for what ends a worker process from outside."""
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+    noticed = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    if noticed or isinstance(error, EOFError | ConnectionError):  # these two if it dies as it hands a batch over
         hint = "It was killed, most often for lack of memory, or of room in /dev/shm: use fewer workers, then resume"
-        return DataError("A process that prepares pictures died", found=str(error), hint=hint)
+        return DataError("A process that prepares pictures died", found=str(error) or type(error).__name__, hint=hint)
     return error
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from efficientformer.latency.design import TableSpace
 from efficientformer.latency.table import HERE, LatencyTable
 from efficientformer.slimming.plan import Plan
 from efficientformer.slimming.space import Space
@@ -42,7 +43,7 @@ def open_table(plan: Plan, space: Space, folder: Path, given: Path | None, *, qu
         quiet: Show no progress.
 
     Raises:
-        UsageError: If the table is of another engine than the plan, or lacks parts of the space.
+        UsageError: If the table is of another engine than the plan.
         EngineError: If the engine is not on this machine.
     """
     kept = folder / TABLE
@@ -54,17 +55,35 @@ def open_table(plan: Plan, space: Space, folder: Path, given: Path | None, *, qu
         _check_engine(plan, table, kept)
     else:
         table = measure_table(plan, space, quiet=quiet)
-    for spec in space.covering():  # a hole in the table is found now, not hours into the search
-        table.predict(spec)
     table.save(kept)
     return LatencyTable.load(kept)  # rounded as a resumed run reads it, whose search is to be the same
 
 
+def check_table(plan: Plan, space: Space, table: LatencyTable) -> None:
+    """Raise UsageError if a new run's table lacks a part of the space, or is of other threads than the plan."""
+    if plan.threads not in (None, table.threads):
+        raise UsageError(
+            "The latency table is of another number of threads",
+            expected=str(plan.threads),
+            found=str(table.threads or "as many as the engine chooses"),
+            hint="Leave --threads out to take the table's, or give another table",
+        )
+    for spec in space.covering():  # a hole is found now, not hours into the search
+        table.predict(spec)
+
+
 def measure_table(plan: Plan, space: Space, *, quiet: bool) -> LatencyTable:
     """Measure a table for every network of a space on this machine's engine."""
-    from efficientformer.latency.design import TableSpace
     from efficientformer.latency.measure import build_table
 
+    with table_progress(quiet=quiet) as progress:
+        return build_table(
+            table_space(space), engine=plan.engine, precision=plan.precision, threads=plan.threads, progress=progress
+        )
+
+
+def table_space(space: Space) -> TableSpace:
+    """Return what a latency table must cover to predict every network of a space."""
     start = space.start
     stages = range(len(start.stages))
     ratios = {
@@ -73,7 +92,7 @@ def measure_table(plan: Plan, space: Space, *, quiet: bool) -> LatencyTable:
         for position in range(len(start.stages[stage].blocks))
         for value in space.expansions(stage, position)
     }
-    wanted = TableSpace(
+    return TableSpace(
         family=start.family,
         widths=tuple(sorted({width for stage in stages for width in space.widths(stage)})),
         depths=tuple(len(stage.blocks) for stage in start.stages),
@@ -86,10 +105,6 @@ def measure_table(plan: Plan, space: Space, *, quiet: bool) -> LatencyTable:
         stage3_stride=max((block.stride for block in start.stages[2].blocks), default=1),
         max_widths=tuple(stage.width for stage in start.stages),
     )
-    with table_progress(quiet=quiet) as progress:
-        return build_table(
-            wanted, engine=plan.engine, precision=plan.precision, threads=plan.threads, progress=progress
-        )
 
 
 def measured(table: LatencyTable, specs: Sequence[ArchSpec], start: ArchSpec) -> list[Measured] | None:
@@ -110,12 +125,12 @@ def measured(table: LatencyTable, specs: Sequence[ArchSpec], start: ArchSpec) ->
 
 
 def _check_engine(plan: Plan, table: LatencyTable, path: Path) -> None:
-    for name in ("engine", "precision", "threads"):
+    for name in ("engine", "precision"):
         wanted = getattr(plan, name)
-        if wanted not in ("auto", None, getattr(table, name)):
+        if wanted not in ("auto", getattr(table, name)):
             raise UsageError(
-                f"{path} is of another {name}" if name != "threads" else f"{path} is of another number of threads",
-                expected=str(wanted),
-                found=str(getattr(table, name) or "as many as the engine chooses"),
+                f"{path} is of another {name}",
+                expected=wanted,
+                found=getattr(table, name),
                 hint=f"Leave --{name} out to take the table's, or give another table",
             )

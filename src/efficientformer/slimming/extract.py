@@ -8,7 +8,8 @@ stream what the mixture did; from then on cutting copies numbers and changes non
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +20,8 @@ from efficientformer.slimming.space import IDENTITY, Candidate
 from efficientformer.slimming.supernet import Supernet
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import SpecError
+
+_BLOCK = re.compile(r"stages\.(?P<stage>[0-3])\.blocks\.(?P<position>\d+)(?:\.candidates\.(?P<kind>\w+))?(?P<rest>.*)")
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,27 @@ def pool_names(candidate: Candidate, network: EfficientFormer) -> dict[str, str]
         else:
             names[name] = name
     return names
+
+
+def frozen_parts(prefixes: Iterable[str], candidate: Candidate, network: EfficientFormer) -> tuple[str, ...]:
+    """Return a recipe's frozen parts by their names in a candidate's network; those it has lost are left out.
+
+    Args:
+        prefixes: Parts of the start network or its supernet, such as ``body``, ``stages.0`` or ``stages.2.blocks.1``.
+        candidate: What was cut out.
+        network: The same as a network.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    found = []
+    for prefix in prefixes:
+        part = prefix
+        if match := _BLOCK.fullmatch(prefix):
+            stage, position = int(match["stage"]), int(match["position"])
+            if position not in candidate.positions(stage):
+                continue
+            if match["kind"] not in (None, candidate.kinds[stage][position]):
+                continue
+            part = f"stages.{stage}.blocks.{candidate.positions(stage).index(position)}{match['rest']}"
+        if part == "body" or any(name == part or name.startswith(f"{part}.") for name in names):
+            found.append(part)
+    return tuple(found)

@@ -20,7 +20,7 @@ from efficientformer.data.source import ImageSource
 from efficientformer.models.network import EfficientFormer
 from efficientformer.runtime.image import normalise, resize_crop
 from efficientformer.slimming.channels import Order, by_importance
-from efficientformer.slimming.extract import Pool
+from efficientformer.slimming.extract import Pool, frozen_parts
 from efficientformer.slimming.space import Candidate
 from efficientformer.spec.errors import DataError, ImageError, TrainingError
 from efficientformer.spec.preprocess import PreprocessSpec
@@ -136,7 +136,7 @@ class PoolJudge:
         self._pool, self.candidate = self._pool.slimmed(candidate, self._order), candidate
         if self._recovery.steps:
             network = self._network(self._pool, candidate)
-            self._recover(network)
+            self._recover(network, candidate)
             self._pool = self._pool.updated(candidate, network)
         self._taken += 1
 
@@ -168,13 +168,14 @@ class PoolJudge:
                 right += int((network(images).argmax(1) == labels).sum())
         return 100 * right / len(self._held_out.labels)
 
-    def _recover(self, network: EfficientFormer) -> None:
+    def _recover(self, network: EfficientFormer, candidate: Candidate) -> None:
         """Train a network in place at a constant, low learning rate."""
         recipe, first = self._recovery.recipe, self._taken * self._recovery.steps
         if self._batches is None:  # a new judge that follows a path sees the batches the first one saw
             self._batches = self._recovery.loader.batches(first, ENDLESS)
         network.train()
-        for module in hold_still(network, recipe, cut=True):
+        frozen = frozen_parts(recipe.freeze, candidate, network)
+        for module in hold_still(network, recipe.with_changes(freeze=frozen)):
             module.eval()
         optimizer = build_optimizer(network, recipe)
         set_learning_rate(optimizer, self._recovery.rate * recipe.scaled_lr)

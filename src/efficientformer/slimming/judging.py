@@ -23,10 +23,12 @@ from efficientformer.slimming.search import EVERY, Device, PathFile, Search, Ste
 from efficientformer.slimming.space import Space
 from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.slimming.supernet import Supernet, load_supernet
+from efficientformer.spec.errors import UsageError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.training.recipe import load_recipe
 from efficientformer.training.run import mixed_precision
 from efficientformer.training.setup import Prepared, build_task, prepare
+from efficientformer.training.state import RunFolder
 from efficientformer.weights.checkpoint import save_native
 from efficientformer.weights.files import atomic_write
 
@@ -70,6 +72,9 @@ class Bench:
         supernet, manifest = load_supernet(folder / WEIGHTS)
         recipe = load_recipe(folder / "supernet")
         prepared = prepare(recipe, Path(plan.data), 0, 1, manifest, subject)
+        if RunFolder(folder / "supernet").data()["digest"] != prepared.digest:
+            found = f"{plan.data} changed, or was divided by other seeds before ({recipe.seed}, {plan.final.seed})"
+            raise UsageError("The supernet was trained on other pictures", found=found, hint="Start a new run")
         count = min(plan.options.calibration, len(prepared.source))
         some = np.sort(np.random.default_rng(recipe.seed).permutation(len(prepared.source))[:count])
         held_out = Pictures.read(prepared.val, np.arange(len(prepared.val)), manifest.preprocess)

@@ -32,8 +32,10 @@ FROM_SCRATCH: dict[str, Any] = {
 
 # What counts with one objective only: an elastic supernet learns no importances, and has every cut scored.
 _LATENCY_ONLY, _JOINT_ONLY = ("breadth", "importances"), ("size_weight", "latency_weight")
-# Fields of a recipe that an elastic supernet, whose networks are cut out anew for each step, cannot follow.
-_NOT_ELASTIC: dict[str, Any] = {"norm": "frozen", "grad_checkpointing": True, "compile": True}
+# What an elastic supernet, whose networks are cut out anew for each step, can follow of a recipe.
+_ELASTIC: dict[str, tuple[Any, ...]] = {
+    "norm": ("batch", "sync"), "grad_checkpointing": (False,), "compile": (False,), "freeze": ((),),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,9 @@ class Options:
         for name in ("size_weight", "latency_weight"):
             check_number(name, getattr(self, name), 0, 100)
         check_int("max_params", self.max_params, 0, 10**12)
+
+    def check(self) -> None:
+        """Raise SpecError if an option would have no effect."""
         if self.joint and not self.size_weight and not self.latency_weight:
             raise SpecError("A mobile efficiency score of nothing", expected="size_weight or latency_weight above 0")
         for name in _LATENCY_ONLY if self.joint else _JOINT_ONLY:
@@ -133,13 +138,6 @@ class Plan:
     def __post_init__(self) -> None:
         if not isinstance(self.data, str):
             raise SpecError("Illegal data set", expected="a path", found=type(self.data).__name__)
-        if self.supernet.val_fraction != self.final.val_fraction:  # else the search learns from what judges its result
-            hint = "Say --set val_fraction=..., without a part before it"
-            raise SpecError("Supernet and final training set other pictures aside", hint=hint)
-        for name, value in _NOT_ELASTIC.items() if self.options.joint else ():
-            if getattr(self.supernet, name) == value:
-                raise SpecError(f"An elastic supernet cannot be trained with {name}={value}",
-                                hint=f"Say --set final.{name}={value} for the final training only")  # fmt: skip
         if self.supernet.teacher == SUPERNET:
             raise UsageError("The supernet cannot teach itself", hint=f"Say --set final.teacher={SUPERNET}")
         for target in self.targets:
@@ -152,6 +150,18 @@ class Plan:
         check_choice("precision", self.precision, PRECISIONS)
         if self.threads is not None:
             check_int("threads", self.threads, 1, 4096)
+
+    def check(self) -> None:
+        """Raise SpecError if something of a new run would have no effect."""
+        self.options.check()
+        if self.supernet.val_fraction != self.final.val_fraction:
+            hint = "Say --set val_fraction=..., without a part before it"
+            raise SpecError("Both trainings set the same pictures aside", expected="one val_fraction", hint=hint)
+        for name, legal in _ELASTIC.items() if self.options.joint else ():
+            value = getattr(self.supernet, name)
+            if value not in legal:
+                hint = f"Leave that to the final training: --set supernet.{name}={json.dumps(legal[0])}"
+                raise SpecError(f"An elastic supernet cannot be trained with {name}={value}", hint=hint)
 
     def with_targets(self, targets: Iterable[float]) -> Plan:
         """Return the plan with further targets."""
@@ -260,6 +270,7 @@ def apply_settings(
             changes[name] = text
     check_keys("the search's options", changes, Options)
     options = dataclasses.replace(options, **changes)
+    options.check()
     options.space(small_start())  # checks the bounds
     final = override(final, parts["final"]).with_changes(**FOUND)
     return override(supernet, parts["supernet"]), final, options

@@ -106,7 +106,7 @@ def write_report(
         page.heading("What the supernet learned")
         page.text("Importance of every block: how much more its MetaPath leans on the block than on doing nothing. "
                   "Blocks that the smallest target's network has lost are pale.")  # fmt: skip
-        page.figure(draw_importances(_importances(folder), networks[-1].step))
+        page.figure(draw_importances(_importances(folder, steps[0]), networks[-1].step))
     _add_use(page, networks, table)
     page.write(folder / "report.html")
 
@@ -277,11 +277,13 @@ def _some(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [rows[round(index * (len(rows) - 1) / (SHOWN - 1))] for index in range(SHOWN)]
 
 
-def _importances(folder: Path) -> list[list[float]]:
+def _importances(folder: Path, start: Step) -> list[list[float]]:
     path = folder / "importances.json"
     data = load_json(f"the importances {path}", path.read_bytes())
     rows = as_list(f"importances in {path}", data.get("paths") if isinstance(data, dict) else None, 4)
     found = [as_list(f"importances of a stage in {path}", row, 256) for row in rows]
+    if [len(row) for row in found] != [len(row) for row in start.candidate.kinds]:
+        raise SpecError(f"{path} is damaged", expected="an importance for every block of the start network")
     for value in (value for row in found for value in row):
         check_number(f"importance in {path}", value, 0, 1e12)
     return found

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from efficientformer.latency.table import LatencyTable
+from efficientformer.models.network import EfficientFormer
 from efficientformer.slimming import device
 from efficientformer.slimming.device import Measured
+from efficientformer.slimming.extract import frozen_parts
 from efficientformer.slimming.judging import Bench
 from efficientformer.slimming.plan import PLAN, SUPERNET, Plan, make_folder
 from efficientformer.slimming.report import Finished, write_report
@@ -33,8 +35,9 @@ from efficientformer.slimming.start import decide, start_network
 from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.slimming.watch import SearchWatch
 from efficientformer.spec.arch import load_json
-from efficientformer.spec.errors import EfficientFormerError, TrainingError, UsageError
+from efficientformer.spec.errors import EfficientFormerError, SpecError, TrainingError, UsageError
 from efficientformer.spec.fields import check_int, check_keys, check_number
+from efficientformer.training.allocator import freed_memory_kept
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import Outcome, train
 from efficientformer.training.setup import PlainNetwork
@@ -125,6 +128,8 @@ class _SlimRun:
         if not all((self._target(target) / CHOICE).exists() for target in self.plan.targets):
             self._search()
         steps = PathFile(self.folder / PATH, self.space).read()
+        if not steps:
+            raise UsageError(f"{self.folder / PATH} is gone", hint="Remove the folder targets, too, to search anew")
         networks: list[Finished] = []
         for target in self.plan.targets:
             network = self._finish(steps, target)
@@ -139,7 +144,8 @@ class _SlimRun:
         """Find the networks of those targets that have none."""
         bench = Bench.open(self.folder, self.plan, self.space, self._subject())
         start_ms = reachable(self.space, self.table)[1]
-        with bench, SearchWatch(self.folder, start_ms, min(self.plan.targets), quiet=self.quiet) as watch:
+        shown = SearchWatch(self.folder, start_ms, min(self.plan.targets), quiet=self.quiet)
+        with freed_memory_kept(), bench, shown as watch:
             search = bench.search(self.table, watch.step)
             for target in self.plan.targets:
                 if not (self._target(target) / CHOICE).exists():
@@ -150,7 +156,7 @@ class _SlimRun:
         return f"efficientformer slim --resume {shlex.quote(str(self.folder))}"
 
     def _subject(self) -> SupernetSubject:
-        return SupernetSubject(self.plan.options, self.plan.supernet.seed, self.plan.final.seed, self._command)
+        return SupernetSubject(self.plan.options, self.plan.supernet.seed, self.plan.final, self._command)
 
     def _train_supernet(self) -> bool:
         """Train the supernet if it is not trained; return whether it is."""
@@ -202,7 +208,7 @@ class _SlimRun:
     def _missed(self, target: float, tried: list[int], last: str) -> TrainingError:
         """Forget what was measured for a target that nothing met, so that it can be tried again; return the error."""
         known = self._measured()
-        _write(self.folder / MEASURED, {key: value for key, value in known.items() if int(key) not in tried})
+        _write(self.folder / MEASURED, {key: value for key, value in known.items() if key not in map(str, tried)})
         hint = "Is the machine busy? Resume when it is not; else start a new run, with a table measured then"
         if rest := [each for each in self.plan.targets if each != target]:
             dataclasses.replace(self.plan, targets=tuple(rest)).save(self.folder)
@@ -215,6 +221,8 @@ class _SlimRun:
         path = self.folder / MEASURED
         known = _read(path) if path.exists() else {}
         for key, each in known.items():
+            if not key.isascii() or not key.isdigit():
+                raise SpecError(f"{path} is damaged", expected="numbers of steps", found=repr(key)[:80])
             values = check_keys(f"{path}: step {key!r}", each, Measured)
             for name, value in values.items():
                 check_number(f"{name} of step {key!r} in {path}", value, 0, 1e9)
@@ -252,6 +260,7 @@ class _SlimRun:
         recipe, changes = self.plan.final, dict[str, Any]()
         if recipe.teacher == SUPERNET:
             changes["teacher"] = str((self.folder / "search" / "start.safetensors").absolute())
+        changes["freeze"] = frozen_parts(recipe.freeze, step.candidate, EfficientFormer(step.candidate.spec))
         if recipe.pretrained:
             return recipe.with_changes(model=str(sliced.absolute()), spec=None, input_size=0, **changes)
         return recipe.with_changes(model="auto", spec=step.candidate.spec.to_dict(), input_size=0, **changes)
@@ -285,6 +294,7 @@ def _begun(plan: Plan, folder: Path, table: Path | None, *, quiet: bool) -> _Sli
     if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - {device.TABLE})):
         hint = "Choose another --output: nothing is overwritten"
         raise UsageError(f"{folder} is not empty", found=", ".join(others[:5]), hint=hint)
+    plan.check()
     plan = decide(dataclasses.replace(plan, data=str(Path(plan.data).absolute())))
     space = plan.options.space(start_network(plan))
     make_folder(folder)
@@ -293,6 +303,7 @@ def _begun(plan: Plan, folder: Path, table: Path | None, *, quiet: bool) -> _Sli
             plan.save(folder)  # a run that is killed while it measures can be resumed; a given table is quickly kept
         latencies = device.open_table(plan, space, folder, table, quiet=quiet)
         plan.save(folder)
+        device.check_table(plan, space, latencies)
         check_targets(space, latencies, plan.targets, plan.options.max_params)
     except EfficientFormerError:
         (folder / PLAN).unlink(missing_ok=True)  # not a run: the folder can be used again, and its table too

@@ -119,7 +119,7 @@ def with_start(recipe: Recipe, model: str) -> Recipe:
     path = Path(model)
     if path.suffix == ".json":
         try:
-            text = path.read_text()
+            text = path.read_bytes()
         except OSError as error:
             raise UsageError(f"Cannot read the spec {path}", found=error.strerror or str(error)) from error
         try:

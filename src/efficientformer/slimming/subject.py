@@ -33,19 +33,18 @@ class SupernetSubject:
             learns from them, and is measured on them, so that neither sees the pictures that the final networks are
             measured on.
         seed: Decides which networks of an elastic supernet each step trains.
-        split_seed: Seed that divides data without validation pictures in the final training: the same ones are left
-            out here.
+        final: Recipe of the final trainings. What it sets aside of data without validation pictures is left out here.
         resume_command: The command that goes on with the run.
     """
 
     options: Options
     seed: int = 0
-    split_seed: int = 0
+    final: Recipe = dataclasses.field(default_factory=Recipe)
     resume_command: str = ""
 
     def splits(self, recipe: Recipe, path: Path) -> Splits:
         """Divide the data set's training pictures into those to learn from and those held out for the search."""
-        whole = open_splits(path, val_fraction=recipe.val_fraction, seed=self.split_seed).train
+        whole = open_splits(path, val_fraction=self.final.val_fraction, seed=self.final.seed).train
         share = min(MOST_HELD_OUT, self.options.held_out / max(1, len(whole)))
         learn, held = split_indices(whole, share, recipe.seed)
         if not len(held):

@@ -241,13 +241,14 @@ class ArchSpec:
         return cls(**fields)
 
     @classmethod
-    def from_json(cls, text: str) -> ArchSpec:
-        """Build a spec from JSON text.
+    def from_json(cls, text: str | bytes) -> ArchSpec:
+        """Build a spec from JSON text: the spec itself, or what ``efficientformer info MODEL --json`` prints.
 
         Raises:
             SpecError: If the text is no JSON or describes no network.
         """
-        return cls.from_dict(load_json("the architecture spec", text))
+        data = load_json("the architecture spec", text)
+        return cls.from_dict(data["spec"] if isinstance(data, dict) and "spec" in data else data)
 
 
 def load_json(name: str, text: str | bytes) -> object:

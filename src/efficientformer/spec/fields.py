@@ -21,7 +21,9 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     # the bounds first: a whole number beyond every fraction is none that isfinite can take
     if not number or not low <= value <= high or not math.isfinite(value):  # type: ignore[operator, arg-type]
-        raise SpecError(f"Illegal {name}", expected=f"a number from {low} to {high}", found=repr(value))
+        huge = isinstance(value, int) and value.bit_length() > 1024  # which Python may refuse to write out
+        found = "a number of too many digits" if huge else repr(value)
+        raise SpecError(f"Illegal {name}", expected=f"a number from {low} to {high}", found=found)
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -98,15 +98,19 @@ class ModelCard:
 
     @property
     def short(self) -> str:
-        """The variant's short name: ``l1``, ``s0``, ``cifar10``."""
+        """The shortest name that resolves to this card: ``l1``, ``s0``, ``v2_l``, ``cifar10``."""
+        return "v2_l" if self._variant == "l" else self._variant
+
+    @property
+    def _variant(self) -> str:
         return self.name.rpartition("_")[2]
 
     @property
     def aliases(self) -> tuple[str, ...]:
         """Every other name that resolves to this card (matched without regard to case)."""
-        short = {self.short} if self.data_set == "imagenet1k" and self.short != "l" else set()
+        short = {self.short}
         if self.paper == "2212.08059":
-            short |= {f"v2_{self.short}", f"efficientformer_v2_{self.short}"}
+            short |= {f"v2_{self._variant}", f"efficientformer_v2_{self._variant}"}
         names = {self.name.replace("_", "-"), *short, *(source.alias for source in self.sources)}
         names |= {source.alias.replace("_8xb128", "") for source in self.sources}  # the checkpoint's and old names
         names |= {source.alias.replace("3rdparty_", "") for source in self.sources if source.name == "mmpretrain"}

@@ -146,19 +146,17 @@ def freeze(model: EfficientFormer, prefixes: Iterable[str]) -> list[nn.Module]:
     ]
 
 
-def hold_still(model: EfficientFormer, recipe: Recipe, *, cut: bool = False) -> list[nn.Module]:
+def hold_still(model: EfficientFormer, recipe: Recipe) -> list[nn.Module]:
     """Freeze what a recipe says, and return the modules whose BatchNorm statistics must stay.
 
     Args:
         model: The network; its parameters' ``requires_grad`` is changed.
         recipe: Its ``freeze`` and ``norm``.
-        cut: The network was cut out of a larger one: parts it has lost are passed over.
 
     Raises:
         UsageError: If a prefix matches nothing, or nothing is left to learn.
     """
-    names = [name for name, _ in model.named_parameters()]
-    still = freeze(model, [each for each in recipe.freeze if not cut or each == "body" or _under(each, names)])
+    still = freeze(model, recipe.freeze)
     if recipe.norm == "frozen":
         return [module for module in model.modules() if isinstance(module, BATCH_NORM)]
     return still

@@ -344,7 +344,9 @@ def _typed(name: str, value: object, kind: Any) -> Any:  # noqa: ANN401 (whateve
         try:
             return float(value)
         except OverflowError:
-            raise SpecError(f"Illegal {name}", expected="a number", found=f"one of {len(str(value))} digits") from None
+            raise SpecError(
+                f"Illegal {name}", expected="a number", found="a whole number beyond every fraction"
+            ) from None
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         if isinstance(value, str) or not isinstance(value, Iterable):

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.errors import EfficientFormerError, EngineError, TrainingError, UsageError, missing_extra
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
-from efficientformer.training.allocator import keep_freed_memory
+from efficientformer.training.allocator import freed_memory_kept
 from efficientformer.training.loop import Run, Shell
 from efficientformer.training.norms import synchronise_norms
 from efficientformer.training.optim import build_optimizer, hold_still
@@ -96,7 +96,8 @@ def train(
     require_libraries()
     _check_call(recipe, data, output, resume, device)
     subject = subject or PlainNetwork()
-    with _process_group(), _signals() as stop:
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    with _process_group(), _signals() as stop, freed_memory_kept() if on_cpu else nullcontext():
         return _go(recipe, data, output, resume, device, quiet, subject, stop)
 
 
@@ -310,8 +311,6 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = device == "cpu" or (world > 1 and not torch.cuda.is_available())  # else each would train on its own
     accelerator = Accelerator(mixed_precision=mixed_precision(recipe, device), cpu=on_cpu)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     if accelerator.num_processes != world:
         raise UsageError(
             "The processes do not find each other",

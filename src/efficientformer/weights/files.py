@@ -98,10 +98,11 @@ def _sniff(path: Path, file: IO[bytes]) -> str:
         raise CheckpointError("The file is empty", hint="Fetch or write it again")
     if head.startswith(b"PK\x03\x04"):
         return "zip"
+    # the length that opens a safetensors file may begin with a pickle's first byte; a damaged one may be any
+    if head[8:9] == b"{" and (head[:1] != b"\x80" or int.from_bytes(head[:8], "little") <= path.stat().st_size):
+        return "safetensors"
     if head[:1] == b"\x80":
         return "legacy"
-    if head[8:9] == b"{":
-        return "safetensors"
     for offset, magic, what, hint in _OTHER_KINDS:
         if head[offset:].lower().startswith(magic.lower()):
             raise CheckpointError("Not a weights file", expected="safetensors or torch.save", found=what, hint=hint)
