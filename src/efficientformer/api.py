@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from efficientformer.weights.cache import Progress as DownloadProgress
 
 _UNNAMED = "these weights do not name their classes: the data set's order of classes is taken for theirs"
+_UNDIVIDED = "the data set has no parts: pictures that this network was trained on may be among those measured"
+_TRAINED_HERE = ("trained", "slimmed")  # sources of manifests whose training may have set its own pictures aside
 TORCH_ENGINES = ("torch", "torch-compile")
 EVALUATION_ENGINES = ("auto", "torch", *ENGINES[1:])
 
@@ -243,6 +245,7 @@ def evaluate_model(
         with team.first_alone():
             predictor = _predictor(name, checkpoint, engine, precision, device, offline, download_progress)
         labels = predictor.manifest.labels
+        own = part is None and predictor.manifest.provenance.get("source") in _TRAINED_HERE
         share = evaluate(
             predictor,
             align(source, labels) if labels else source,
@@ -253,7 +256,7 @@ def evaluate_model(
             progress=progress,
             model=_called(name, checkpoint),
             data=f"{data} ({part})" if part else str(data),
-            notes=(*getattr(source, "notes", ()), *(() if labels else (_UNNAMED,))),
+            notes=(*getattr(source, "notes", ()), *(() if labels else (_UNNAMED,)), *((_UNDIVIDED,) if own else ())),
         )
         return team.merged(share)
 

@@ -124,6 +124,7 @@ def test_the_result_is_a_model_like_any_other(place, finished, cli):
     code, out, _ = cli("test", file, "--data", place / "data", "--json", "--engine", "torch")
     assert code == 0
     assert json.loads(out)["images"] == 60
+    assert "trained on" in json.loads(out)["notes"][0], "all 60 are measured, and it learned from 48"
     sliced = finished[0] / "targets" / "0.6ms" / "sliced-0.6ms.safetensors"
     assert load_checkpoint(sliced).spec == load_checkpoint(file).spec
     code, out, _ = cli("predict", place / "data" / "red" / "000.png", "--model", file, "--format", "json")
