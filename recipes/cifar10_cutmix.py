@@ -17,7 +17,6 @@ min_lr = 0.0
 warmup_epochs = 1
 weight_decay = 0.05
 layer_decay = 1.0
-layer_scale_init = 0.1
 label_smoothing = 0.1
 crop = "pad"
 padding = 4
