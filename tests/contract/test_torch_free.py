@@ -65,7 +65,14 @@ def test_list_and_info():
     assert json.loads(run_without_torch("info", "L1", "--json").stdout)["params"] == 12_289_928
 
 
-@pytest.mark.parametrize("arguments", [("predict", "x.jpg", "--model", "l1"), ("convert", "l1", "out.onnx")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("predict", "x.jpg", "--model", "l1"),
+        ("convert", "l1", "out.onnx"),
+        ("latency-table", "--like", "l1", "--output", "absent.json"),
+    ],
+)
 def test_what_needs_torch_names_the_extra(arguments):
     result = run_without_torch(*arguments)
     assert result.returncode == 1

@@ -97,21 +97,15 @@ def _space(
 
 
 def _read_spec(like: str) -> ArchSpec:
-    from efficientformer.spec.arch import ArchSpec
+    from efficientformer.spec.arch import read_spec
     from efficientformer.spec.zoo import resolve
 
-    if not like.endswith(".json"):
-        return resolve(like).card.spec
-    try:
-        return ArchSpec.from_json(Path(like).read_bytes())
-    except OSError as error:
-        raise UsageError(f"Cannot read the spec {like}", found=str(error)) from error
+    return read_spec(Path(like)) if like.endswith(".json") else resolve(like).card.spec
 
 
 def _space_of(spec: ArchSpec) -> TableSpace:
     """Return the space below a network, as slimming searches it: widths in steps of 16, depths, ratios down to 1."""
-    from efficientformer.slimming.device import table_space
-    from efficientformer.slimming.space import Space
+    from efficientformer.slimming.space import Space, table_space
 
     return table_space(Space(spec))
 

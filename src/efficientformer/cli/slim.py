@@ -56,14 +56,13 @@ def slim(
     folder = resume or output or Path("runs/slim")
     others = resume is None and (folder / PLAN).is_file()  # a run that this command is about to refuse
     try:
-        if resume is not None:
-            _refuse_changes({**given, "table": table, "output": output})
-            with _sigterm_as_ctrl_c():
+        with _sigterm_as_ctrl_c():
+            if resume is not None:
+                _refuse_changes({**given, "table": table, "output": output})
                 outcome = run(resume=resume, targets=targets, data=data, quiet=quiet)
-        elif data is None:
-            raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
-        else:
-            with _sigterm_as_ctrl_c():
+            elif data is None:
+                raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
+            else:
                 outcome = run(_plan(data, targets, given), folder, table=table, quiet=quiet)
     except KeyboardInterrupt:  # between the trainings: every step of the search is on disk
         if others or not (folder / PLAN).is_file():

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from efficientformer.latency.design import TableSpace
 from efficientformer.latency.table import HERE, LatencyTable
 from efficientformer.slimming.plan import Plan
-from efficientformer.slimming.space import Space
+from efficientformer.slimming.space import Space, table_space
 from efficientformer.slimming.watch import table_progress
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import UsageError
@@ -80,31 +79,6 @@ def measure_table(plan: Plan, space: Space, *, quiet: bool) -> LatencyTable:
         return build_table(
             table_space(space), engine=plan.engine, precision=plan.precision, threads=plan.threads, progress=progress
         )
-
-
-def table_space(space: Space) -> TableSpace:
-    """Return what a latency table must cover to predict every network of a space."""
-    start = space.start
-    stages = range(len(start.stages))
-    ratios = {
-        value
-        for stage in stages
-        for position in range(len(start.stages[stage].blocks))
-        for value in space.expansions(stage, position)
-    }
-    return TableSpace(
-        family=start.family,
-        widths=tuple(sorted({width for stage in stages for width in space.widths(stage)})),
-        depths=tuple(len(stage.blocks) for stage in start.stages),
-        expansions=tuple(sorted(ratios)) or (4.0,),
-        input_sizes=(start.input_size,),
-        stem_strides=(start.stem_stride,),
-        in_chans=start.in_chans,
-        num_classes=start.num_classes,
-        attention=start.attention,
-        stage3_stride=max((block.stride for block in start.stages[2].blocks), default=1),
-        max_widths=tuple(stage.width for stage in start.stages),
-    )
 
 
 def measured(table: LatencyTable, specs: Sequence[ArchSpec], start: ArchSpec) -> list[Measured] | None:

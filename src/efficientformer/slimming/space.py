@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from efficientformer.latency.design import TableSpace
 from efficientformer.spec.arch import ArchSpec, BlockSpec, StageSpec
 from efficientformer.spec.errors import SpecError
 from efficientformer.spec.fields import as_list, check_int, check_keys, check_number
@@ -232,6 +233,31 @@ class Space:
                     raise SpecError(f"Block {position + 1} of stage {stage + 1} outside the space",
                                     expected=f"one of {legal}", found=f"{kind!r}")  # fmt: skip
         _ = candidate.spec  # its own checks: the order of 4D and 3D
+
+
+def table_space(space: Space) -> TableSpace:
+    """Return what a latency table must cover to predict every network of a space."""
+    start = space.start
+    stages = range(len(start.stages))
+    ratios = {
+        value
+        for stage in stages
+        for position in range(len(start.stages[stage].blocks))
+        for value in space.expansions(stage, position)
+    }
+    return TableSpace(
+        family=start.family,
+        widths=tuple(sorted({width for stage in stages for width in space.widths(stage)})),
+        depths=tuple(len(stage.blocks) for stage in start.stages),
+        expansions=tuple(sorted(ratios)) or (4.0,),
+        input_sizes=(start.input_size,),
+        stem_strides=(start.stem_stride,),
+        in_chans=start.in_chans,
+        num_classes=start.num_classes,
+        attention=start.attention,
+        stage3_stride=max((block.stride for block in start.stages[2].blocks), default=1),
+        max_widths=tuple(stage.width for stage in start.stages),
+    )
 
 
 def _at(values: Sequence[T], index: int) -> T:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from efficientformer.data.sources import open_splits
 from efficientformer.slimming.plan import FOUND, FROM_SCRATCH, Options, Plan, apply_settings, small_start
-from efficientformer.spec.arch import ArchSpec
-from efficientformer.spec.errors import SpecError, UsageError
+from efficientformer.spec.arch import ArchSpec, read_spec
+from efficientformer.spec.errors import UsageError
 from efficientformer.spec.zoo import FILE_SUFFIXES, resolve
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.setup import DEFAULT_MODEL, SMALL, typical_side
@@ -118,15 +118,7 @@ def with_start(recipe: Recipe, model: str) -> Recipe:
     """
     path = Path(model)
     if path.suffix == ".json":
-        try:
-            text = path.read_bytes()
-        except OSError as error:
-            raise UsageError(f"Cannot read the spec {path}", found=error.strerror or str(error)) from error
-        try:
-            return recipe.with_changes(model="auto", spec=ArchSpec.from_json(text).to_dict(), pretrained=False)
-        except SpecError as error:
-            raise SpecError(f"{path}: {error.problem}", expected=error.expected, found=error.found,
-                            hint=error.hint) from error  # fmt: skip
+        return recipe.with_changes(model="auto", spec=read_spec(path).to_dict(), pretrained=False)
     if path.suffix in FILE_SUFFIXES and not path.is_file():
         raise UsageError(f"There is no weights file {path}", hint="Give a zoo name, a weights file or a spec in JSON")
     return recipe.with_changes(model=model, spec=None)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from efficientformer.spec import geometry
-from efficientformer.spec.errors import InputSizeError, SpecError
+from efficientformer.spec.errors import InputSizeError, SpecError, UsageError
 from efficientformer.spec.fields import as_list, as_pair, check_bool, check_choice, check_int, check_keys, check_number
 
 SCHEMA = 1
@@ -249,6 +250,24 @@ class ArchSpec:
         """
         data = load_json("the architecture spec", text)
         return cls.from_dict(data["spec"] if isinstance(data, dict) and "spec" in data else data)
+
+
+def read_spec(path: Path) -> ArchSpec:
+    """Read a spec from a JSON file.
+
+    Raises:
+        UsageError: If it cannot be read.
+        SpecError: If it holds no spec.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"Cannot read the spec {path}", found=error.strerror or str(error)) from error
+    try:
+        return ArchSpec.from_json(text)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error.problem}", expected=error.expected, found=error.found,
+                        hint=error.hint) from error  # fmt: skip
 
 
 def load_json(name: str, text: str | bytes) -> object:
