@@ -82,6 +82,20 @@ def test_of_cuts_that_lose_nothing_the_largest_is_taken(tmp_path):
     assert steps[1].considered[0].saved_ms == pytest.approx(0.3)
 
 
+def test_the_last_cut_is_the_one_that_leaves_most(tmp_path):
+    """Blocks of stage 1 go at 0.2 points for 0.1 ms, one of stage 3 at 0.5 for 0.3: 0.05 ms too much need no 0.3."""
+    steps = search(tmp_path / "path.json", Ledger(WORTH, channel=99)).run(2.55)
+    high = steps[0].predicted_ms
+    assert high - 0.1 < 2.55 < high, "one cut of any kind is enough"
+    assert steps[1].what == "block 2 of stage 1 removed"
+    taken, *others = steps[1].considered
+    assert taken.top1 == max(cut.top1 for cut in steps[1].considered)
+    assert others[0].what == "block 3 of stage 3 removed", "the most accuracy per millisecond"
+    further = search(tmp_path / "path.json", Ledger(WORTH, channel=99)).run(1.8)
+    assert further[:2] == steps
+    assert further[2].what == "block 3 of stage 3 removed"
+
+
 def test_importance_decides_what_is_scored(tmp_path):
     """With the paper's one cut of a kind, a search that thinks the wrong block least important never sees the right."""
     right = Importances(((5.0, 0.2), (9.0,), (9.0, 9.0, 0.5), (9.0, 9.0)))

@@ -12,7 +12,7 @@ from efficientformer.models.network import EfficientFormer
 from efficientformer.slimming.channels import axes_of, by_chance, by_importance, channel_scores, plan_cut
 from efficientformer.slimming.extract import Pool
 from efficientformer.slimming.moves import Action
-from efficientformer.slimming.space import IDENTITY, Candidate, Space
+from efficientformer.slimming.space import IDENTITY, WITHOUT_ATTENTION, Candidate, Space
 from efficientformer.slimming.supernet import (
     COLD,
     HOT,
@@ -202,6 +202,27 @@ def test_scores_follow_what_is_written_and_read():
     }
     scores = channel_scores(state, "stream.1", 4)
     assert by_importance(state, "stream.1", 4).tolist() == scores.argsort(descending=True).tolist() == [1, 0, 2, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", [V1, V2], ids=["v1", "v2"])
+def test_blocks_a_candidate_lacks_have_no_say_in_its_channels(spec):
+    """Make a removed block, and what would replace attention, lean hard on 16 channels: others must not stay for it."""
+    space = Space(spec)
+    narrow = space.largest.with_kind(2, 0, IDENTITY).with_width(2, space.widths(2)[1])
+    removed, attends = space.largest.kinds[2]
+    replacement = WITHOUT_ATTENTION[attends]
+
+    def kept(loud):
+        supernet = supernet_of(spec)
+        for position, kind in loud:
+            weight = next(supernet.stages[2].blocks[position].candidates[kind].mlp.fc1.parameters())
+            weight[:, -16:] *= 1000
+        return extract(supernet, narrow).stages[2].embedding.state_dict()
+
+    first, *others = kept([]), kept([(0, removed), (1, replacement)]), kept([(1, attends)])
+    same = [all(torch.equal(first[name], other[name]) for name in first) for other in others]
+    assert same == [True, False]
 
 
 def test_a_name_of_no_network_has_no_rule():

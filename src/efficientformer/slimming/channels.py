@@ -82,7 +82,9 @@ def axes_of(name: str) -> Axes:
     raise CheckpointError(f"No slimming rule for {name}", hint="It belongs to no EfficientFormer")
 
 
-def plan_cut(state: Mapping[str, Tensor], old: ArchSpec, new: ArchSpec, order: Order) -> Cut:
+def plan_cut(
+    state: Mapping[str, Tensor], old: ArchSpec, new: ArchSpec, order: Order, used: Mapping[str, Tensor] | None = None
+) -> Cut:
     """Choose which channels and hidden units stay when ``old`` becomes the narrower ``new``.
 
     Args:
@@ -90,14 +92,16 @@ def plan_cut(state: Mapping[str, Tensor], old: ArchSpec, new: ArchSpec, order: O
         old: What they are of.
         new: The same blocks at smaller widths or expansions.
         order: Which channels stay longest.
+        used: Those of a supernet's weights that write and read the channels all blocks share; by default all. A block's
+            hidden units are its own, whether it is used or not.
 
     Returns:
         Only the axes that shrink; indices in increasing order, so that nothing is reordered.
     """
-    sizes = _sizes(state, old, new)
+    shared = state if used is None else used
     return {
-        axis: order(state, axis, size).narrow(0, 0, wanted).sort().values
-        for axis, (size, wanted) in sizes.items()
+        axis: order(state if axis.startswith("hidden.") else shared, axis, size).narrow(0, 0, wanted).sort().values
+        for axis, (size, wanted) in _sizes(state, old, new).items()
         if wanted < size
     }
 

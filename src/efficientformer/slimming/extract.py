@@ -56,6 +56,9 @@ class Pool:
     def slimmed(self, candidate: Candidate, order: Order = by_importance) -> Pool:
         """Return the pool at the widths and expansions of a candidate, with the channels that come first in an order.
 
+        What orders the channels of a stage are the weights of the candidate's own blocks: a block that was removed, or
+        what would replace attention, has no say.
+
         Args:
             candidate: A network of the same space, nowhere wider than this pool.
             order: Which channels stay.
@@ -72,7 +75,8 @@ class Pool:
                 expected=f"widths of at most {[stage.width for stage in self.spec.stages]}",
                 found=f"{list(candidate.widths)}",
             )
-        cut = plan_cut(self.state, self.spec, new, order)
+        used = {name: tensor for name, tensor in self.state.items() if _is_used(name, candidate)}
+        cut = plan_cut(self.state, self.spec, new, order, used)
         state = {name: axes_of(name).cut(tensor, cut) for name, tensor in self.state.items()} if cut else self.state
         return Pool(new, state, self.start)
 
@@ -102,6 +106,12 @@ def pool_names(candidate: Candidate, network: EfficientFormer) -> dict[str, str]
         else:
             names[name] = name
     return names
+
+
+def _is_used(name: str, candidate: Candidate) -> bool:
+    """Whether a tensor of the pool is one of the candidate's network."""
+    block = _BLOCK.fullmatch(name)
+    return block is None or candidate.kinds[int(block["stage"])][int(block["position"])] == block["kind"]
 
 
 def frozen_parts(prefixes: Iterable[str], candidate: Candidate, network: EfficientFormer) -> tuple[str, ...]:

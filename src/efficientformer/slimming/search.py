@@ -1,5 +1,8 @@
 """Gradual slimming (paper section 4): cut what costs least accuracy per millisecond saved, until the target is met.
 
+Accuracy per millisecond is for cuts that others follow. Where the best cut by that rule meets the target, the most
+accurate of all cuts that meet it is made instead: what the last one saves beyond the target is of no use.
+
 The search knows nothing of torch or engines: a ``Judge`` says the accuracy of a candidate, a ``Device`` its latency.
 Every step is written down before the next one begins; a search that is started again repeats the cuts it finds
 written, without scoring them again, and goes on to the path an uninterrupted one would have taken.
@@ -213,7 +216,7 @@ class Search:
                 self.judge.follow(step.candidate)
         if not self.steps:
             self._add(self._step(0, "start", self.space.largest, self.judge.take(self.space.largest)))
-        while not within(self.steps[-1], target_ms, self.max_params):
+        while not self._meets(cost(self.steps[-1]), target_ms):
             self._add(self._next(self.steps[-1], target_ms))
         return list(self.steps)
 
@@ -234,9 +237,15 @@ class Search:
                 hint="Choose a target further up",
             )
         scored.sort(key=_cost)
+        ending = [cut for cut in scored if self._meets(self._after(step, cut.action), target_ms)]
+        if scored[0] in ending:
+            scored.insert(0, scored.pop(scored.index(max(ending, key=lambda cut: (cut.top1, cut.gain)))))
         candidate = scored[0].action.apply(self.space, step.candidate)
         top1 = self.judge.take(candidate)
         return self._step(step.number + 1, scored[0].what, candidate, top1, tuple(scored))
+
+    def _meets(self, reached: Cost, target_ms: float) -> bool:
+        return meets(reached, target_ms, self.max_params)
 
     def _possible(self, step: Step) -> list[Action]:
         """Return the cuts to score; if none that is proposed gains anything, any cut there is."""
@@ -279,9 +288,9 @@ def cost(step: Step) -> Cost:
     return Cost(step.predicted_ms, count(step.candidate.spec).params)
 
 
-def within(step: Step, target_ms: float, max_params: int = 0) -> bool:
+def meets(reached: Cost, target_ms: float, max_params: int = 0) -> bool:
     """Return whether a network meets a latency, and a limit of its parameters unless that is 0."""
-    return step.predicted_ms <= target_ms and not 0 < max_params < cost(step).params
+    return reached.ms <= target_ms and not 0 < max_params < reached.params
 
 
 def check_targets(space: Space, device: Device, targets: Sequence[float], max_params: int = 0) -> None:
@@ -313,4 +322,4 @@ def reachable(space: Space, device: Device) -> tuple[float, float]:
 
 def first_within(steps: Sequence[Step], target_ms: float, max_params: int = 0) -> Step | None:
     """Return the first network of a path that meets a latency and a limit of its parameters, or None."""
-    return next((step for step in steps if within(step, target_ms, max_params)), None)
+    return next((step for step in steps if meets(cost(step), target_ms, max_params)), None)
