@@ -189,9 +189,9 @@ def time_engines(
         if len(quiet) >= min_passes and median_error(quiet) <= max_spread:
             break
     else:
-        found = f"within {median_error(quiet):.1%} in {len(quiet)} quiet passes of {len(passes)}"
+        found = f"within {median_error(quiet):.2%} in {len(quiet)} quiet passes of {len(passes)}"
         warnings.warn(
-            f"This machine is busy: latencies repeat {found}, not {max_spread:.1%} in {min_passes}", stacklevel=2
+            f"This machine is busy: latencies repeat {found}, not {max_spread:.2%} in {min_passes}", stacklevel=2
         )
     return merge(quiet)
 

@@ -238,11 +238,11 @@ class Search:
             )
         scored.sort(key=_cost)
         ending = [cut for cut in scored if self._meets(self._after(step, cut.action), target_ms)]
-        if scored[0] in ending:
-            scored.insert(0, scored.pop(scored.index(max(ending, key=lambda cut: (cut.top1, cut.gain)))))
-        candidate = scored[0].action.apply(self.space, step.candidate)
+        taken = max(ending, key=lambda cut: (cut.top1, cut.gain)) if scored[0] in ending else scored[0]
+        candidate = taken.action.apply(self.space, step.candidate)
         top1 = self.judge.take(candidate)
-        return self._step(step.number + 1, scored[0].what, candidate, top1, tuple(scored))
+        considered = (taken, *(cut for cut in scored if cut is not taken))
+        return self._step(step.number + 1, taken.what, candidate, top1, considered)
 
     def _meets(self, reached: Cost, target_ms: float) -> bool:
         return meets(reached, target_ms, self.max_params)
