@@ -4,10 +4,11 @@
 
 The budget is the measured latency of MobileNetV2 x1.4 (timm's, stem stride 1) on the engine; further budgets are shares
 of it. Compared with the slimmed network: the start network scaled uniformly, random legal networks, the same search
-with importances and channels shuffled, and networks made by hand: MobileNetV2 x1.4 and x1.0, one of V1 blocks, and the
-package's own. Networks without a search are trained from scratch; the slimmed one both from scratch and from the
-weights it inherits. Top-1 is of the best epoch, measured on the test pictures; latencies are measured together, in
-turns. Writes figures and a plot into benchmarks/results, and the comparisons into the slimming run's report.
+with importances and channels shuffled (``--shuffles`` times), and networks made by hand: MobileNetV2 x1.4 and
+x1.0, one of V1 blocks, and the package's own. Networks without a search are trained from scratch; the slimmed one both
+from scratch and from the weights it inherits. Top-1 is of the best epoch, measured on the test pictures; latencies are
+measured together, in turns. Writes figures and a plot into benchmarks/results, and the comparisons into the slimming
+run's report.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from efficientformer.slimming.baselines import drawn_at, scaled_to
 from efficientformer.slimming.device import open_table
 from efficientformer.slimming.plan import Plan
 from efficientformer.slimming.run import SlimOutcome, slim
+from efficientformer.slimming.space import Space
 from efficientformer.slimming.start import make_plan, start_network
 from efficientformer.spec.manifest import METADATA_KEY, Manifest
 from efficientformer.spec.variants import v1_spec
@@ -164,7 +166,7 @@ def trained(recipe: Recipe, data: Path, folder: Path, **options: Any) -> float: 
     return outcome.evaluation.top1
 
 
-def slimmed(plan: Plan, folder: Path, like: Path | None = None) -> SlimOutcome:
+def slimmed(plan: Plan, folder: Path, like: Path | None) -> SlimOutcome:
     """Slim in a folder, or go on there; with the supernet and latency table of another run, if one is given."""
     if not (folder / "slim.json").exists():
         if like is None:
@@ -198,32 +200,55 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.8, 0.6], help="budgets over the peer's")
     parser.add_argument("--hand-made", nargs="*", default=HAND_MADE, choices=HAND_MADE)
     parser.add_argument("--random", type=int, default=5, help="random networks")
+    parser.add_argument("--shuffles", type=int, default=1, help="searches with shuffled importances")
+    parser.add_argument("--searches-only", action="store_true", help="train no networks to compare with")
+    parser.add_argument("--like", type=Path, help="output of an earlier run whose supernet, table and budget are used")
     parser.add_argument("--seeds", type=int, default=1, help="final trainings of every network from scratch")
+    parser.add_argument("--suffix", default="", help="of the name of the result files")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
     return parser.parse_args()
 
 
-def searched(options: argparse.Namespace) -> tuple[Plan, ArchSpec, SlimOutcome, SlimOutcome]:
-    """Slim to shares of the peer's latency, and once more with what was learned shuffled.
+def searched(options: argparse.Namespace) -> tuple[Plan, ArchSpec, SlimOutcome, list[SlimOutcome]]:
+    """Slim to shares of the peer's latency, and again to the first of them with what was learned shuffled.
 
     Returns:
-        The plan, the start network, and the two runs.
+        The plan, the start network, the run, and those with shuffled importances.
     """
     engine = {name: getattr(options, name) for name in ("engine", "precision", "threads")}
     epochs = {"epochs": options.epochs, "final_epochs": options.final_epochs}
     plan = make_plan(options.data, [1.0], model=options.model, settings=options.settings, **epochs, **engine)
     start, folder = start_network(plan), options.output / "slimmed"
     folder.mkdir(parents=True, exist_ok=True)
+    budget, like = options.output / "budget.json", None
+    if options.like is not None:
+        like = options.like / "slimmed"
+        shutil.copy(like / "table.json", folder)
+        shutil.copy(options.like / budget.name, budget)
     table = open_table(plan, plan.options.space(start), folder, None, quiet=False)
-    budget = options.output / "budget.json"
     if not budget.exists():
         budget.write_text(json.dumps(peer_latency(start, plan, table)))
     peer_ms = float(json.loads(budget.read_text()))
     plan = dataclasses.replace(plan, targets=tuple(share * peer_ms for share in options.shares))
-    learned = slimmed(plan, options.output / "slimmed")
-    chance = dataclasses.replace(plan.options, importances="shuffled")
-    shuffled = dataclasses.replace(plan, targets=plan.targets[:1], options=chance)
-    return plan, start, learned, slimmed(shuffled, options.output / "shuffled", like=learned.folder)
+    learned = slimmed(plan, folder, like)
+    by_chance = []
+    for seed in range(options.shuffles):
+        chance = dataclasses.replace(plan.options, importances="shuffled", shuffle_seed=seed)
+        shuffled = dataclasses.replace(plan, targets=plan.targets[:1], options=chance)
+        by_chance.append(slimmed(shuffled, options.output / f"shuffled-{seed}", learned.folder))
+    return plan, start, learned, by_chance
+
+
+def without_search(
+    options: argparse.Namespace, start: ArchSpec, space: Space, table: LatencyTable, target_ms: float
+) -> dict[str, ArchSpec]:
+    """Return the networks to compare with that no search found: scaled or random ones for a latency, hand-made ones."""
+    random = drawn_at(space, table, target_ms, options.random, seed=0)
+    return {
+        "uniformly scaled": scaled_to(space, table, target_ms).spec,
+        **{name: hand_made(name, start) for name in options.hand_made},
+        **{f"random {number + 1}": candidate.spec for number, candidate in enumerate(random)},
+    }
 
 
 def train_others(options: argparse.Namespace, plan: Plan, specs: dict[str, ArchSpec]) -> dict[str, dict[str, Any]]:
@@ -247,22 +272,26 @@ def main() -> None:
     plan, start, learned, by_chance = searched(options)
     space, table = plan.options.space(start), LatencyTable.load(learned.folder / "table.json")
     target = plan.targets[0]
-    random = drawn_at(space, table, target, options.random, seed=0)
-    others = {
-        "slimmed, from scratch": learned.networks[0].step.candidate.spec,
-        "uniformly scaled": scaled_to(space, table, target).spec,
-        **{name: hand_made(name, start) for name in options.hand_made},
-        **{f"random {number + 1}": candidate.spec for number, candidate in enumerate(random)},
-    }
-    rows = {
+    others = {}
+    if not options.searches_only:
+        others["slimmed, from scratch"] = learned.networks[0].step.candidate.spec
+        others |= without_search(options, start, space, table, target)
+    found = {
         **{f"slimmed to {each.target_ms:g} ms": each for each in learned.networks},
-        "slimmed, shuffled importances": by_chance.networks[0],
+        **{f"slimmed, shuffle {seed + 1}": run.networks[0] for seed, run in enumerate(by_chance)},
     }
-    rows = {name: {"top1": [each.top1], "spec": each.step.candidate.spec.to_dict()} for name, each in rows.items()}
+    rows: dict[str, dict[str, Any]] = {
+        name: {
+            "top1": [each.top1],
+            "held_out_top1": each.step.top1,  # before the final training
+            "spec": each.step.candidate.spec.to_dict(),
+        }
+        for name, each in found.items()
+    }
     rows |= train_others(options, plan, others)
     ours = [name for name in rows if name not in PEERS]
-    *found, start_ms = latencies([*(ArchSpec.from_dict(rows[name]["spec"]) for name in ours), start], plan)
-    for name, ms in zip((*PEERS, *ours), found, strict=True):
+    *measured, start_ms = latencies([*(ArchSpec.from_dict(rows[name]["spec"]) for name in ours), start], plan)
+    for name, ms in zip((*PEERS, *ours), measured, strict=True):
         if name in rows:
             rows[name]["latency_ms"] = ms
     path_ms = json.loads((learned.folder / "path.json").read_text())[0]["measured_ms"]
@@ -277,7 +306,7 @@ def main() -> None:
     engine = {"engine": table.engine, "precision": table.precision, "threads": table.threads}
     figures = {"recipe": plan.final.to_dict(), "options": dataclasses.asdict(plan.options), "engine": engine,
                "supernet_epochs": options.epochs, "start_ms": start_ms, "networks": rows}  # fmt: skip
-    path = save("slimming_cifar10", figures, PACKAGES)
+    path = save(f"slimming_cifar10{options.suffix}", figures, PACKAGES)
     shutil.copy(learned.folder / "accuracy_latency.png", path.with_suffix(".png"))
     print(path)
 

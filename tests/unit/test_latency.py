@@ -153,6 +153,13 @@ def test_a_sample_shows_every_block_and_has_no_part_the_table_lacks():
         assert all(set(parts_of(sample(space, rng))) <= known for _ in range(200))
 
 
+def test_a_quarter_of_the_sample_is_shallow():
+    """Else the costs of embeddings are known from networks that mostly consist of blocks."""
+    deepest = [max(len(stage.blocks) for stage in spec.stages) for spec in design(TableSpace(), 160)]
+    assert 40 <= sum(depth <= 1 for depth in deepest) <= 50
+    assert max(deepest) == max(TableSpace().depths)
+
+
 @pytest.mark.parametrize(
     "change", [{"widths": ()}, {"widths": (8, 8)}, {"depths": (1, 1)}, {"family": "v3"}, {"input_sizes": (4,)}]
 )

@@ -183,7 +183,7 @@ def test_stages_keep_their_least_depth():
 
 @pytest.mark.parametrize(
     "changes", [{"objective": "size"}, {"objective": "mes", "importances": "shuffled"}, {"size_weight": -1},
-                {"max_params": -1}, {"min_depth": 999}],
+                {"max_params": -1}, {"min_depth": 999}, {"shuffle_seed": 1}],
 )  # fmt: skip
 def test_illegal_options_are_refused(changes):
     with pytest.raises(SpecError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from efficientformer.latency.parts import Part, parts_of
@@ -27,6 +27,7 @@ WIDTHS = tuple(range(16, 257, 16))
 DEPTHS = (3, 3, 6, 4)
 ATTENTION = AttentionSpec()  # the published networks'
 SORTED_SHARE = 0.85  # of the sampled networks; the rest has widths in any order, as a slimmed network may
+SHALLOW_SHARE = 0.25  # of the networks measured for a table: no more than one block in a stage
 MAX_TRIES = 20_000
 
 
@@ -140,13 +141,18 @@ def sample(space: TableSpace, rng: random.Random) -> ArchSpec:
 def design(space: TableSpace, networks: int, *, seed: int = 0) -> tuple[ArchSpec, ...]:
     """Return the networks to measure: a random sample in which every block of the space occurs.
 
+    A share of them is shallow: embeddings are told from blocks only where there are few blocks, and random networks of
+    a deep space hardly ever have few.
+
     Args:
         space: The space.
         networks: How many to measure at least; more are added while a block of the space occurs in none of them.
         seed: Of the sample.
     """
     rng = random.Random(seed)
-    chosen = [sample(space, rng) for _ in range(networks)]
+    shallow = replace(space, depths=tuple(min(depth, 1) for depth in space.depths))
+    few = round(SHALLOW_SHARE * networks)
+    chosen = [sample(shallow if number < few else space, rng) for number in range(networks)]
     unseen = {part for part in all_parts(space) if part.is_block} - {part for spec in chosen for part in parts_of(spec)}
     for _ in range(MAX_TRIES):
         if not unseen:

@@ -189,10 +189,10 @@ def time_engines(
         if len(quiet) >= min_passes and median_error(quiet) <= max_spread:
             break
     else:
-        found = f"within {median_error(quiet):.2%} in {len(quiet)} quiet passes of {len(passes)}"
-        warnings.warn(
-            f"This machine is busy: latencies repeat {found}, not {max_spread:.2%} in {min_passes}", stacklevel=2
-        )
+        found = f"{len(quiet)} of {len(passes)} passes quiet, {min_passes} wanted"
+        if len(quiet) > 1:  # one pass alone says nothing about how well latencies repeat
+            found += f"; latencies repeat within {median_error(quiet):.2%}, {max_spread:.2%} wanted"
+        warnings.warn(f"This machine is busy: {found}", stacklevel=2)
     return merge(quiet)
 
 

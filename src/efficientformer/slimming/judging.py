@@ -99,11 +99,11 @@ class Bench:
 
     def search(self, device: Device, progress: Callable[[Step], None]) -> Search:
         """Return the run's search, which goes on from what its folder holds."""
-        options, seed = self.plan.options, self.plan.supernet.seed
+        options = self.plan.options
         importances = Importances.of(self.supernet.probabilities())
         breadth = EVERY if options.joint else options.breadth
         if options.importances == "shuffled":
-            importances = importances.shuffled(seed)
+            importances = importances.shuffled(self._shuffle_seed)
         (self.folder / "search").mkdir(exist_ok=True)
         file = PathFile(self.folder / "search" / "path.json", self.space, self._identity())
         judge = self._searching = self._judge()
@@ -146,9 +146,13 @@ class Bench:
         if options.joint:
             order: Order = by_position
         else:
-            order = by_importance if options.importances == "learned" else by_chance(recipe.seed)
+            order = by_importance if options.importances == "learned" else by_chance(self._shuffle_seed)
         pool = Pool.of(self.supernet, mixed=not options.joint)
         return PoolJudge(pool, self.held_out, self.calibration, recovery, device, dtype, order)
+
+    @property
+    def _shuffle_seed(self) -> int:
+        return self.plan.supernet.seed + self.plan.options.shuffle_seed
 
     def _identity(self) -> str:
         """Return what the path depends on: supernet, pictures, latency table, options."""

@@ -31,7 +31,7 @@ FROM_SCRATCH: dict[str, Any] = {
 
 
 # What counts with one objective only: an elastic supernet learns no importances, and has every cut scored.
-_LATENCY_ONLY, _JOINT_ONLY = ("breadth", "importances"), ("size_weight", "latency_weight")
+_LATENCY_ONLY, _JOINT_ONLY = ("breadth", "importances", "shuffle_seed"), ("size_weight", "latency_weight")
 # What an elastic supernet, whose networks are cut out anew for each step, can follow of a recipe.
 _ELASTIC: dict[str, tuple[Any, ...]] = {
     "norm": ("batch", "sync"), "grad_checkpointing": (False,), "compile": (False,), "freeze": ((),),
@@ -53,6 +53,7 @@ class Options:
         held_out: Training pictures set aside to score cuts with, at most a fifth of them all.
         calibration: Training pictures that BatchNorm statistics are estimated on before each score.
         importances: ``learned``, or ``shuffled`` to see what they are worth.
+        shuffle_seed: Added to the supernet's seed when they are shuffled: another one, another shuffle.
         objective: ``latency`` (V1 paper: a supernet of MetaPaths, milliseconds), or ``mes`` (V2 paper: an elastic
             supernet, every cut scored, the mobile efficiency score).
         size_weight: How much size counts in the mobile efficiency score (0.5 in the paper).
@@ -70,6 +71,7 @@ class Options:
     held_out: int = 2000
     calibration: int = 512
     importances: str = "learned"
+    shuffle_seed: int = 0
     objective: str = "latency"
     size_weight: float = 0.5
     latency_weight: float = 1.0
@@ -80,6 +82,7 @@ class Options:
         for name, most in limits.items():
             check_int(name, getattr(self, name), 1, most)
         check_int("recover_steps", self.recover_steps, 0, 100_000)
+        check_int("shuffle_seed", self.shuffle_seed, 0, 1_000_000)
         check_number("recover_lr", self.recover_lr, 0, 10)
         check_choice("importances", self.importances, ("learned", "shuffled"))
         check_choice("objective", self.objective, ("latency", "mes"))
@@ -95,6 +98,9 @@ class Options:
             if getattr(self, name) != Options.__dataclass_fields__[name].default:
                 raise SpecError(f"search.{name} means nothing with the objective {self.objective!r}",
                                 hint=f"Leave search.{name} out")  # fmt: skip
+        if self.shuffle_seed and self.importances == "learned":
+            raise SpecError("search.shuffle_seed means nothing with learned importances",
+                            hint="Leave it out, or set search.importances=shuffled")  # fmt: skip
 
     def space(self, start: ArchSpec) -> Space:
         """Return the space below a start network."""
