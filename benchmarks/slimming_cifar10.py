@@ -272,7 +272,7 @@ def main() -> None:
     plan, start, learned, by_chance = searched(options)
     space, table = plan.options.space(start), LatencyTable.load(learned.folder / "table.json")
     target = plan.targets[0]
-    others = {}
+    others: dict[str, ArchSpec] = {}
     if not options.searches_only:
         others["slimmed, from scratch"] = learned.networks[0].step.candidate.spec
         others |= without_search(options, start, space, table, target)
