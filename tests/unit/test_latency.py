@@ -212,6 +212,16 @@ def test_busy_passes_are_left_out():
     assert merged[1].min_ms == pytest.approx(1.8)
 
 
+def test_a_network_disturbed_in_most_passes_is_known_by_the_others():
+    passes = [timings(1.0, 1.0, slow, 1.0) for slow in (2.0, 2.5, 2.0, 2.6, 2.8)]  # neighbours only ever slow it down
+    assert merge(passes)[2].p10_ms == pytest.approx(2.0, rel=0.06)
+
+
+def test_small_networks_run_often_enough_to_meet_a_quiet_moment():
+    (timing,) = measure_specs([SPEC], engine="onnxruntime", threads=1, rounds=10, max_spread=1.0)
+    assert timing.runs > 20  # of a network of a tenth of a millisecond
+
+
 def test_a_table_is_measured_and_predicts(tmp_path):
     steps = []
     table = build_table(
@@ -239,7 +249,7 @@ def test_a_machine_that_never_repeats_is_told(monkeypatch):
     ticks = iter(range(10_000))
     monkeypatch.setattr("efficientformer.latency.measure.MAX_PASSES", 3)
     monkeypatch.setattr(
-        "efficientformer.latency.measure.time_together",
+        "efficientformer.latency.measure.take_turns",
         lambda subjects, **_: dict(zip(subjects, timings(*((1.0, 2.0), (2.0, 1.0))[next(ticks) % 2]), strict=True)),
     )
     with pytest.warns(UserWarning, match="busy"):

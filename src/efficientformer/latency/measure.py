@@ -2,16 +2,20 @@
 
 A shared machine is quiet only now and then. So networks are timed together in passes; a pass in which all of them were
 slow says nothing and is left out; each network's latency relative to the others is taken from each pass left, and
-passes are added until these agree. What is reported as a network's latency is the 10th percentile of its runs: of the
-figures one could report it repeats best from session to session, and on a quiet machine the median is little higher.
+passes are added until these agree. Neighbours disturb single networks as well, and only ever make them slower: so a
+turn lasts long enough to meet a quiet moment, and the lower quartile over the passes counts. What is reported as a
+network's latency is the 10th percentile of its runs: of the figures one could report it repeats best from session to
+session, and on a quiet machine the median is little higher.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +27,7 @@ from efficientformer.latency.fit import fit_parts
 from efficientformer.latency.graph import write_network
 from efficientformer.latency.table import Cost, LatencyTable
 from efficientformer.runtime.engines import open_engine
-from efficientformer.runtime.timing import Timing, environment, time_together
+from efficientformer.runtime.timing import Timing, environment, take_turns, time_turn
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import UsageError
 
@@ -33,7 +37,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]  # told what is done, how much of it, and of how much
 
 NETWORKS = 160
-RUNS_PER_PASS = 10
+RUNS_PER_PASS = 10  # at least, in two turns
+TURN_S = 0.025  # a turn lasts so long at least: small networks run more often
 MIN_PASSES, MAX_PASSES = 4, 24
 QUIET = 1.05  # a pass counts if the networks took no more than this times the quickest pass's time
 MAX_SPREAD = 0.01
@@ -177,11 +182,11 @@ def time_engines(
     for index, each in enumerate(engines):
         spec = each.manifest.spec
         picture = rng.standard_normal((1, spec.in_chans, *spec.input_size), dtype=np.float32)
-        subjects[str(index)] = lambda each=each, picture=picture: each.run(picture)
+        subjects[str(index)] = _turn(partial(each.run, picture))
     most = max(MAX_PASSES, 6 * min_passes)
     passes: list[list[Timing]] = []
     while len(passes) < most:
-        timings = time_together(subjects, rounds=RUNS_PER_PASS, burst=RUNS_PER_PASS // 2, warmup=0 if passes else 2)
+        timings = take_turns(subjects, rounds=RUNS_PER_PASS, burst=RUNS_PER_PASS // 2)
         passes.append([timings[name] for name in subjects])
         quiet = quiet_passes(passes)
         if progress is not None:
@@ -194,6 +199,12 @@ def time_engines(
             found += f"; latencies repeat within {median_error(quiet):.2%}, {max_spread:.2%} wanted"
         warnings.warn(f"This machine is busy: {found}", stacklevel=2)
     return merge(quiet)
+
+
+def _turn(run: Callable[[], object]) -> Callable[[int], list[float]]:
+    """Return a network's turn: as many runs as it is asked for, or more if they are short."""
+    least = math.ceil(TURN_S / min(time_turn(run, 3)))
+    return lambda count: time_turn(run, max(count, least))
 
 
 def quiet_passes(passes: Sequence[Sequence[Timing]]) -> list[Sequence[Timing]]:
@@ -211,9 +222,9 @@ def median_error(passes: Sequence[Sequence[Timing]]) -> float:
 
 
 def merge(passes: Sequence[Sequence[Timing]]) -> list[Timing]:
-    """Return one timing for each network from several passes: ratios to the others' from each, the level of all."""
+    """Return one timing for each network from several passes: the lower quartile of its ratios, at the usual level."""
     level = float(np.median([_level(each) for each in passes]))
-    p10 = np.median(_ratios(passes), axis=0) * level
+    p10 = np.quantile(_ratios(passes), 0.25, axis=0) * level
     columns = list(zip(*passes, strict=True))  # the passes of each network
     return [
         Timing(
