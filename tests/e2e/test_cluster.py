@@ -43,8 +43,11 @@ def cluster():
 
 
 def rows(folder, format_="parquet"):
-    files = [str(path) for path in Path(folder).iterdir() if path.name != DONE_FILE]
-    found = dataset.dataset(files, format=format_, schema=arrow_schema()).to_table().to_pylist()
+    files = [path for path in Path(folder).iterdir() if path.name != DONE_FILE]
+    if format_ == "json":
+        found = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    else:
+        found = dataset.dataset([str(path) for path in files], schema=arrow_schema()).to_table().to_pylist()
     return sorted(found, key=lambda row: row["path"])
 
 
@@ -71,6 +74,23 @@ def test_two_workers_say_what_one_process_says(folder, tmp_path, format_):
     assert (summary.pictures, summary.skipped, summary.workers) == (121, 1, 2)
     assert json.loads((output / DONE_FILE).read_text())["pictures"] == 121
     check(rows(output, format_), folder)
+
+
+COUNT = """
+import sys
+from efficientformer.cluster.predict import Place, count_rows
+print(*count_rows(Place.of(sys.argv[1]), "json"))
+"""
+
+
+def test_rows_are_counted_where_pyarrow_has_one_thread(tmp_path):
+    row = dict.fromkeys(arrow_schema().names)
+    for part in range(16):
+        lines = [json.dumps({**row, "path": f"{name}.png", "error": name or None}) for name in ("", "a", "b")]
+        (tmp_path / f"part-{part:09d}.json").write_text("\n".join(lines) + "\n")
+    line, one = [sys.executable, "-c", COUNT, str(tmp_path)], os.environ | {"OMP_NUM_THREADS": "1"}
+    counted = subprocess.run(line, env=one, capture_output=True, text=True, timeout=60, check=True)
+    assert counted.stdout.split() == ["48", "32"]
 
 
 def predict_with(worker, folder, output):
