@@ -1,11 +1,13 @@
-"""Shared by all tests: a private cache, no network, few threads."""
+"""Shared by all tests: a private cache, no network, few threads, Ctrl-C as in a terminal."""
 
+import signal
 import sys
 
 import pytest
 import torch
 
 torch.set_num_threads(2)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it, and children inherit that
 
 
 @pytest.fixture(autouse=True)
