@@ -1,6 +1,7 @@
 """Slimming as a user meets it: one command to a network within a budget, gone on with after a kill at any stage."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from efficientformer.latency.design import TableSpace, all_parts
 from efficientformer.latency.table import Cost, LatencyTable
 from efficientformer.slimming import device, judge, judging, run
 from efficientformer.slimming.device import Measured
+from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.plan import Options, Plan
 from efficientformer.slimming.space import Space
 from efficientformer.spec.arch import ArchSpec
@@ -416,6 +418,18 @@ def test_a_network_that_scarcely_holds_its_budget_is_cut_further(place, monkeypa
     monkeypatch.setattr(device, "measured", measured)
     network = run.slim(*planned(place, tmp_path / "run"), table=place / "phone.json").networks[0]
     assert table.predict(network.step.candidate.spec).ms < table.predict(seen[0]).ms <= BUDGET
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_blocks_and_channels_are_shuffled_by_the_shuffle_seed(place, monkeypatch, tmp_path):
+    plan, folder = planned(place, tmp_path / "run")
+    plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, shuffle_seed=3))
+    seeds, shuffled, by_chance = [], Importances.shuffled, judging.by_chance
+    monkeypatch.setattr(Importances, "shuffled", lambda self, seed: seeds.append(seed) or shuffled(self, seed))
+    monkeypatch.setattr(judging, "by_chance", lambda seed: seeds.append(seed) or by_chance(seed))
+    run.slim(plan, folder, table=place / "phone.json")
+    assert len(seeds) >= 2
+    assert set(seeds) == {plan.supernet.seed + 3}
 
 
 def planned(place, folder):

@@ -34,7 +34,7 @@ PARTS_PER_WORKER = 8  # so that workers of different speed end together
 CONNECT_SECONDS = 5.0
 MAX_DEATHS = 2  # of workers over one picture, after which it is given up
 PART_SIZE = 1000  # pictures of a part at most
-READERS = 8  # pictures that a worker fetches at a time: waiting for storage takes no core
+READERS = 8  # files that are fetched at a time: waiting for storage takes no core
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +310,8 @@ def count_rows(target: Place, format_: str) -> tuple[int, int]:
     from pyarrow import fs
 
     parts = target.filesystem.get_file_info(fs.FileSelector(target.path))
-    errors = [_errors(target, part.path, format_) for part in parts]
+    with ThreadPoolExecutor(READERS) as readers:
+        errors = list(readers.map(lambda part: _errors(target, part.path, format_), parts))
     return sum(map(len, errors)), sum(len(column) - column.null_count for column in errors)
 
 

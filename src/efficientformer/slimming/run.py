@@ -46,7 +46,7 @@ from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from efficientformer.weights.files import atomic_write
 
 PATH, MEASURED, CHOICE = "search/path.json", "search/measured.json", "choice.json"
-REPEATS = 0.01  # a latency measured again is within this share of what it was (latency/measure.py)
+REPEATS = 0.01  # share of a budget left for what a latency may differ by when it is measured again
 
 
 @dataclass(frozen=True)
