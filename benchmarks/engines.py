@@ -11,7 +11,6 @@ disturb each other.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import tempfile
 from contextlib import ExitStack
 from functools import partial
@@ -37,8 +36,7 @@ FLOP = 2 * MATRIX**3
 def quantised(path: Path, target: Path, *, signed: bool = False) -> Path:
     """Write a network in int8, its scales set on the package's photographs: right for timing."""
     manifest = open_engine(path, "onnxruntime").manifest
-    int8 = dataclasses.replace(manifest, provenance={**manifest.provenance, "precision": "int8"})
-    Quantiser(path, sample_batch(manifest.preprocess), signed=signed).write(target, int8)
+    Quantiser(path, sample_batch(manifest.preprocess), signed=signed).write(target, manifest)
     return target
 
 

@@ -27,8 +27,8 @@ SURFACE = {
         "final_epochs", "settings", "output", "resume", "quiet",
     },
     "quantize": {
-        "model", "data", "output", "checkpoint", "max_drop", "pictures", "holdout", "weights_only", "engine", "seed",
-        "as_json",
+        "model", "data", "output", "checkpoint", "max_drop", "pictures", "holdout", "weights_only", "engine",
+        "weight_bits", "seed", "as_json",
         "offline", "quiet",
     },
     "list": {"pattern", "as_json"},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import numpy_helper
 
@@ -16,6 +17,7 @@ from efficientformer.export.deployable import deployable, embedded_file, quantis
 from efficientformer.export.qdq import Quantiser
 from efficientformer.export.quantize import quantize
 from efficientformer.latency.graph import write_network
+from efficientformer.runtime import engines
 from efficientformer.runtime.engines import installed_engines, open_engine
 from efficientformer.runtime.samples import sample_batch
 from efficientformer.spec.errors import DataError, EngineError, ExportError, MissingExtraError, SpecError, UsageError
@@ -57,6 +59,49 @@ def test_the_file_runs_in_int8_in_every_engine(made):
     assert kinds.count("QuantizeLinear") > 40
 
 
+@pytest.mark.parametrize("engine", ["all", "openvino"])
+def test_two_products_of_8_bits_never_overflow_16(pictures, tmp_path, engine):
+    """Processors without VNNI add them so (vpmaddubsw): what is right here would be wrong there."""
+    shipped = quantised_file("")
+    report = quantize("", pictures, tmp_path / "own", engine=engine, pictures=4, holdout=4, max_drop=100)
+    for path in (report.path, shipped):
+        proto = onnx.load(str(path))
+        tensors = [numpy_helper.to_array(each) for each in proto.graph.initializer]
+        weights = [values.astype(int) for values in tensors if values.dtype == np.int8 and values.ndim > 1]
+        assert len(weights) > 30
+        assert max(np.abs(values).max() for values in weights) == 64
+    assert np.iinfo(np.int16).max >= 2 * 255 * 64
+
+
+def test_weights_of_all_8_bits_are_for_who_asks(pictures, tmp_path, recwarn):
+    shipped = quantised_file("")
+    report = quantize("", pictures, tmp_path / "own", weight_bits=8, pictures=4, holdout=4, max_drop=100)
+    tensors = [numpy_helper.to_array(each) for each in onnx.load(str(report.path)).graph.initializer]
+    assert max(np.abs(values).max() for values in tensors if values.dtype == np.int8 and values.ndim > 1) == 127
+    manifest = open_engine(report.path, "onnxruntime").manifest
+    assert manifest.provenance["weight_bits"] == "8"
+    warned = any("--weight-bits 7" in str(each.message) for each in recwarn)
+    assert warned == engines.overflows()
+    recwarn.clear()
+    assert open_engine(shipped).manifest.provenance["weight_bits"] == "7"
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu sse4_2 avx2 fma\n", True),
+        ("flags\t\t: fpu avx2 avx_vnni\n", False),
+        ("flags\t\t: avx2 avx512f avx512_vnni\nbugs\t: spectre\n", False),
+        ("Features\t: fp asimd asimddp\n", False),
+    ],
+)
+def test_which_processors_overflow(tmp_path, line, expected):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}")
+    assert engines.overflows(tmp_path / "cpuinfo") is expected
+    assert not engines.overflows(tmp_path / "none")
+
+
 def test_the_shipped_file_is_never_replaced(pictures, tmp_path):
     shipped = quantised_file("")
     before = shipped.read_bytes()
@@ -67,21 +112,31 @@ def test_the_shipped_file_is_never_replaced(pictures, tmp_path):
     assert own.read_bytes() == (tmp_path / "own" / "model.onnx").read_bytes()
 
 
+def simulated(path, batch):
+    """Return what the graph of an int8 file says when its int8 values are computed with in float."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: batch})[0]
+
+
 def test_only_layers_with_weights_are_int8_and_tokens_come_out_right_in_every_engine(tmp_path):
     spec = v1_spec((48, 96, 224, 448), (1, 1, 1, 2), 1, num_classes=50)
     path = write_network(spec, tmp_path / "float.onnx")
     reference = open_engine(path, "onnxruntime")
     batch = sample_batch(reference.manifest.preprocess)
     expected = reference.run(batch)
-    int8 = dataclasses.replace(reference.manifest, provenance={"precision": "int8"})
-    Quantiser(path, batch).write(tmp_path / "int8.onnx", int8)
+    Quantiser(path, batch).write(tmp_path / "int8.onnx", reference.manifest)
     nodes = onnx.load(str(tmp_path / "int8.onnx")).graph.node
     widened = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
     products = [node for node in nodes if node.op_type == "MatMul" and not set(node.input) & widened]
     assert len(products) == 2  # queries by keys, weights by values: of activations both
-    for name in installed_engines():
+    spread = np.linalg.norm(expected - expected.mean(0))
+    graph = simulated(tmp_path / "int8.onnx", batch)
+    assert np.linalg.norm(graph - expected) < 0.35 * spread
+    for name in installed_engines():  # sums that overflow: 0.26
         found = open_engine(tmp_path / "int8.onnx", name).run(batch)
-        assert np.linalg.norm(found - expected) < 0.3 * np.linalg.norm(expected - expected.mean(0)), name
+        assert np.linalg.norm(found - graph) < 0.2 * spread, name
 
 
 def test_a_file_for_openvino_has_no_zero_points_to_subtract(pictures, tmp_path):
@@ -188,6 +243,7 @@ def test_weights_only_makes_files_smaller_and_computes_in_float(pictures, tmp_pa
     ("options", "error", "text"),
     [
         ({"weights_only": "int4"}, SpecError, "'fp16'"),
+        ({"weight_bits": 4}, SpecError, "one of 7, 8"),
         ({"max_drop": -1}, UsageError, "from 0 to 100"),
         ({"holdout": 0}, UsageError, "from 1"),
         ({"model": "efficientformer_l9"}, UsageError, "efficientformer_l7"),

@@ -1,9 +1,13 @@
 """An exported file in int8: QuantizeLinear and DequantizeLinear nodes around its operators, which every engine knows.
 
 Weights are symmetric int8 with a scale for each output channel, activations uint8 with one scale each, from the
-smallest and largest values seen in calibration. In a file for OpenVINO alone activations are symmetric int8 as well,
-because of uint8 it subtracts the zero point wherever a float operator follows; that is a little faster, a little
-rougher, and slow in ONNX Runtime, whose kernels are made for uint8.
+smallest and largest values seen in calibration. Weights use 7 of their 8 bits unless asked otherwise: x86 processors
+without VNNI add two products of 8 bits in 16, and two of full-range weights overflow there. Such a file is right where
+it was made and 7 to 10 points of top-1 worse elsewhere; the eighth bit gained 0.01 points (PERF.md, 2026-11-28).
+
+In a file for OpenVINO alone activations are symmetric int8 as well, because of uint8 it subtracts the zero point
+wherever a float operator follows; that is a little faster, rougher, and slow in ONNX Runtime, whose kernels are made
+for uint8.
 
 Only layers with weights are int8: residual sums, pooling, GELU and the attention's products in int8 cost more in
 conversions than they saved, in both engines. What matrix products give stays in float as well, which is as fast and
@@ -17,6 +21,7 @@ are tiny: then its logits are not the graph's.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -45,15 +50,22 @@ class Quantiser:
         batch: Calibration pictures, (N, C, H, W), preprocessed.
         progress: Told how many pictures are done, and how many there are.
         signed: Activations in symmetric int8 instead of uint8, for OpenVINO.
+        weight_bits: Bits of a weight that are used: 7, or 8 for processors that add products of 8 bits in 32.
 
     Raises:
         MissingExtraError: If onnx is not installed.
     """
 
     def __init__(
-        self, path: Path, batch: npt.NDArray[np.float32], progress: Progress | None = None, *, signed: bool = False
+        self,
+        path: Path,
+        batch: npt.NDArray[np.float32],
+        progress: Progress | None = None,
+        *,
+        signed: bool = False,
+        weight_bits: int = 7,
     ) -> None:
-        self._signed = signed
+        self._signed, self._weight_bits = signed, weight_bits
         self._proto = load_float(path)
         self._ranges = _calibrate(self._proto, batch, progress)
         weights = {each.name for each in self._proto.graph.initializer}
@@ -66,7 +78,7 @@ class Quantiser:
 
         Args:
             target: The file.
-            manifest: What it says about itself.
+            manifest: What the float file says about itself.
             keep: Layers that stay in float.
             only: If given, the one layer that does not.
         """
@@ -80,7 +92,7 @@ class Quantiser:
             quantizer = QDQQuantizer(
                 proto,
                 per_channel=True,
-                reduce_range=False,
+                reduce_range=self._weight_bits == 7,  # of weights alone
                 weight_qType=QuantType.QInt8,
                 activation_qType=QuantType.QInt8 if self._signed else QuantType.QUInt8,
                 tensors_range=self._ranges,
@@ -95,7 +107,8 @@ class Quantiser:
             )
             quantizer.quantize_model()
             quantizer.model.topological_sort()  # OpenVINO reads nodes in order
-        _save(quantizer.model.model, target, manifest)
+        provenance = {**manifest.provenance, "precision": "int8", "weight_bits": str(self._weight_bits)}
+        _save(quantizer.model.model, target, dataclasses.replace(manifest, provenance=provenance))
 
 
 def store_weights_int8(path: Path, target: Path, manifest: Manifest) -> None:

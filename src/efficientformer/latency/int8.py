@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -26,5 +25,4 @@ def quantise(path: Path) -> None:
     spec = manifest.spec
     shape = (PICTURES, spec.in_chans, *spec.input_size)
     batch = np.random.default_rng(0).standard_normal(shape, np.float32)
-    int8 = dataclasses.replace(manifest, provenance={**manifest.provenance, "precision": "int8"})
-    Quantiser(path, batch).write(path, int8)
+    Quantiser(path, batch).write(path, manifest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -93,6 +95,12 @@ def settle_precision(wanted: str, manifest: Manifest, available: tuple[str, ...]
         EngineError: If the file or the engine cannot do what was asked for.
     """
     is_int8 = manifest.provenance.get("precision") == "int8"
+    if is_int8 and manifest.provenance.get("weight_bits") != "7" and overflows():
+        warnings.warn(
+            "The weights of this int8 file use all 8 bits, and this processor has no VNNI: sums overflow, and results"
+            " are rougher than were measured where it was made. Quantise again with --weight-bits 7",
+            stacklevel=4,
+        )
     if is_int8 and wanted not in ("auto", "int8"):
         hint = "Give the network it was quantised from"
         raise EngineError(f"This file cannot run in {wanted}", expected="a float network", found="int8", hint=hint)
@@ -113,6 +121,16 @@ def settle_precision(wanted: str, manifest: Manifest, available: tuple[str, ...]
             hint="Take another engine or precision, or leave both to auto",
         )
     return wanted
+
+
+def overflows(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether this processor adds two products of 8 bits in 16; False where the system does not say.
+
+    Args:
+        cpuinfo: Where Linux describes it.
+    """
+    found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None  # x86's
+    return found is not None and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(found.group(1).split())
 
 
 def check_ports(path: Path, manifest: Manifest, found: list[list[object]], *, is_float: bool) -> None:
