@@ -29,14 +29,6 @@ SPECS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _write(kind, path):
     spec = SPECS["v2" if kind == "timm v2" else "v1"]
     state = EfficientFormer(spec).state_dict()

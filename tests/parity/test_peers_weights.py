@@ -19,14 +19,6 @@ PUBLISHED = [f"efficientformer_l{n}" for n in (1, 3, 7)] + [f"efficientformerv2_
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module", params=PUBLISHED)
 def pair(request):
     """One variant's name, and its network in timm and here; tests load the weights."""

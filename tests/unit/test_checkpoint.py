@@ -30,14 +30,6 @@ V1 = v1_spec(W, (1, 1, 1, 2), 1, input_size=64, num_classes=5)
 V2 = v2_spec(W, ((4,), (4,), (4,), (4, 3)), 1, input_size=64, num_classes=5)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_state(spec, seed=0):
     torch.manual_seed(seed)
     state = EfficientFormer(spec).state_dict()
