@@ -14,7 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import hardware, spread
+from common import spread
+
+from efficientformer.runtime.processor import hardware
 
 ROOT = Path(__file__).parents[1]
 

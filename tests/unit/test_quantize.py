@@ -17,8 +17,8 @@ from efficientformer.export.deployable import deployable, embedded_file, quantis
 from efficientformer.export.qdq import Quantiser
 from efficientformer.export.quantize import quantize
 from efficientformer.latency.graph import write_network
-from efficientformer.runtime import engines
 from efficientformer.runtime.engines import installed_engines, open_engine
+from efficientformer.runtime.processor import overflows
 from efficientformer.runtime.samples import sample_batch
 from efficientformer.spec.errors import DataError, EngineError, ExportError, MissingExtraError, SpecError, UsageError
 from efficientformer.spec.variants import v1_spec
@@ -81,25 +81,10 @@ def test_weights_of_all_8_bits_are_for_who_asks(pictures, tmp_path, recwarn):
     manifest = open_engine(report.path, "onnxruntime").manifest
     assert manifest.provenance["weight_bits"] == "8"
     warned = any("--weight-bits 7" in str(each.message) for each in recwarn)
-    assert warned == engines.overflows()
+    assert warned == overflows()
     recwarn.clear()
     assert open_engine(shipped).manifest.provenance["weight_bits"] == "7"
     assert not recwarn.list
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("flags\t\t: fpu sse4_2 avx2 fma\n", True),
-        ("flags\t\t: fpu avx2 avx_vnni\n", False),
-        ("flags\t\t: avx2 avx512f avx512_vnni\nbugs\t: spectre\n", False),
-        ("Features\t: fp asimd asimddp\n", False),
-    ],
-)
-def test_which_processors_overflow(tmp_path, line, expected):
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}")
-    assert engines.overflows(tmp_path / "cpuinfo") is expected
-    assert not engines.overflows(tmp_path / "none")
 
 
 def test_the_shipped_file_is_never_replaced(pictures, tmp_path):

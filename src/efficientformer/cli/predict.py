@@ -208,7 +208,7 @@ def _load(
     quiet: bool,
 ) -> Classifier:
     from efficientformer.api import Classifier
-    from efficientformer.runtime.timing import available_cores
+    from efficientformer.runtime.processor import available_cores
     from efficientformer.spec.zoo import EMBEDDED
 
     if not model and checkpoint is None and not quiet:

@@ -18,7 +18,8 @@ from efficientformer.latency.graph import OUTPUT
 from efficientformer.latency.measure import PACKAGES, Progress, time_engines
 from efficientformer.latency.names import name_nodes, part_in
 from efficientformer.runtime.engines import Engine, open_engine
-from efficientformer.runtime.timing import Timing, available_cores, environment
+from efficientformer.runtime.processor import available_cores
+from efficientformer.runtime.timing import Timing, environment
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.count import count_parts
 

@@ -17,7 +17,7 @@ from efficientformer.runtime.engines import Engine, open_engine
 from efficientformer.runtime.image import Source, decode, normalise, resize_crop
 from efficientformer.runtime.inputs import Input
 from efficientformer.runtime.pipeline import in_order
-from efficientformer.runtime.timing import available_cores
+from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import ImageError, UsageError
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest

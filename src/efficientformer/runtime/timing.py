@@ -8,19 +8,17 @@ subject timed beside them would pay for its neighbour. Medians and percentiles a
 from __future__ import annotations
 
 import datetime
-import os
 import platform
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from efficientformer.runtime.processor import available_cores, hardware
 from efficientformer.spec.errors import UsageError
 
 SETTLE_S = 0.004
@@ -159,18 +157,6 @@ def _timed(run: Callable[[], object], wait: Callable[[], object]) -> float:
     run()
     wait()
     return time.perf_counter() - start
-
-
-def hardware() -> str:
-    """Return the processor's name and the number of cores this process may use."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{found.group(1).strip() if found else platform.processor()}, {available_cores()} cores"
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def environment(*packages: str) -> dict[str, Any]:

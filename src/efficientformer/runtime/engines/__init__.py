@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from efficientformer.runtime.processor import overflows
 from efficientformer.spec.errors import EngineError
 from efficientformer.spec.fields import check_choice
 
@@ -121,16 +121,6 @@ def settle_precision(wanted: str, manifest: Manifest, available: tuple[str, ...]
             hint="Take another engine or precision, or leave both to auto",
         )
     return wanted
-
-
-def overflows(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether this processor adds two products of 8 bits in 16; False where the system does not say.
-
-    Args:
-        cpuinfo: Where Linux describes it.
-    """
-    found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None  # x86's
-    return found is not None and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(found.group(1).split())
 
 
 def check_ports(path: Path, manifest: Manifest, found: list[list[object]], *, is_float: bool) -> None:

@@ -10,7 +10,7 @@ import onnxruntime as ort
 
 from efficientformer.runtime.engines import check_ports, settle_precision
 from efficientformer.runtime.manifests import parse_manifest
-from efficientformer.runtime.timing import available_cores
+from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import EngineError
 from efficientformer.spec.manifest import METADATA_KEY
 

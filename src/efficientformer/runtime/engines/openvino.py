@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from efficientformer.runtime.engines import check_ports, settle_precision
 from efficientformer.runtime.manifests import parse_manifest
-from efficientformer.runtime.timing import available_cores
+from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import EngineError, missing_extra
 from efficientformer.spec.manifest import METADATA_KEY
 

@@ -1,0 +1,54 @@
+"""The processor: its name, its cores, and what it computes in, which clouds often leave out of the name."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")  # Linux alone has it
+X86, ARM = "flags", "Features"
+UNITS = {
+    "avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "VNNI", "avx_vnni": "VNNI", "avx512_bf16": "bf16",
+    "amx_tile": "AMX", "asimddp": "dot products", "bf16": "bf16", "sve": "SVE",
+}  # fmt: skip
+"""What an instruction set is called, by its flag: those that decide how fast a network runs, and in what."""
+
+
+def hardware(cpuinfo: Path = CPUINFO) -> str:
+    """Return the processor's name, its instruction sets and the number of cores this process may use.
+
+    Two processors of one name may differ in these: what was measured on one does not hold on the other.
+
+    Args:
+        cpuinfo: Where Linux describes it.
+    """
+    name = _entry("model name", cpuinfo) or platform.processor() or platform.machine()
+    flags = f"{_entry(X86, cpuinfo)} {_entry(ARM, cpuinfo)}".split()
+    units = dict.fromkeys(UNITS[flag] for flag in UNITS if flag in flags)  # each once
+    return f"{name}{' with ' if units else ''}{', '.join(units)}, {available_cores()} cores"
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def overflows(cpuinfo: Path = CPUINFO) -> bool:
+    """Return whether this processor adds two products of 8 bits in 16; False where the system does not say.
+
+    Args:
+        cpuinfo: Where Linux describes it.
+    """
+    flags = _entry(X86, cpuinfo).split()
+    return bool(flags) and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags)
+
+
+def _entry(name: str, cpuinfo: Path) -> str:
+    """Return what is said about the first core under a name; nothing if there is none."""
+    try:
+        found = re.search(rf"^{name}\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return ""
+    return found.group(1).strip() if found else ""
