@@ -31,7 +31,7 @@ types: $(DEV)    ## Check types
 	@$(BIN)/mypy
 
 unit: $(DEV)     ## Run the tests
-	@$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+	@$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --durations 10
 
 docs: $(DEV)     ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
