@@ -111,7 +111,7 @@ def test_what_cannot_be_done_is_refused(engine, precision, error, text):
 
 
 def test_a_quantised_file_runs_in_int8_only(reference):
-    manifest = type("M", (), {"provenance": {"precision": "int8"}})()
+    manifest = type("M", (), {"provenance": {"precision": "int8", "weight_bits": "7"}})()
     assert settle_precision("auto", manifest, ("bf16", "fp32"), "X") == "int8"
     with pytest.raises(EngineError, match="cannot run in fp32"):
         settle_precision("fp32", manifest, ("bf16", "fp32"), "X")

@@ -127,7 +127,8 @@ def quantize(
         engine: Whose int8 it is to be: ``all`` runs well in every engine, ``openvino`` faster there and slower in
             ONNX Runtime. The results are right, and measured, in every engine either way.
         weight_bits: Bits of an int8 weight that are used: 7 is right on every processor; 8 is finer, and for
-            processors with VNNI, AMX or Arm's dot products alone: on other x86 ones sums overflow.
+            processors with VNNI, AMX or Arm's dot products alone: on other x86 ones sums overflow. Files of
+            ``weights_only`` compute in float and use all 8 either way.
         pictures: How many to calibrate on at most.
         holdout: How many others to measure on at most.
         max_drop: Points of top-1 (without labels: of agreement with single precision) that may be lost in any engine.

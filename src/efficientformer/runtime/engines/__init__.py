@@ -95,12 +95,6 @@ def settle_precision(wanted: str, manifest: Manifest, available: tuple[str, ...]
         EngineError: If the file or the engine cannot do what was asked for.
     """
     is_int8 = manifest.provenance.get("precision") == "int8"
-    if is_int8 and manifest.provenance.get("weight_bits") != "7" and overflows():
-        warnings.warn(
-            "The weights of this int8 file use all 8 bits, and this processor has no VNNI: sums overflow, and results"
-            " are rougher than were measured where it was made. Quantise again with --weight-bits 7",
-            stacklevel=4,
-        )
     if is_int8 and wanted not in ("auto", "int8"):
         hint = "Give the network it was quantised from"
         raise EngineError(f"This file cannot run in {wanted}", expected="a float network", found="int8", hint=hint)
@@ -110,6 +104,12 @@ def settle_precision(wanted: str, manifest: Manifest, available: tuple[str, ...]
             expected="an int8 network",
             found="a float network",
             hint="Make one: efficientformer quantize MODEL --data PICTURES --output FOLDER",
+        )
+    if is_int8 and manifest.provenance.get("weight_bits") != "7" and overflows():
+        warnings.warn(
+            "The weights of this int8 file use all 8 bits, and this processor has no VNNI: sums overflow, and top-1 is"
+            " lost. Quantise the network again with --weight-bits 7, or run this file on another processor",
+            stacklevel=4,
         )
     if is_int8 or wanted == "auto":
         return "int8" if is_int8 else available[0]
