@@ -39,3 +39,11 @@ def cli(monkeypatch, capfd):
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def no_training_report(monkeypatch):
+    """The plots of a run take longer than a training of two epochs; for tests of something else."""
+    from efficientformer.training import run
+
+    monkeypatch.setattr(run, "write_report", lambda *_: None)

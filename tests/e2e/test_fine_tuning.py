@@ -73,6 +73,7 @@ def test_the_head_stays_where_the_classes_are_the_same(tmp_path):
     assert not torch.equal(renamed.model.state_dict()["head.weight"], original["head.weight"]), "other classes"
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_frozen_parts_and_their_statistics_stay(data, tmp_path):
     train(TUNE.with_changes(freeze=["body"]), data, tmp_path / "run")
     original = get_model(EMBEDDED, pretrained=True).state_dict()
@@ -85,6 +86,7 @@ def test_frozen_parts_and_their_statistics_stay(data, tmp_path):
     assert moved == {"norm"}
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_frozen_statistics_with_learning_weights(data, tmp_path):
     train(TUNE.with_changes(norm="frozen"), data, tmp_path / "run")
     original = get_model(EMBEDDED, pretrained=True).state_dict()
@@ -105,6 +107,7 @@ def test_another_input_size(data, tmp_path):
     assert any("resampled" in note for note in prepared.notes)
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_a_checkpoint_of_a_run_can_be_the_next_runs_start_and_teacher(data, tmp_path):
     first = train(SHORT, data, tmp_path / "first").folder / "best.safetensors"
     again = prepare(TUNE.with_changes(model=str(first)), data, 0, 1)
@@ -125,6 +128,7 @@ def curve(recipe, data, folder):
     return [line["loss"] for line in losses(train(recipe, data, folder).folder)]
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_each_setting_of_distillation_counts(data, tmp_path, teacher):
     base = SHORT.with_changes(teacher=teacher, distillation="soft")
     changes = [{}, {"distillation": "hard"}, {"distill_alpha": 0.9}, {"distill_temperature": 4.0}, {"teacher": ""}]
@@ -132,6 +136,7 @@ def test_each_setting_of_distillation_counts(data, tmp_path, teacher):
     assert len(set(curves)) == len(changes)
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_a_cached_teacher_is_asked_once_for_each_view_and_changes_nothing(data, tmp_path, teacher, monkeypatch):
     from efficientformer.training import teacher as room
 
@@ -155,6 +160,7 @@ def test_a_cached_teacher_is_asked_once_for_each_view_and_changes_nothing(data, 
         train(cached.with_changes(padding=1), data, tmp_path / "third")
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_a_timm_teacher_from_a_file(data, tmp_path):
     import timm
 

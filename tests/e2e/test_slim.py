@@ -27,7 +27,6 @@ from efficientformer.spec.count import count
 from efficientformer.spec.errors import TrainingError, UsageError
 from efficientformer.spec.variants import v1_spec
 from efficientformer.training import loop
-from efficientformer.training import run as training
 from efficientformer.training.recipe import Recipe
 from efficientformer.weights.checkpoint import load_checkpoint
 from tests.pictures import write_folders
@@ -37,12 +36,6 @@ SETTINGS = ("batch_size=8", "workers=1", "opt=adamw", "opt_args={}", "lr=0.003",
             "search.width_step=8", "search.min_width=8", "search.recover_steps=1", "search.held_out=9",
             "search.calibration=16")  # fmt: skip
 BUDGET = 0.6
-
-
-@pytest.fixture
-def no_training_report(monkeypatch):
-    """The reports of the two trainings take longer than the trainings."""
-    monkeypatch.setattr(training, "write_report", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,7 @@ def test_a_run_leaves_everything_a_person_needs(finished):
     assert "blue, green, red" in card
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_it_learns_and_its_checkpoint_is_a_model_like_any_other(data, tmp_path):
     outcome = train(TINY.with_changes(epochs=16, mixup=0.0, cutout=0, drop_path=0.0, lr=1e-2), data, tmp_path / "run")
     assert outcome.evaluation.top1 > 80
@@ -85,6 +86,7 @@ def test_it_learns_and_its_checkpoint_is_a_model_like_any_other(data, tmp_path):
     assert classify(data / "red" / "000.png").name == "red"
 
 
+@pytest.mark.usefixtures("no_training_report")
 @pytest.mark.parametrize("at", [1, 4, 7, 11])
 def test_a_run_that_stops_at_any_step_goes_on_to_the_same_bits(finished, data, tmp_path, monkeypatch, at):
     monkeypatch.setattr(loop.Run, "_agree_to_stop", lambda run: run.progress.step == at)
@@ -116,6 +118,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(finished, data, tmp_path):
     assert same(weights(folder), weights(finished.folder))
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_the_loss_curve_is_the_golden_one(data, tmp_path):
     """Twelve steps in double-checked conditions; a change of order, augmentation, optimiser or loss shows here."""
     recipe = TINY.with_changes(epochs=2, refine_epochs=0, opt="sgd", lr=0.1, drop_path=0.0)
@@ -125,12 +128,14 @@ def test_the_loss_curve_is_the_golden_one(data, tmp_path):
     assert found == [pytest.approx(pair, rel=2e-4) for pair in expected]
 
 
+@pytest.mark.usefixtures("no_training_report")
 @pytest.mark.parametrize("norm", ["sync", "frozen"])
 def test_two_processes_train_as_one(data, tmp_path, norm):
     """The same global batch over gloo: every loss agrees within rounding."""
     recipe = TINY.with_changes(
-        norm=norm, mixup=0.0, drop_path=0.0, opt="sgd", lr=0.05, ema_decay=0.0, accumulate=1, val_fraction=0.25
-    )
+        norm=norm, mixup=0.0, drop_path=0.0, opt="sgd", lr=0.05, ema_decay=0.0, accumulate=1, val_fraction=0.25,
+        epochs=2, refine_epochs=0,
+    )  # fmt: skip
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     one = train(recipe, data, tmp_path / "one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "efficientformer"]
@@ -143,6 +148,7 @@ def test_two_processes_train_as_one(data, tmp_path, norm):
             assert b[key] == pytest.approx(a[key], rel=1e-4), key
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_accumulated_parts_train_as_the_whole_batch(data, tmp_path):
     recipe = TINY.with_changes(norm="frozen", mixup=0.0, drop_path=0.0, opt="sgd", lr=0.05, epochs=2, refine_epochs=0)
     curves = []
@@ -168,6 +174,7 @@ def test_a_loss_that_is_no_number_names_its_step_and_leaves_the_last_good_checkp
     assert all(t.isfinite().all() for t in state["parts"]["model"].values())
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_a_full_disk_names_the_step_and_leaves_the_last_good_checkpoint(data, tmp_path, monkeypatch):
     from efficientformer.training import state
 
@@ -189,6 +196,7 @@ def test_a_full_disk_names_the_step_and_leaves_the_last_good_checkpoint(data, tm
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_the_damaged_state_of_a_run_is_an_error(data, tmp_path):
     train(TINY.with_changes(epochs=1, refine_epochs=0), data, tmp_path / "run")
     (tmp_path / "run" / "state.pt").write_bytes(b"PK\x03\x04 nothing")
@@ -206,6 +214,7 @@ def test_other_pictures_are_not_resumed_with(finished, tmp_path):
         train(resume=finished.folder, data=write_folders(tmp_path / "other", per_class=9))
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_early_stopping(data, tmp_path, monkeypatch):
     recipe = TINY.with_changes(epochs=30, early_stopping=2, lr=0.0, warmup_lr=0.0, ema_decay=0.0, mixup=0.0)
     outcome = train(recipe, data, tmp_path / "run")
@@ -259,6 +268,7 @@ CHANGES = {
 FIELDS = sorted(CHANGES)
 
 
+@pytest.mark.usefixtures("no_training_report")
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_of_the_recipe_changes_something(name, data, tmp_path, seen_before):
     """No setting is swallowed: each one, set to another value, changes the weights or the figures."""
@@ -332,6 +342,7 @@ def test_ctrl_c_of_a_terminal_reaches_the_workers_too_and_all_is_saved(data, tmp
     assert "Traceback" not in err
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_measuring_leaves_the_network_as_it_is(data, tmp_path):
     """How often a network is measured must not change it, in either memory layout."""
     for layout in (True, False):
@@ -377,6 +388,7 @@ def test_a_run_with_missing_or_changed_parts_is_not_resumed(finished, tmp_path, 
         train(resume=folder)
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_a_run_is_resumed_without_the_weights_it_started_from_and_with_data_that_moved(data, tmp_path, monkeypatch):
     start = train(SHORT, data, tmp_path / "start").folder / "last.safetensors"
     moved = shutil.copytree(data, tmp_path / "before")
@@ -404,6 +416,7 @@ def test_one_class_is_nothing_to_learn(tmp_path):
         train(SHORT, root, tmp_path / "run")
 
 
+@pytest.mark.usefixtures("no_training_report")
 def test_the_batch_fits_the_pictures_that_can_be_read(tmp_path):
     root = write_folders(tmp_path / "data", per_class=4)
     for name in ("000", "001"):

@@ -12,6 +12,7 @@ from efficientformer.spec.variants import VARIANTS
 from efficientformer.weights.checkpoint import load_checkpoint, save_foreign
 from efficientformer.weights.formats.translate import from_ours
 from efficientformer.weights.loading import load_into
+from tests.parity.outputs import outputs
 from tests.parity.regimes import REGIMES, random_state
 
 PUBLISHED = [f"efficientformer_l{n}" for n in (1, 3, 7)] + [f"efficientformerv2_{n}" for n in ("s0", "s1", "s2", "l")]
@@ -24,19 +25,6 @@ def pair(request):
     """One variant's name, and its network in timm and here; tests load the weights."""
     theirs = timm.create_model(request.param, pretrained=False)
     return request.param, theirs, EfficientFormer(VARIANTS[request.param])
-
-
-def timm_outputs(model, images):
-    model.eval()
-    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
-    return {"logits": model(images), "pooled": pooled, "head": model.head(pooled), "head_dist": model.head_dist(pooled)}
-
-
-def our_outputs(model, images):
-    model.eval()
-    pooled = model.pool(model.features(images)[-1])
-    cls, dist = model(images, return_heads=True)
-    return {"logits": model(images), "pooled": pooled, "head": cls, "head_dist": dist}
 
 
 def largest_difference(a, b):
@@ -64,8 +52,8 @@ def test_a_file_of_timm_gives_timms_numbers(pair, tmp_path, seed, regime):
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(seed))
     for dtype, limit in TOLERANCE.items():
         theirs.train()  # empties timm's bias cache, which .to() would leave in the old precision
-        expected = timm_outputs(theirs.to(dtype), images.to(dtype))
-        difference = largest_difference(expected, our_outputs(ours.to(dtype), images.to(dtype)))
+        expected = outputs(theirs.to(dtype), images.to(dtype))
+        difference = largest_difference(expected, outputs(ours.to(dtype), images.to(dtype)))
         assert 0.1 < expected["logits"].std() < 30, "the weights are degenerate"
         assert max(difference.values()) <= limit, (dtype, difference)
 
@@ -80,7 +68,7 @@ def test_timm_loads_the_safetensors_file_we_write_for_it(name, tmp_path):
     ours = EfficientFormer(spec)
     ours.load_state_dict(state)
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(3))
-    difference = largest_difference(timm_outputs(theirs, images), our_outputs(ours, images))
+    difference = largest_difference(outputs(theirs, images), outputs(ours, images))
     assert max(difference.values()) <= TOLERANCE[torch.float32], difference
 
 
@@ -118,7 +106,7 @@ def test_the_regimes_show_the_usual_mistakes(mutate, regime):
     model = EfficientFormer(spec)
     model.load_state_dict(random_state(spec, 0, regime))
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    right = our_outputs(model, images)
+    right = outputs(model, images)
     mutate(model)
-    difference = largest_difference(right, our_outputs(model, images))
+    difference = largest_difference(right, outputs(model, images))
     assert max(difference.values()) > 10 * TOLERANCE[torch.float32], difference
