@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,13 +21,17 @@ from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, resolve
 from efficientformer.weights.cache import cache_root
 
 if TYPE_CHECKING:
+    from efficientformer.data.source import ImageSource
     from efficientformer.evaluation.evaluate import Progress
     from efficientformer.evaluation.result import Evaluation
     from efficientformer.models.network import EfficientFormer
     from efficientformer.weights.cache import Progress as DownloadProgress
 
 _UNNAMED = "these weights do not name their classes: the data set's order of classes is taken for theirs"
-_UNDIVIDED = "the data set has no parts: pictures that this network was trained on may be among those measured"
+_UNDIVIDED = (
+    "the data set has no parts: pictures that this network was trained on may be among those measured; "
+    "split val leaves them out, where it is the data set of the training"
+)
 _TRAINED_HERE = ("trained", "slimmed")  # sources of manifests whose training may have set its own pictures aside
 TORCH_ENGINES = ("torch", "torch-compile")
 EVALUATION_ENGINES = ("auto", "torch", *ENGINES[1:])
@@ -208,7 +212,7 @@ def evaluate_model(
             folder of pictures for each class.
         checkpoint: A weights file to use instead of the zoo's weights.
         split: Which part of the data: ``train``, ``val`` or ``test``; None takes val or test, whichever there is, or
-            else the whole.
+            else the whole. ``val`` of a data set without one is what the network's training set aside of it.
         engine: ``torch``, or the name of an engine for exported files; ``auto`` runs an exported file by its engine and
             all else in torch, or without torch as an exported file too.
         precision: ``fp32``, ``bf16`` or ``fp16``, where torch or the engine has it; ``auto`` is single precision, or
@@ -234,18 +238,22 @@ def evaluate_model(
         (80.5, True)
     """
     from efficientformer.data.align import align
-    from efficientformer.data.sources import open_source
+    from efficientformer.data.sources import find_parts, open_source
     from efficientformer.evaluation.distributed import join
     from efficientformer.evaluation.evaluate import evaluate
 
     name = _without_config(model)
-    part = _part(data, split)
-    source = open_source(data, part)
+    parts = find_parts(data)
+    part = _part(parts, split)
+    set_aside = part == "val" and "val" not in parts  # which pictures that are, the network knows
+    source = None if set_aside else open_source(data, part)
     with join() as team:
         with team.first_alone():
             predictor = _predictor(name, checkpoint, engine, precision, device, offline, download_progress)
-        labels = predictor.manifest.labels
-        own = part is None and predictor.manifest.provenance.get("source") in _TRAINED_HERE
+        labels, provenance = predictor.manifest.labels, predictor.manifest.provenance
+        if source is None:
+            source = _set_aside(data, provenance)
+        own = part is None and provenance.get("source") in _TRAINED_HERE
         share = evaluate(
             predictor,
             align(source, labels) if labels else source,
@@ -261,11 +269,19 @@ def evaluate_model(
         return team.merged(share)
 
 
-def _part(data: str | Path, split: str | None) -> str | None:
-    """Return which part of a data set is measured: the one asked for, or its stand-in; None if it has no parts."""
-    from efficientformer.data.sources import find_parts
+def _set_aside(data: str | Path, provenance: Mapping[str, str]) -> ImageSource:
+    """Return the pictures that a network's training set aside of a data set without a validation part."""
+    from efficientformer.data.sources import open_source, open_splits
 
-    parts = find_parts(data)
+    try:
+        fraction, seed = float(provenance["val_fraction"]), int(provenance["seed"])
+    except (KeyError, ValueError):  # not trained here
+        return open_source(data, "val")
+    return open_splits(data, fraction, seed).val
+
+
+def _part(parts: Collection[str], split: str | None) -> str | None:
+    """Return which part of a data set is measured: the one asked for, or its stand-in; None if it has no parts."""
     choice = {"val": ("val", "test"), "test": ("test", "val"), None: ("val", "test", "train")}.get(split, ())
     return next((name for name in choice if name in parts), split)
 

@@ -14,13 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from efficientformer import Classifier
+from efficientformer import Classifier, evaluate_model
+from efficientformer.evaluation.torch_predictor import TorchPredictor
 from efficientformer.spec.errors import DataError, EfficientFormerError, TrainingError, UsageError
 from efficientformer.spec.variants import v1_spec, v2_spec
 from efficientformer.training import loop
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import train
 from efficientformer.training.state import RunFolder
+from efficientformer.weights.checkpoint import load_checkpoint
 from tests.pictures import write_folders
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden_loss.json"
@@ -60,7 +62,7 @@ def losses(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_leaves_everything_a_person_needs(finished):
+def test_a_run_leaves_everything_a_person_needs(finished, data):
     folder = finished.folder
     assert finished.finished
     names = {"recipe.json", "data.json", "state.pt", "best.safetensors", "last.safetensors", "metrics.jsonl",
@@ -73,6 +75,7 @@ def test_a_run_leaves_everything_a_person_needs(finished):
     card = (folder / "README.md").read_text()
     assert f"Top-1 {finished.evaluation.top1:.2f} %" in card
     assert "blue, green, red" in card
+    assert f"--data {data} --split val" in card
 
 
 @pytest.mark.usefixtures("no_training_report")
@@ -84,6 +87,9 @@ def test_it_learns_and_its_checkpoint_is_a_model_like_any_other(data, tmp_path):
     assert classify.manifest.labels == ("blue", "green", "red")
     assert classify.manifest.metrics["top1"] == pytest.approx(outcome.evaluation.top1, abs=1e-3)
     assert classify(data / "red" / "000.png").name == "red"
+    again = evaluate_model(str(outcome.folder / "best.safetensors"), data, split="val")  # those that were set aside
+    assert (again.images, again.top1) == (outcome.evaluation.images, outcome.evaluation.top1)
+    assert again.images < evaluate_model(str(outcome.folder / "best.safetensors"), data).images
 
 
 @pytest.mark.usefixtures("no_training_report")
@@ -159,10 +165,10 @@ def test_accumulated_parts_train_as_the_whole_batch(data, tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_its_step_and_leaves_the_last_good_checkpoint(data, tmp_path, monkeypatch):
-    step = loop.Run._step
+    step, bad = loop.Run._step, [6, 2]
 
     def poisoned(run, batch):
-        if run.progress.step == 6:
+        if run.progress.step == bad[0]:
             batch.images.fill_(float("inf"))
         step(run, batch)
 
@@ -171,6 +177,10 @@ def test_a_loss_that_is_no_number_names_its_step_and_leaves_the_last_good_checkp
         train(TINY, data, tmp_path / "run")
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert state["progress"]["step"] == 4
+    del bad[0]
+    with pytest.raises(TrainingError, match="step 2 is no number") as early:
+        train(TINY, data, tmp_path / "early")
+    assert "last.safetensors" not in early.value.hint  # there is none yet
     assert all(t.isfinite().all() for t in state["parts"]["model"].values())
 
 
@@ -402,6 +412,27 @@ def test_a_run_is_resumed_without_the_weights_it_started_from_and_with_data_that
     assert json.loads((tmp_path / "run" / "data.json").read_text())["path"] == str(moved)
 
 
+def test_a_resumed_run_keeps_the_precision_it_began_in(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Run, "_agree_to_stop", lambda run: run.progress.step == 2)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    train(SHORT.with_changes(precision="auto"), data, tmp_path / "run")
+    assert RunFolder(tmp_path / "run").recipe().precision == "fp32"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    train(resume=tmp_path / "run")
+    assert (tmp_path / "run" / "train.log").read_text().count("cpu, fp32") == 2
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_of_equally_good_epochs_the_one_of_the_lower_loss_is_kept(data, tmp_path):
+    recipe = TINY.with_changes(epochs=6, mixup=0.0, cutout=0, drop_path=0.0, lr=0.0, warmup_lr=0.0, ema_decay=0.0)
+    train(recipe, data, tmp_path / "run")  # only BatchNorm's statistics learn
+    lines = [line for line in losses(tmp_path / "run") if "val_loss" in line]
+    best = max(lines, key=lambda line: (line["val_top1"], -line["val_loss"]))
+    assert best["val_top1"] in [line["val_top1"] for line in lines if line is not best], "no two are equally good"
+    assert load_checkpoint(tmp_path / "run" / "best.safetensors").manifest.metrics["epoch"] == best["epoch"]
+
+
 def test_a_failed_start_leaves_no_folder(data, tmp_path):
     with pytest.raises(UsageError):
         train(SHORT.with_changes(opt="adamz"), data, tmp_path / "run")
@@ -414,6 +445,30 @@ def test_one_class_is_nothing_to_learn(tmp_path):
     shutil.rmtree(root / "blue")
     with pytest.raises(DataError, match="nothing to tell apart"):
         train(SHORT, root, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("part", "match"), [("train/red", "class 'red' can be read"), ("val", "No validation pict")])
+def test_parts_that_cannot_be_read_are_refused_before_the_first_step(tmp_path, part, match):
+    write_folders(tmp_path / "data/train", per_class=4)
+    write_folders(tmp_path / "data/val", per_class=2)
+    for path in (tmp_path / "data" / part).rglob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=match):
+        train(SHORT, tmp_path / "data", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_memory_to_measure_names_what_to_do(data, tmp_path, monkeypatch):
+    asked = []
+
+    def greedy(_, batch):
+        asked.append(len(batch))
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(TorchPredictor, "run", greedy)
+    with pytest.raises(TrainingError, match=r"memory to measure the network.*Lower batch_size"):
+        train(SHORT.with_changes(batch_size=2, val_fraction=0.5), data, tmp_path / "run")
+    assert asked == [8]  # four times a step's pictures, whatever there are to measure on
 
 
 @pytest.mark.usefixtures("no_training_report")

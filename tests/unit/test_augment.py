@@ -159,8 +159,10 @@ def test_the_strongest_policy_never_fails():
 
 def test_unknown_policy_and_illegal_combination():
     with pytest.raises(SpecError, match="no such policy"):
-        SampleAugment(dataclasses.replace(PLAIN, crop="rrc", randaugment="rand-x9"), PREPROCESS)
+        SampleAugment(dataclasses.replace(PLAIN, crop="rrc", randaugment="rand-m9.5"), PREPROCESS)
     with pytest.raises(SpecError, match="Illegal randaugment"):
         dataclasses.replace(PLAIN, crop="rrc", randaugment="magic-m9")
+    with pytest.raises(SpecError, match="Illegal randaugment"):
+        dataclasses.replace(PLAIN, crop="rrc", randaugment="rand-tfoo")
     with pytest.raises(SpecError, match="one by one"):
         dataclasses.replace(PLAIN, randaugment="rand-m9")

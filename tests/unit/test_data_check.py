@@ -13,8 +13,10 @@ from PIL import Image
 from efficientformer.data import fingerprint
 from efficientformer.data.check import check
 from efficientformer.data.fingerprint import BANDS, FINGERPRINT, NEAR_BITS, near_pairs
+from efficientformer.data.sources import VAL_FRACTION, open_source, split_indices
 from efficientformer.spec.errors import DataError
 from efficientformer.spec.labels import synsets
+from efficientformer.training.recipe import Recipe
 
 
 def scene(seed, size=(48, 40)):
@@ -143,6 +145,43 @@ def test_classes_only_in_the_validation_part(data_set):
     save(scene(99), data_set / "val/fox/1.png")
     report = check(data_set)
     assert (report.unknown_classes, report.ok) == (("fox",), False)
+
+
+def test_accents_written_in_two_ways_are_one_class(data_set):
+    save(scene(98), data_set / "train/caf\u00e9/1.png")
+    save(scene(99), data_set / "val/cafe\u0301/1.png")
+    assert check(data_set).ok
+
+
+def test_copies_that_a_training_would_divide(tmp_path):
+    for seed in range(20):
+        for name in ("cat", "dog"):
+            file = save(scene(seed + 100 * (name == "cat")), tmp_path / f"{name}/{seed}.png")
+            shutil.copy(file, file.with_stem(f"{seed} copy"))
+    report = check(tmp_path)
+    assert not report.ok
+    train, held_out = split_indices(open_source(tmp_path), VAL_FRACTION, 0)
+    pairs = [{each.index for each in group.pictures} for group in report.groups]
+    torn = sum(bool(pair & set(train) and pair & set(held_out)) for pair in pairs)
+    assert torn > 3
+    assert f"{torn} of the groups of copies" in report.obstacles[0]
+    assert Recipe().val_fraction == VAL_FRACTION
+    (tmp_path / "train").mkdir()
+    for name in ("cat", "dog"):
+        shutil.move(tmp_path / name, tmp_path / "train" / name)
+        save(scene(999 + len(name) * (name == "cat")), tmp_path / f"val/{name}/1.png")
+    assert check(tmp_path).ok
+
+
+def test_what_cannot_be_trained_on(tmp_path):
+    save(scene(1), tmp_path / "cat/1.png")
+    assert [text.partition(",")[0] for text in check(tmp_path).obstacles] == [
+        "there is one class", "no class has two pictures",
+    ]  # fmt: skip
+    (tmp_path / "cat").rename(tmp_path / "val")
+    (tmp_path / "val/cat").mkdir()
+    (tmp_path / "val/1.png").rename(tmp_path / "val/cat/1.png")
+    assert check(tmp_path).obstacles == ()  # only to measure on
 
 
 def test_some_of_imagenets_classes_against_all_of_them(tmp_path):

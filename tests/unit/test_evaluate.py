@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from efficientformer.evaluation.published import VALIDATION_IMAGES, compare
 from efficientformer.evaluation.report import add_evaluation, confusion_figure, write_report
 from efficientformer.evaluation.result import Evaluation
 from efficientformer.evaluation.torch_predictor import TorchPredictor, _full_precision
-from efficientformer.reporting.page import Page
+from efficientformer.reporting.page import Page, png
 from efficientformer.spec.errors import DataError, ImageError, SpecError, UsageError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
@@ -314,6 +315,18 @@ def test_the_report_holds_every_section(tmp_path):
     assert f"{evaluation.top1:.2f} %" in text
     assert text.count("data:image/png") == 5  # two figures, three mistakes
     assert "picture 3" in text
+
+
+def test_names_are_drawn_as_they_are():
+    names = (r"$\frac{$", "a$b$c", "\u65e5\u672c")
+    metrics = Metrics(3)
+    metrics.update(np.eye(3), np.arange(3))
+    figure = confusion_figure(Evaluation("m", "e", "d", manifest(3, names), names, metrics))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a script the font has not is no reason for a line per character
+        assert png(figure).startswith(b"\x89PNG")
+    labels = figure.axes[0].get_xticklabels()
+    assert [label._preprocess_math(label.get_text()) for label in labels] == [(n, False) for n in names]
 
 
 def test_a_thousand_classes_give_a_table_instead_of_a_heat_map():

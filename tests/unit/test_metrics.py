@@ -126,6 +126,8 @@ def test_equal_to_torchmetrics():
         expected = getattr(reference, f"multiclass_{name}")(scores, true, average=None, **options).numpy()
         found = getattr(result.per_class, name.removesuffix("_score"))
         assert np.nan_to_num(found) == pytest.approx(100 * expected, abs=1e-4)
+        macro = 100 * expected[np.unique(labels)].mean()  # of the classes that occur, as sklearn's balanced accuracy
+        assert result.per_class.macro[name.removesuffix("_score")] == pytest.approx(macro, abs=1e-4)
     loss = torch.nn.functional.cross_entropy(scores.double(), true)
     assert result.loss == pytest.approx(float(loss), abs=1e-9)
 

@@ -99,3 +99,11 @@ def test_overrides_are_typed():
 def test_learning_rate_scales_with_the_batch_where_asked():
     assert Recipe(lr=1e-3, batch_size=512).scaled_lr == 1e-3
     assert Recipe(lr=1e-3, lr_batch=1024, batch_size=512).scaled_lr == pytest.approx(5e-4)
+
+
+def test_settings_without_effect_are_named():
+    assert Recipe.from_dict(json.loads(Recipe(crop="pad").to_json())).idle == ()
+    changed = {"color_jitter": 0.0, "crop_scale": (0.5, 1.0), "distillation": "soft", "clip_value": 2.0, "padding": 2}
+    assert Recipe(crop="pad", **changed).idle == ("crop_scale", "color_jitter", "distillation", "clip_value")
+    assert Recipe(crop="rrc", **changed, teacher="timm:x", clip="norm").idle == ("padding",)
+    assert Recipe(crop="rrc", randaugment="rand-m9", color_jitter=0.0).idle == ("color_jitter",)

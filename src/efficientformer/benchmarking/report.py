@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from efficientformer.benchmarking.benchmark import Benchmark, Row
-from efficientformer.reporting.page import Page, new_figure, png
+from efficientformer.reporting.page import Page, new_figure, plain, png
 from efficientformer.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def draw(benchmark: Benchmark) -> Figure:
     batches = sorted({row.batch for row in rows})
     colours = [f"C{batches.index(row.batch)}" for row in rows]
     axes.barh(range(len(rows)), speeds, xerr=(low, high), color=colours, ecolor="0.3", capsize=2)
-    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.set_yticks(range(len(rows)), [plain(name) for name in names], fontsize=8)
     axes.set_xlabel(f"images per second ({benchmark.environment['hardware']})")
     axes.grid(axis="x", alpha=0.3)
     return figure

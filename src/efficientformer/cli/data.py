@@ -85,6 +85,7 @@ def _print(result: DataReport, quiet: bool) -> None:
         _print_facts(console, result)
     _print_list(console, "unreadable", [f"{each.picture}: {each.reason}" for each in result.corrupt])
     _print_list(console, "classes without training pictures", list(result.unknown_classes))
+    _print_list(console, "for a training", list(result.obstacles))
     wrong = [group for group in result.groups if group.verdict]
     _print_list(console, "copies that leak or contradict", [_line(group) for group in wrong])
     if not quiet:

@@ -121,14 +121,14 @@ def _deliver(evaluation: Evaluation, as_json: bool, output: Path | None, report:
             output.write_text(evaluation.to_json() + "\n", "utf-8")
         except OSError as error:
             raise UsageError(f"Cannot write {output}", found=str(error)) from error
-    if report is not None:
-        from efficientformer.evaluation.report import write_report
-
-        write_report(evaluation, report)
     if as_json:
         typer.echo(evaluation.to_json())
     else:
         _print(evaluation)
+    if report is not None:
+        from efficientformer.evaluation.report import write_report
+
+        write_report(evaluation, report)
     for each in evaluation.skipped[:_MAX_SKIPPED]:
         typer.secho(f"skipped {each.name}: {each.reason}", fg="yellow", err=True)
     if evaluation.skipped:
@@ -156,6 +156,7 @@ def _print(evaluation: Evaluation) -> None:
         "images": f"{result.images:,} in {evaluation.seconds:.1f} s ({evaluation.images_per_s:,.0f} images/s)",
         "top-1": f"{result.top1:.2f} %",
         "top-5": f"{result.top5:.2f} %" if result.top5 is not None else "",
+        "macro": "recall {recall:.2f} %, precision {precision:.2f} %, F1 {f1:.2f} %".format(**result.per_class.macro),
         "loss": f"{result.loss:.4f}",
         "calibration": f"error {result.calibration.ece:.2f} %, mean confidence "
         f"{result.calibration.mean_confidence:.2f} %",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -40,9 +41,9 @@ class Relabelled(ImageSource):
 def align(source: ImageSource, labels: tuple[str, ...]) -> ImageSource:
     """Give a source the labels of a network.
 
-    A class is found by its name, then without regard to case, then, for a network with ImageNet-1k's labels, by its
-    synset. A source may lack classes of the network. Where it has no class names (tar shards without ``classes.txt``)
-    its labels are taken as the network's.
+    A class is found by its name, then without regard to case and to how accents are encoded, then, for a network with
+    ImageNet-1k's labels, by its synset. A source may lack classes of the network. Where it has no class names (tar
+    shards without ``classes.txt``) its labels are taken as the network's.
 
     Args:
         source: The pictures.
@@ -95,15 +96,20 @@ def match_classes(classes: Sequence[str], labels: tuple[str, ...]) -> list[int]:
     exact = _unique(labels)
     if labels == label_names("imagenet1k"):  # two pairs of its classes share a name; synsets are unique
         exact |= {synset: label for label, synset in enumerate(synsets())}
-    folded = _unique(label.casefold() for label in labels)
+    folded = _unique(map(_folded, labels))
     found = [exact.get(name, -1) for name in classes]
     taken = Counter(found)
     for index, name in enumerate(classes):
-        label = folded.get(name.casefold(), -1)
+        label = folded.get(_folded(name), -1)
         if found[index] < 0 <= label and not taken[label]:
             found[index] = label
             taken[label] += 1
     return found
+
+
+def _folded(name: str) -> str:
+    """Return a name without case, and with accents as one character each: macOS writes them as two."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _unique(names: Iterable[str]) -> dict[str, int]:

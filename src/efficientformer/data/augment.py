@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H and W the input, P the padding.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,9 @@ from efficientformer.spec.preprocess import PreprocessSpec
 
 ERASE_AREA = (0.02, 1 / 3)  # share of the picture, and aspect ratio, of an erased rectangle (paper's recipe; timm's)
 ERASE_RATIO = (0.3, 1 / 0.3)
+
+# timm leaves out what it does not know in such a text, and trains with its defaults
+_RANDAUGMENT = re.compile(r"rand(-(t(weights|3aw?)|(m|n|p|inc|mstd|mmax)\d+(\.\d+)?))*")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Augmentation:
     cutout: int
 
     def __post_init__(self) -> None:
-        if self.randaugment and not self.randaugment.startswith("rand"):
+        if self.randaugment and not _RANDAUGMENT.fullmatch(self.randaugment):
             expected = "timm's text for RandAugment, such as rand-m9-mstd0.5-inc1"
             raise SpecError("Illegal randaugment", expected=expected, found=repr(self.randaugment))
         if self.crop == "pad" and self.randaugment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from efficientformer.data.align import class_keys
 from efficientformer.data.fingerprint import FINGERPRINT, near_pairs, take
 from efficientformer.data.source import ImageSource
-from efficientformer.data.sources import find_parts
+from efficientformer.data.sources import VAL_FRACTION, WHOLE, find_parts, split_indices
 from efficientformer.spec.errors import ImageError
 
 FEW = 10  # pictures below which a class is called small
@@ -129,6 +130,7 @@ class DataReport:
         sizes: Smallest and largest (width, height); zeros if nothing could be decoded.
         forms: How many pictures have each format and mode, most frequent first.
         unknown_classes: Classes of evaluation parts that the training part has not.
+        obstacles: Why no honest training comes of this data set as it is.
         notes: What was left out of the listing or of the search.
         sources: The parts, to show pictures from.
     """
@@ -141,6 +143,7 @@ class DataReport:
     sizes: tuple[tuple[int, int], tuple[int, int]]
     forms: tuple[tuple[str, int], ...]
     unknown_classes: tuple[str, ...]
+    obstacles: tuple[str, ...]
     notes: tuple[str, ...]
     sources: Mapping[str, ImageSource] = field(repr=False, compare=False)
 
@@ -161,8 +164,8 @@ class DataReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong: no damage, no leak, no contradiction, no class that cannot be learnt."""
-        return not (self.corrupt or self.leaks or self.contradictions or self.unknown_classes)
+        """Whether nothing is wrong: no damage, leak, contradiction, class that cannot be learnt, or other obstacle."""
+        return not (self.corrupt or self.leaks or self.contradictions or self.unknown_classes or self.obstacles)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the pictures, ready for JSON."""
@@ -194,6 +197,7 @@ class DataReport:
                 for group in self.groups
             ],
             "unknown_classes": self.unknown_classes,
+            "obstacles": self.obstacles,
             "notes": self.notes,
         }
 
@@ -229,6 +233,7 @@ def check(path: str | os.PathLike[str], near: bool = True, progress: Progress | 
         sizes=_sizes(read),
         forms=tuple(forms.most_common()),
         unknown_classes=_unknown_classes(sources),
+        obstacles=tuple(_obstacles(sources, groups)),
         notes=tuple(notes),
         sources=sources,
     )
@@ -370,7 +375,31 @@ def _unknown_classes(sources: Mapping[str, ImageSource]) -> tuple[str, ...]:
     return tuple(sorted(set(chain.from_iterable(used.values())) - used["train"]))
 
 
+def _obstacles(sources: Mapping[str, ImageSource], groups: Sequence[Group]) -> Iterator[str]:
+    """Yield what stands in the way of a training, or makes its figures too good."""
+    name = next((each for each in ("train", WHOLE) if each in sources), None)
+    if name is None:
+        return
+    if len(sources[name].classes) < 2:
+        yield "there is one class, and nothing to tell apart"
+    if "val" in sources or "test" in sources:
+        return
+    held_out = set(split_indices(sources[name], VAL_FRACTION, 0)[1].tolist())
+    if not held_out:
+        yield "no class has two pictures, so that none can be set aside to measure on"
+    torn = sum(0 < len(held_out & (members := {each.index for each in group.pictures})) < len(members)
+               for group in groups)  # fmt: skip
+    if torn:
+        yield (
+            f"a training sets {VAL_FRACTION:.0%} of the pictures aside to measure on, and {torn:,} of the groups of "
+            "copies would be on both sides: remove the copies, or divide the data set into train/ and val/"
+        )
+
+
 def _comparable_classes(sources: Mapping[str, ImageSource]) -> dict[str, Sequence[str]]:
     """Return the class names of every part; synsets where one part has all of ImageNet-1k and another only some."""
     same = len({source.classes for source in sources.values()}) == 1
-    return {name: source.classes if same else class_keys(source.classes) for name, source in sources.items()}
+    if same:
+        return {name: source.classes for name, source in sources.items()}
+    normal = partial(unicodedata.normalize, "NFC")  # one part may come from macOS, whose accents are two characters
+    return {name: tuple(map(normal, class_keys(source.classes))) for name, source in sources.items()}

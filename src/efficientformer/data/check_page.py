@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from efficientformer.data.check import Balance, DataReport, Group, Picture
-from efficientformer.reporting.page import Page, Thumbnail, new_figure
+from efficientformer.reporting.page import Page, Thumbnail, new_figure, plain
 from efficientformer.runtime.image import decode
 from efficientformer.spec.errors import ImageError
 
@@ -41,6 +41,8 @@ def write_page(report: DataReport, path: str | Path) -> None:
             ("groups of copies", f"{len(report.groups):,}"),
         ]
     )
+    for obstacle in report.obstacles:
+        page.text(f"For a training: {obstacle}.")
     _add_groups(page, report)
     _add_bad(page, report)
     page.heading("Classes")
@@ -125,7 +127,7 @@ def _add_balance(page: Page, balance: Balance) -> None:
         names = [name if len(name) <= 30 else f"{name[:29]}…" for name, _ in balance.classes]
         axes.barh(range(len(counts)), counts)
         # A dollar sign would begin a formula.
-        axes.set_yticks(range(len(counts)), [name.replace("$", r"\$") for name in names])
+        axes.set_yticks(range(len(counts)), [plain(name) for name in names])
         axes.invert_yaxis()
         axes.set_xlabel("pictures")
     small = f"; {len(balance.small)} classes with fewer than 10" if balance.small else ""

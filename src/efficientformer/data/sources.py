@@ -29,6 +29,7 @@ from efficientformer.spec.errors import DataError, UsageError
 
 LAYOUTS = "class folders (DIR/CLASS/picture.jpg), train/ and val/ of these, tar shards, or the idx files of MNIST"
 WHOLE = "all"  # the name of the one part of a data set that is not split
+VAL_FRACTION = 0.2  # of the pictures of such a data set, set aside to measure on
 
 Opener = Callable[[], ImageSource]
 
@@ -92,7 +93,7 @@ def open_source(path: str | os.PathLike[str], split: str | None = None) -> Image
     )
 
 
-def open_splits(path: str | os.PathLike[str], val_fraction: float = 0.1, seed: int = 0) -> Splits:
+def open_splits(path: str | os.PathLike[str], val_fraction: float = VAL_FRACTION, seed: int = 0) -> Splits:
     """Open a data set for training.
 
     Its own training and validation (or test) parts are used where it has them. Of a data set that is not split a part

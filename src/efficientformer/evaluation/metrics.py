@@ -56,6 +56,16 @@ class PerClass:
         """Top-1 within each class, which is its recall."""
         return self.recall
 
+    @property
+    def macro(self) -> dict[str, float]:
+        """Mean recall (balanced accuracy), precision and F1 of the classes that occur, each class counting alike.
+
+        A figure that nothing defines, as the precision of a class nothing was given to, counts as 0.
+        """
+        present = self.count > 0
+        columns = {"recall": self.recall, "precision": self.precision, "f1": self.f1}
+        return {name: float(np.nan_to_num(column[present]).mean()) for name, column in columns.items()}
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:

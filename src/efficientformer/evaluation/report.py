@@ -10,7 +10,7 @@ import numpy as np
 
 from efficientformer.evaluation.metrics import BINS
 from efficientformer.evaluation.result import Evaluation, Mistake
-from efficientformer.reporting.page import Page, Thumbnail, new_figure
+from efficientformer.reporting.page import Page, Thumbnail, new_figure, plain
 from efficientformer.spec.errors import missing_extra
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def facts(evaluation: Evaluation) -> list[tuple[str, str]]:
     return [
         ("top-1", f"{result.top1:.2f} %"),
         *([("top-5", f"{result.top5:.2f} %")] if result.top5 is not None else []),
+        ("macro F1", f"{result.per_class.macro['f1']:.2f} %"),
         ("loss", f"{result.loss:.4f}"),
         ("calibration error", f"{result.calibration.ece:.2f} %"),
         ("images", f"{result.images:,}"),
@@ -124,7 +125,7 @@ def confusion_figure(evaluation: Evaluation) -> Figure:
     figure.colorbar(image, ax=axes, shrink=0.75, label="% of the true class", ticks=[0, 1, 5, 10, 25, 50, 75, 100])
     axes.set(xlabel="predicted", ylabel="true")
     if classes <= _MAX_TICK_NAMES:
-        names = [_short(name) for name in evaluation.classes]
+        names = [plain(_short(name)) for name in evaluation.classes]
         axes.set_xticks(range(classes), names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(classes), names)
     if classes <= _MAX_CELL_NUMBERS:

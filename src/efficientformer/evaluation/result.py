@@ -166,6 +166,7 @@ class Evaluation:
             "provenance": dict(self.manifest.provenance),
             "published": published.to_dict() if published else None,
             "calibration": _calibration(result.calibration),
+            "macro": result.per_class.macro,
             "per_class": _per_class(self.classes, result.per_class),
             "confusion": _cells(result.confusion),
             "worst": [_mistake(each, self.classes) for each in self.worst],

@@ -132,7 +132,7 @@ class Run:
                 try:
                     self._step(batch)
                 except torch.OutOfMemoryError as error:
-                    raise self._no_memory(error) from error
+                    raise self.no_memory(f"for step {self.progress.step}", error) from error
                 self.progress.step += 1
                 self.progress.seconds = seconds + time.monotonic() - began
                 finished = self._after_step()
@@ -156,11 +156,10 @@ class Run:
                 hint=f"{error.hint.rstrip('.')}. The last checkpoint stands: {self.folder.resume_command}",
             ) from error
 
-    def _no_memory(self, error: Exception) -> TrainingError:
+    def no_memory(self, purpose: str, error: Exception) -> TrainingError:
+        """Return the error of a device that is too small for something."""
         hint = "Lower batch_size, or raise accumulate, which cuts a batch into parts; or set grad_checkpointing"
-        return TrainingError(
-            f"The device has not enough memory for step {self.progress.step}", found=str(error)[:200], hint=hint
-        )
+        return TrainingError(f"The device has not enough memory {purpose}", found=str(error)[:200], hint=hint)
 
     def _step(self, batch: Batch) -> None:
         """Train on one batch."""
@@ -259,10 +258,13 @@ class Run:
     @property
     def advice(self) -> str:
         """What to do about a run whose numbers are none any more."""
-        last = self.folder.path / "last.safetensors"
+        advice = "Start a new run with a lower learning rate, with gradients clipped, or in fp32"
+        last = self.folder.weights("last")
+        if not last.exists():
+            return advice
         return (
-            "The checkpoint before it stands. Start a new run with a lower learning rate, with gradients clipped, or "
-            f"in fp32; --model {shlex.quote(str(last))} starts it from the last evaluated weights"
+            f"The checkpoint before it stands. {advice}; --model {shlex.quote(str(last))} starts it from the last "
+            "evaluated weights"
         )
 
     def _check_weights(self) -> None:

@@ -55,7 +55,8 @@ class Recipe:
         class_weights: ``none``, or ``balanced``: losses weighted by the inverse frequency of the class.
         crop: ``rrc`` (random resized crop), ``pad`` (fixed size, padded and shifted; decoded pictures stay in memory)
             or ``auto``: ``pad`` for inputs below 64 pixels.
-        crop_scale: Range of the area share of a random resized crop.
+        crop_scale: Range of the area share of a random resized crop (``rrc`` only, as colour jitter and
+            interpolation).
         padding: Pixels of reflected border for ``pad``.
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip.
@@ -198,6 +199,21 @@ class Recipe:
     def mixing(self) -> bool:
         """Whether batches are mixed."""
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Settings that differ from the defaults and change nothing beside the others, once ``crop`` is decided."""
+        names = {"pad": ("crop_scale", "color_jitter", "interpolation"), "rrc": ("padding",)}.get(self.crop, ())
+        for unused, others in (
+            (bool(self.randaugment), ("color_jitter",)),
+            (not self.teacher, ("distillation", "distill_alpha", "distill_temperature", "teacher_weights")),
+            (not self.mixing, ("mix_prob",)),
+            (self.clip == "none", ("clip_value",)),
+            (not self.ema_decay, ("ema_epochs",)),
+        ):
+            names += others if unused else ()
+        default = Recipe()
+        return tuple(name for name in dict.fromkeys(names) if getattr(self, name) != getattr(default, name))
 
     @property
     def arch(self) -> ArchSpec | None:

@@ -100,6 +100,6 @@ def model_card(folder: RunFolder, recipe: Recipe, evaluation: Evaluation, progre
 
 ```
 efficientformer predict PICTURE --model {weights}
-efficientformer test {weights} --data {shlex.quote(evaluation.data)}
+efficientformer test {weights} --data {shlex.quote(evaluation.data)} --split val
 ```
 """

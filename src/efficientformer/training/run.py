@@ -41,7 +41,7 @@ from efficientformer.training.watch import Watch
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-EVAL_BATCH = 256
+EVAL_BATCH = 256  # at most
 SHOWN = 20  # unreadable pictures that are named
 
 
@@ -119,6 +119,8 @@ def _go(
     else:
         note, recipe, path = {}, recipe or Recipe(), Path(str(data)).absolute()
     accelerator = _accelerator(recipe, device)
+    # noted: a resumed run goes on in the precision it began in, whatever the hardware it goes on with
+    recipe = recipe.with_changes(precision=accelerator.mixed_precision.replace("no", "fp32"))
     manifest = Manifest.from_json(note["manifest"]) if note else None
     rank, world = accelerator.process_index, accelerator.num_processes
     prepared = prepare(recipe, path, rank, world, manifest, subject)
@@ -155,11 +157,13 @@ def _train(run: Run, prepared: Prepared, path: Path) -> Outcome:
         f"{prepared.manifest.provenance['model']}: {sum(p.numel() for p in run.model.parameters()):,} parameters; "
         f"{len(prepared.source):,} pictures for training, {len(prepared.val):,} for validation; {recipe.epochs} epochs "
         f"of {run.steps_per_epoch} steps of {recipe.batch_size}; {run.accelerator.device}, "
-        f"{run.accelerator.mixed_precision.replace('no', 'fp32')}, {run.accelerator.num_processes} process(es), into "
+        f"{recipe.precision}, {run.accelerator.num_processes} process(es), into "
         f"{folder}"
     )
+    known = dict(run.loader.skipped)  # those decoded before the first step
+    _name_skipped(run, "training", sorted(known.items()))
     finished = run.train()
-    _name_skipped(run, "training", sorted(run.loader.skipped.items()))
+    _name_skipped(run, "training", sorted(run.loader.skipped.items() - known.items()))
     if not finished:
         run.watch.note(f"Stopped after step {run.progress.step}. Go on: {run.folder.resume_command}")
         return Outcome(folder, False, run.progress.step, None)
@@ -235,18 +239,21 @@ def _evaluate(run: Run, network: EfficientFormer, prepared: Prepared) -> dict[st
             torch.distributed.broadcast(buffer, 0)
     predictor = TorchPredictor(network, prepared.manifest, str(accelerator.device))
     try:
-        merged = _measure(accelerator, predictor, prepared.val, keep_worst=0)
+        merged = _measure(run, predictor, prepared.val, keep_worst=0)
     except EngineError as error:
         raise TrainingError(
             f"The network answers with no numbers after step {progress.step - 1}", hint=run.advice
         ) from error
+    except torch.OutOfMemoryError as error:
+        raise run.no_memory("to measure the network", error) from error
     if progress.best_epoch < 0:
         _name_skipped(run, "validation", [(each.name, each.reason) for each in merged.skipped])
     epoch = progress.step // run.steps_per_epoch
     figures = {"val_top1": merged.top1, "val_top5": merged.top5, "val_loss": merged.loss}
-    better = merged.top1 > progress.best_top1
+    better = (merged.top1, -merged.loss) > (progress.best_top1, -progress.best_loss)
     if better:
-        progress.best_top1, progress.best_epoch, progress.evaluations_since_best = merged.top1, epoch, 0
+        progress.best_top1, progress.best_loss = merged.top1, merged.loss
+        progress.best_epoch, progress.evaluations_since_best = epoch, 0
     else:
         progress.evaluations_since_best += 1
     if accelerator.is_main_process:
@@ -276,13 +283,15 @@ def _measure_best(run: Run, prepared: Prepared, path: Path) -> Evaluation:
     network, manifest = prepared.subject.load(file)
     network.to(memory_format=torch.channels_last)
     predictor = TorchPredictor(network, manifest, str(run.accelerator.device))
-    return _measure(run.accelerator, predictor, prepared.val, model=str(file), data=str(path))
+    return _measure(run, predictor, prepared.val, model=str(file), data=str(path))
 
 
-def _measure(accelerator: Accelerator, predictor: TorchPredictor, source: ImageSource, **options: Any) -> Evaluation:  # noqa: ANN401
-    """Measure a network, all processes together."""
-    team = Team(accelerator.process_index, accelerator.num_processes)
-    share = evaluate(predictor, source, batch_size=EVAL_BATCH, rank=team.rank, world=team.world, **options)
+def _measure(run: Run, predictor: TorchPredictor, source: ImageSource, **options: Any) -> Evaluation:  # noqa: ANN401
+    """Measure a network, all processes together, on as many pictures at once as fit where a training step does."""
+    team = Team(run.accelerator.process_index, run.accelerator.num_processes)
+    part = run.recipe.batch_size // (run.recipe.accumulate * team.world)
+    batch = min(EVAL_BATCH, 4 * part)  # a step keeps every layer's results, measuring only the last ones
+    share = evaluate(predictor, source, batch_size=batch, rank=team.rank, world=team.world, **options)
     return team.merged(share)
 
 
@@ -355,7 +364,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
         if asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.set()
-        sys.stderr.write("\nStopping after this step; once more ends at once\n")
+        sys.stderr.write("\nStopping after this step; Ctrl-C once more ends at once\n")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield asked.is_set

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -147,9 +148,13 @@ def prepare(
     if recipe.crop == "auto":
         recipe = recipe.with_changes(crop="pad" if max(manifest.spec.input_size) < SMALL else "rrc")
     images, source, unreadable = None, splits.train, dict[str, str]()
+    if recipe.idle:
+        notes.append(f"without effect beside the other settings: {', '.join(recipe.idle)}")
     if recipe.crop == "pad":
         images, source, skipped = decode_all(source, manifest.preprocess, recipe.workers)
         unreadable = dict(skipped)
+        _check_classes_read(splits.train, source, tuple(unreadable.values()))
+    _check_any_read(splits.val, manifest.preprocess)
     fitted = _fit_batch(recipe, len(source), world)
     if recipe.batch_size not in (0, fitted):
         notes.append(f"batch_size {fitted} instead of {recipe.batch_size}: there are {len(source)} training pictures")
@@ -165,6 +170,31 @@ def _check_classes(classes: tuple[str, ...]) -> None:
     for name in classes:
         if not name.isprintable() or name.encode("utf-8", "replace").decode() != name:
             raise DataError("The name of a class is no text", found=repr(name), hint="Rename its folder")
+
+
+def _check_classes_read(listed: ImageSource, read: ImageSource, reasons: Sequence[str]) -> None:
+    """Raise DataError if a class with pictures has none that can be read."""
+    lost = sorted(set(np.unique(listed.labels).tolist()) - set(np.unique(read.labels).tolist()))
+    if lost:
+        raise DataError(
+            f"No training picture of the class {listed.classes[lost[0]]!r} can be read",
+            found=f"{len(reasons):,} unreadable pictures, such as: {reasons[0]}",
+            hint="efficientformer data check names them all",
+        )
+
+
+def _check_any_read(source: ImageSource, preprocess: PreprocessSpec) -> None:
+    """Raise DataError if not one validation picture can be read, before an epoch is spent on finding out."""
+    reason = "none at all"
+    for index in range(len(source)):
+        try:
+            source.image(index, preprocess)
+        except ImageError as error:
+            reason = str(error)
+        else:
+            return
+    hint = "efficientformer data check names them all"
+    raise DataError("No validation picture can be read", found=f"{len(source):,}, the last: {reason}", hint=hint)
 
 
 def _decide(recipe: Recipe, train: ImageSource) -> Recipe:
@@ -234,7 +264,12 @@ def build_network(recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple
         for warning in said:
             note(str(warning.message))
     name = "custom" if recipe.spec is not None else Path(recipe.model).name if is_file else recipe.model
-    provenance = {"model": name, "source": "trained", "seed": str(recipe.seed)}
+    provenance = {
+        "model": name,
+        "source": "trained",
+        "seed": str(recipe.seed),
+        "val_fraction": f"{recipe.val_fraction:g}",
+    }
     if checkpoint is not None:
         provenance["started_from"] = checkpoint.sha256
     return model, Manifest(spec, preprocess, classes, {}, provenance)

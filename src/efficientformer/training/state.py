@@ -10,6 +10,7 @@ report.html, README.md the report and the model card, at the end
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ class Progress:
         step: Steps done.
         seconds: Training time so far, in every part of the run.
         best_top1: Best validation top-1 so far, in percent; -1 before the first.
+        best_loss: The validation loss there, which decides between equal ones.
         best_epoch: Its epoch.
         evaluations_since_best: Evaluations since then.
         loss_sum: Losses of the current epoch's steps, added up.
@@ -50,6 +52,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     best_top1: float = -1.0
+    best_loss: float = math.inf
     best_epoch: int = -1
     evaluations_since_best: int = 0
     loss_sum: float = 0.0
