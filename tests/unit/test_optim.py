@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from efficientformer import get_model
+from efficientformer.slimming.supernet import ALPHA_LR, Supernet
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.variants import VARIANTS, v1_spec, v2_spec
 from efficientformer.training.optim import (
@@ -82,11 +83,25 @@ def test_groups_follow_the_schedule_by_their_own_factor():
     assert len({g["lr"] for g in optimizer.param_groups}) > 3
 
 
+def test_importances_learn_alike_at_every_depth():
+    supernet = Supernet(get_model(V1).spec)
+    groups = parameter_groups(supernet, Recipe(lr=5e-4, layer_decay=0.8))
+    rates = {name: 5e-4 * g["lr_scale"] for g in groups for name in g["names"]}
+    alphas = {name: rate for name, rate in rates.items() if name.endswith(".alpha")}
+    assert len(alphas) == sum(1 for _ in supernet.paths())
+    assert set(alphas.values()) == {ALPHA_LR}
+    assert max(rate for name, rate in rates.items() if name not in alphas) <= 5e-4
+
+
 def test_unknown_optimizer_and_arguments():
     with pytest.raises(SpecError, match="adamz"):
         build_optimizer(get_model(V1), Recipe(opt="adamz"))
     with pytest.raises(SpecError, match="nonsense"):
         build_optimizer(get_model(V1), Recipe(opt_args={"nonsense": 1}))
+    with pytest.raises(SpecError, match="opt_args"):
+        build_optimizer(get_model(V1), Recipe(opt_args={"betas": 3}))
+    with pytest.raises(SpecError, match="second derivatives"):
+        build_optimizer(get_model(V1), Recipe(opt="adahessian"))
 
 
 @pytest.mark.parametrize("kind", ["agc", "norm", "value"])
@@ -127,7 +142,7 @@ def test_only_the_heads_learn():
 
 
 def test_freezing_nothing_or_everything_is_an_error():
-    with pytest.raises(UsageError, match="matches nothing"):
+    with pytest.raises(UsageError, match=r"matches nothing.* body, stem, stages.0, stages.1, .* norm, head, head_dist"):
         freeze(get_model(V1), ["stage.0"])
     with pytest.raises(UsageError, match="nothing is left"):
         freeze(get_model(V1), ["body", "norm", "head", "head_dist"])

@@ -14,6 +14,7 @@ import typer
 
 if TYPE_CHECKING:
     from efficientformer.slimming.plan import Plan
+    from efficientformer.slimming.report import Finished
 
 
 def slim(
@@ -72,7 +73,17 @@ def slim(
         typer.echo(f"Stopped. Go on: efficientformer slim --resume {shlex.quote(str(folder))}", err=True)
         raise typer.Exit(130)
     for network in outcome.networks:
+        if not quiet:
+            typer.secho(_line(network), fg="yellow" if network.holds is False else None, err=True)
         typer.echo(network.weights)
+
+
+def _line(network: Finished) -> str:
+    """Return what became of one budget."""
+    said = f"{network.target_ms:g} ms: top-1 {network.top1:.2f} %, predicted {network.step.predicted_ms:.3f} ms"
+    if network.quiet_ms is None:
+        return f"{said}, not measured: the table is from elsewhere"
+    return f"{said}, measured {network.quiet_ms:.3f} ms; budget {'held' if network.holds else 'NOT held'}"
 
 
 @contextmanager

@@ -217,22 +217,18 @@ class LatencyTable:
         """Return the command that measures a table in which ``spec`` has all its parts."""
         widths = ",".join(str(width) for width in sorted({*self._channels, *(stage.width for stage in spec.stages)}))
         ratios = sorted({block.expansion for stage in spec.stages for block in stage.blocks}) or [4.0]
-        likes = {("v1", AttentionSpec()): "efficientformer_l1", ("v2", AttentionSpec()): "efficientformerv2_s0"}
-        like = likes.get((spec.family, spec.attention), "SPEC.json")
-        options = {
-            "engine": self.engine,
-            "precision": self.precision,
-            "threads": self.threads,
-            "like": like,
-            "widths": widths,
-            "depths": ",".join(str(max(1, len(stage.blocks))) for stage in spec.stages),
-            "expansions": ",".join(f"{ratio:g}" for ratio in ratios),
-            "input-size": "x".join(map(str, spec.input_size)),
-            "stem-stride": spec.stem_stride,
-            "classes": spec.num_classes,
-        }
-        given = " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
-        return f"efficientformer latency-table {given} --output FILE.json"
+        return table_command(
+            engine=self.engine,
+            precision=self.precision,
+            threads=self.threads,
+            like=likeness(spec.family, spec.attention),
+            widths=widths,
+            depths=",".join(str(max(1, len(stage.blocks))) for stage in spec.stages),
+            expansions=",".join(f"{ratio:g}" for ratio in ratios),
+            input_size="x".join(map(str, spec.input_size)),
+            stem_stride=spec.stem_stride,
+            classes=spec.num_classes,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; ``from_dict`` gives the equal table back."""
@@ -294,6 +290,18 @@ class LatencyTable:
             hint = "Measure one: efficientformer latency-table --output FILE.json"
             raise UsageError(f"Cannot read the latency table {path}", found=str(error), hint=hint) from error
         return cls.from_dict(load_json(f"the latency table {path}", text))
+
+
+def likeness(family: str, attention: AttentionSpec) -> str:
+    """Return a zoo network of a family and attention; or a word for the spec's file that has them."""
+    likes = {("v1", AttentionSpec()): "efficientformer_l1", ("v2", AttentionSpec()): "efficientformerv2_s0"}
+    return likes.get((family, attention), "START_NETWORK.json")
+
+
+def table_command(**options: object) -> str:
+    """Return the command that measures a table, from its options; those that are None are left out."""
+    given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
+    return f"efficientformer latency-table {given} --output FILE.json"
 
 
 def _as_pair(cost: Cost) -> list[float]:

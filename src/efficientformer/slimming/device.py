@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from efficientformer.latency.table import HERE, LatencyTable
+from efficientformer.latency.table import HERE, LatencyTable, likeness, table_command
 from efficientformer.slimming.plan import Plan
 from efficientformer.slimming.space import Space, table_space
 from efficientformer.slimming.watch import table_progress
@@ -23,8 +23,8 @@ class Measured:
     Attributes:
         ms: What was measured, in milliseconds.
         quiet_ms: What it would be at the speed the machine had when its table was made: if the start network, measured
-            in the same turns, takes longer than predicted by more than the prediction's error, the machine is busy, and
-            both are scaled back by that.
+            in the same turns, takes longer than predicted by more than twice the table's spread, the machine is busy,
+            and both are scaled back by that.
     """
 
     ms: float
@@ -67,8 +67,40 @@ def check_table(plan: Plan, space: Space, table: LatencyTable) -> None:
             found=str(table.threads or "as many as the engine chooses"),
             hint="Leave --threads out to take the table's, or give another table",
         )
+    missing = dict[str, None]()
     for spec in space.covering():  # a hole is found now, not hours into the search
-        table.predict(spec)
+        try:
+            table.predict(spec)
+        except UsageError as error:
+            keys = table.missing(spec)
+            if not keys:  # networks of another kind
+                raise UsageError(error.problem, expected=error.expected, found=error.found,
+                                 hint=f"Measure one: {_command(table, space)}") from error  # fmt: skip
+            missing |= dict.fromkeys(keys)
+    if missing:
+        raise UsageError(
+            f"The latency table lacks {len(missing)} parts of the networks that slimming may come to",
+            expected="every block, stem, embedding and head at every width and expansion",
+            found=f"no {next(iter(missing))!r}",
+            hint=f"Measure it: {_command(table, space)}",
+        )
+
+
+def _command(table: LatencyTable, space: Space) -> str:
+    """Return the command that measures a table of the whole space on a table's engine."""
+    wanted = table_space(space)
+    return table_command(
+        engine=table.engine,
+        precision=table.precision,
+        threads=table.threads,
+        like=likeness(wanted.family, wanted.attention),
+        widths=",".join(map(str, wanted.widths)),
+        depths=",".join(map(str, wanted.depths)),
+        expansions=",".join(f"{ratio:g}" for ratio in wanted.expansions),
+        input_size=",".join(f"{height}x{width}" for height, width in wanted.input_sizes),
+        stem_stride=",".join(map(str, wanted.stem_strides)),
+        classes=wanted.num_classes,
+    )
 
 
 def measure_table(plan: Plan, space: Space, *, quiet: bool) -> LatencyTable:
@@ -93,8 +125,9 @@ def measured(table: LatencyTable, specs: Sequence[ArchSpec], start: ArchSpec) ->
 
     timings = measure_specs([*specs, start], engine=table.engine, precision=table.precision, threads=table.threads)
     *found, reference = [timing.p10_ms for timing in timings]  # what the table predicts
-    predicted = table.predict(start)
-    busy = max(1.0, reference / (predicted.ms + predicted.error_ms))
+    # a network the table knows as well as its start deviates by two standard errors at most; what is more, is load
+    usual = table.predict(start).ms * (1 + 2 * table.spread)
+    busy = max(1.0, reference / usual)
     return [Measured(round(ms, 5), round(ms / busy, 5)) for ms in found]
 
 

@@ -32,7 +32,7 @@ from efficientformer.training.state import RunFolder
 from efficientformer.weights.checkpoint import save_native
 from efficientformer.weights.files import atomic_write
 
-WEIGHTS = "supernet/best.safetensors"
+WEIGHTS = "supernet/last.safetensors"  # its temperature has fallen; best would be chosen by what scores the cuts
 IMPORTANCES = "importances.json"
 
 

@@ -103,7 +103,14 @@ class Options:
                             hint="Leave it out, or set search.importances=shuffled")  # fmt: skip
 
     def space(self, start: ArchSpec) -> Space:
-        """Return the space below a start network."""
+        """Return the space below a start network.
+
+        Raises:
+            SpecError: If an option is illegal, or means nothing for this family.
+        """
+        if start.family == "v1" and self.min_expansion != Options.__dataclass_fields__["min_expansion"].default:
+            raise SpecError("search.min_expansion means nothing for V1, whose expansions are not cut",
+                            hint="Leave search.min_expansion out")  # fmt: skip
         return Space(start, self.width_step, self.min_width, self.min_expansion, self.min_depth)
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efficientformer.latency.table import LatencyTable
-from efficientformer.reporting.page import Page, new_figure, png
+from efficientformer.reporting.page import Page, new_figure, plain, png
 from efficientformer.slimming.plan import Plan
 from efficientformer.slimming.search import Step
 from efficientformer.spec.arch import ArchSpec, load_json
@@ -178,11 +178,12 @@ def draw_path(
         axes.plot(*zip(*points, strict=True), "*", color="#2a6fdb", markersize=13, label="slimmed, trained")
     for index, (name, group) in enumerate(_grouped(comparisons).items()):
         places = [(other.latency_ms, other.top1) for other in group]
-        label = (name if len(group) == 1 else f"{name} ({len(group)})").replace("$", r"\$")  # no formula
+        label = plain(name if len(group) == 1 else f"{name} ({len(group)})")
         marker, colour = _MARKERS[index % len(_MARKERS)], f"C{(index + 1) % 10}"
         axes.plot(*zip(*places, strict=True), marker, color=colour, label=label)
     axes.margins(x=0.12)
-    axes.set_xlabel(f"latency of one picture, {engine} (ms)")
+    kind = "predicted latency" if all(each is None for each in measured) else "latency"
+    axes.set_xlabel(f"{kind} of one picture, {engine} (ms)")
     axes.set_ylabel("top-1 (%)")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)  # beside the points, not over them
@@ -256,16 +257,22 @@ def _add_networks(page: Page, networks: Sequence[Finished], comparisons: Sequenc
 
 def _add_use(page: Page, networks: Sequence[Finished], table: LatencyTable) -> None:
     file = shlex.quote(str(networks[0].weights))
+    engine = f"--engine {table.engine} --precision {table.precision}"
+    folder, smaller = networks[0].weights.parent, 0.8 * min(each.target_ms for each in networks)
     page.heading("What to do with it")
+    if table.precision == "int8":
+        page.text("The budgets are of int8; the networks here, and their top-1, are not quantised yet. The first "
+                  "command does that, and says what int8 costs in accuracy.")  # fmt: skip
     page.table(
         ("to", "command"),
         [
-            ("classify pictures", f"efficientformer predict PICTURE --model {file} --engine {table.engine}"),
+            *([("quantise it", f"efficientformer quantize {file} --data DIR")] if table.precision == "int8" else []),
+            ("classify pictures", f"efficientformer predict PICTURE --model {file} {engine}"),
             ("measure it on other pictures", f"efficientformer test {file} --data DIR"),
             ("train it further", f"efficientformer train --model {file} --data DIR"),
             ("deploy it", f"efficientformer convert {file} slimmed.onnx"),
             ("another budget from the same search",
-             f"efficientformer slim --resume {shlex.quote(str(networks[0].weights.parent))} --target-latency 1.5ms"),
+             f"efficientformer slim --resume {shlex.quote(str(folder))} --target-latency {smaller:.3g}ms"),
         ],
     )  # fmt: skip
 

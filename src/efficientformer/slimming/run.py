@@ -12,10 +12,12 @@ path.csv, path.json, accuracy_latency.png, report.html
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,7 @@ from efficientformer.slimming.start import decide, start_network
 from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.slimming.watch import SearchWatch
 from efficientformer.spec.arch import load_json
-from efficientformer.spec.errors import EfficientFormerError, SpecError, TrainingError, UsageError
+from efficientformer.spec.errors import EfficientFormerError, TrainingError, UsageError
 from efficientformer.spec.fields import check_int, check_keys, check_number
 from efficientformer.training.allocator import freed_memory_kept
 from efficientformer.training.recipe import Recipe
@@ -189,7 +191,7 @@ class _SlimRun:
         """
         folder, bound, most = self._target(target), target, target * (1 - REPEATS)
         low, _ = reachable(self.space, self.table)
-        last, tried = "", list[int]()
+        last, tried = "", list[Step]()
         while bound >= low:
             step = first_within(search.run(bound), bound, self.plan.options.max_params)
             assert step is not None
@@ -198,7 +200,7 @@ class _SlimRun:
                 break
             last = f"{found.ms:.3f} ms at a predicted {step.predicted_ms:.3f} ms"
             bound = step.predicted_ms * min(0.999, most / found.quiet_ms)
-            tried.append(step.number)
+            tried.append(step)
         else:
             raise self._missed(target, tried, last)
         folder.mkdir(parents=True, exist_ok=True)
@@ -207,10 +209,10 @@ class _SlimRun:
             bench.save(search.steps, 0, self.folder / "search" / "start.safetensors")
         _write(folder / CHOICE, {"step": step.number, "predicted_ms": step.predicted_ms})
 
-    def _missed(self, target: float, tried: list[int], last: str) -> TrainingError:
+    def _missed(self, target: float, tried: list[Step], last: str) -> TrainingError:
         """Forget what was measured for a target that nothing met, so that it can be tried again; return the error."""
-        known = self._measured()
-        _write(self.folder / MEASURED, {key: value for key, value in known.items() if key not in map(str, tried)})
+        forgotten = {_digest(step) for step in tried}
+        _write(self.folder / MEASURED, {key: each for key, each in self._measured().items() if key not in forgotten})
         hint = "Is the machine busy? Resume when it is not; else start a new run, with a table measured then"
         if rest := [each for each in self.plan.targets if each != target]:
             dataclasses.replace(self.plan, targets=tuple(rest)).save(self.folder)
@@ -219,29 +221,26 @@ class _SlimRun:
         return TrainingError(f"No network of the path is measured within {target:g} ms", found=last, hint=hint)
 
     def _measured(self) -> dict[str, Any]:
-        """Return the measured latencies so far, by the number of their step."""
+        """Return the measured latencies so far, by the digest of their network."""
         path = self.folder / MEASURED
         known = _read(path) if path.exists() else {}
         for key, each in known.items():
-            if not key.isascii() or not key.isdigit():
-                raise SpecError(f"{path} is damaged", expected="numbers of steps", found=repr(key)[:80])
-            values = check_keys(f"{path}: step {key!r}", each, Measured)
+            values = check_keys(f"{path}: network {key!r}", each, Measured)
             for name, value in values.items():
-                check_number(f"{name} of step {key!r} in {path}", value, 0, 1e9)
+                check_number(f"{name} of network {key!r} in {path}", value, 0, 1e9)
         return known
 
     def _measure(self, wanted: list[Step]) -> list[Measured | None]:
-        """Return the measured latencies of some steps; each is measured once, and kept."""
+        """Return the measured latencies of some steps; each network is measured once, and its latency kept."""
         known = self._measured()
-        missing = [step for step in wanted if str(step.number) not in known]
+        missing = {digest: step for step in wanted if (digest := _digest(step)) not in known}
         if missing:
-            specs = [step.candidate.spec for step in missing]
-            found = device.measured(self.table, specs, self.space.start)
+            found = device.measured(self.table, [step.candidate.spec for step in missing.values()], self.space.start)
             if found is None:
                 return [None for _ in wanted]
-            known |= {str(step.number): vars(each) for step, each in zip(missing, found, strict=True)}
+            known |= {digest: vars(each) for digest, each in zip(missing, found, strict=True)}
             _write(self.folder / MEASURED, known)
-        return [Measured(**known[str(step.number)]) for step in wanted]
+        return [Measured(**known[_digest(step)]) for step in wanted]
 
     def _finish(self, steps: list[Step], target: float) -> Finished | None:
         """Train a target's network if it is not trained; return it, or None if somebody stopped the training."""
@@ -293,13 +292,16 @@ def _begun(plan: Plan, folder: Path, table: Path | None, *, quiet: bool) -> _Sli
     if (folder / PLAN).exists():
         hint = f"Go on with: efficientformer slim --resume {shlex.quote(str(folder))}; or choose another --output"
         raise UsageError(f"{folder} holds a run already", hint=hint)
-    if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - {device.TABLE})):
+    kept = folder / device.TABLE  # of a run that was refused after it had measured one
+    allowed = {kept.name} if table is None else set()
+    if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - allowed)):
         hint = "Choose another --output: nothing is overwritten"
         raise UsageError(f"{folder} is not empty", found=", ".join(others[:5]), hint=hint)
     plan.check()
     plan = decide(dataclasses.replace(plan, data=str(Path(plan.data).absolute())))
     space = plan.options.space(start_network(plan))
     make_folder(folder)
+    found = kept.exists()
     try:
         if table is None:
             plan.save(folder)  # a run that is killed while it measures can be resumed; a given table is quickly kept
@@ -308,8 +310,12 @@ def _begun(plan: Plan, folder: Path, table: Path | None, *, quiet: bool) -> _Sli
         device.check_table(plan, space, latencies)
         check_targets(space, latencies, plan.targets, plan.options.max_params)
     except EfficientFormerError:
-        (folder / PLAN).unlink(missing_ok=True)  # not a run: the folder can be used again, and its table too
+        (folder / PLAN).unlink(missing_ok=True)  # not a run: the folder can be used again, and its own table too
+        if table is not None:
+            kept.unlink(missing_ok=True)
         raise
+    if found and not quiet:
+        sys.stderr.write(f"The latency table is the one found in {folder}, {latencies.origin}\n")
     return _SlimRun(folder, plan, space, latencies, quiet)
 
 
@@ -323,6 +329,11 @@ def _resumed(folder: Path, targets: Iterable[float], data: str | Path | None, *,
     check_targets(space, table, wanted.targets, wanted.options.max_params)
     wanted.save(folder)
     return _SlimRun(folder, wanted, space, table, quiet)
+
+
+def _digest(step: Step) -> str:
+    """Return what tells a step's network from all others: the number of a step may come to mean another one."""
+    return hashlib.sha256(step.candidate.spec.to_json().encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from efficientformer.weights.files import atomic_write
 
 METADATA_KEY = "efficientformer_supernet"
 HOT, COLD = 5.0, 1.0  # temperature at the first and at the last step
+ALPHA_LR = 0.02  # peak learning rate of the importances, the same at every depth
 INHERITED_ALPHA = 3.0  # of a block with pretrained weights: its share of the mixture is about nine tenths
 
 
@@ -49,6 +50,7 @@ class MetaPath(nn.Module):
         super().__init__()
         self.candidates = nn.ModuleDict(candidates)
         self.alpha = nn.Parameter(torch.zeros(len(candidates) + 1))
+        self.alpha.peak_lr = ALPHA_LR  # type: ignore[attr-defined]  # at the weights' own it would hardly move
         self.temperature = COLD
 
     @property

@@ -275,7 +275,7 @@ def load_json(name: str, text: str | bytes) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SpecError(f"{name[0].upper()}{name[1:]} is not valid JSON", found=str(error)) from None
+        raise SpecError(f"No valid JSON in {name}", found=str(error)) from None
 
 
 def _stage_from_dict(data: object) -> StageSpec:

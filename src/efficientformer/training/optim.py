@@ -16,6 +16,7 @@ from efficientformer.training.recipe import Recipe
 
 HEADS = ("head.", "head_dist.", "norm.")
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # also the synchronised one
+_PART = re.compile(r"stages\.\d|[^.]+")  # what a parameter belongs to, first of all
 _BLOCK = re.compile(r"stages\.(\d)\.(?:blocks\.(\d+)|embedding)")
 
 
@@ -43,6 +44,8 @@ def depth_of(name: str, model: EfficientFormer) -> int:
 def parameter_groups(model: EfficientFormer, recipe: Recipe) -> list[dict[str, Any]]:
     """Return the parameters that learn, grouped by weight decay and by the factor on the learning rate.
 
+    A parameter with an attribute ``peak_lr`` has that learning rate, whatever the recipe's and its depth.
+
     Returns:
         Groups with ``params``, ``names``, ``weight_decay`` and ``lr_scale``, in a fixed order.
     """
@@ -53,6 +56,9 @@ def parameter_groups(model: EfficientFormer, recipe: Recipe) -> list[dict[str, A
             continue
         decay = recipe.weight_decay if decays(name, parameter) else 0.0
         scale = recipe.layer_decay ** (deepest - depth_of(name, model))
+        own = getattr(parameter, "peak_lr", None)
+        if own is not None and recipe.scaled_lr:
+            scale = own / recipe.scaled_lr
         group = groups.setdefault((decay, scale), {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -71,14 +77,17 @@ def build_optimizer(model: EfficientFormer, recipe: Recipe) -> torch.optim.Optim
     except ImportError as error:
         raise missing_extra("train", "Training", error) from error
     groups = [{k: v for k, v in group.items() if k != "names"} for group in parameter_groups(model, recipe)]
+    hint = "timm.optim.list_optimizers() names them"
     extra: dict[str, Any] = {"fused": True} if recipe.opt == "adamw" else {}  # one kernel instead of a loop
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             groups, opt=recipe.opt, lr=recipe.scaled_lr, weight_decay=recipe.weight_decay, **extra, **recipe.opt_args
         )
     except (AssertionError, ValueError, TypeError, KeyError) as error:
-        hint = "timm.optim.list_optimizers() names them"
-        raise SpecError(f"timm cannot build the optimiser {recipe.opt!r}", found=str(error), hint=hint) from error
+        wanted = f"the optimiser {recipe.opt!r}" + (f" with opt_args {recipe.opt_args}" if recipe.opt_args else "")
+        raise SpecError(f"timm cannot build {wanted}", found=str(error), hint=hint) from error
+    if getattr(optimizer, "is_second_order", False):
+        raise SpecError(f"{recipe.opt!r} needs second derivatives, which are not computed here", hint=hint)
     return optimizer
 
 
@@ -133,8 +142,8 @@ def freeze(model: EfficientFormer, prefixes: Iterable[str]) -> list[nn.Module]:
     for prefix in prefixes:
         chosen = [n for n in names if not n.startswith(HEADS)] if prefix == "body" else _under(prefix, names)
         if not chosen:
-            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
-            raise UsageError(f"freeze={prefix!r} matches nothing", hint=f"Parts are body, {parts}, stages.0 ...")
+            parts = ", ".join(dict.fromkeys(_PART.findall(name)[0] for name in names))
+            raise UsageError(f"freeze={prefix!r} matches nothing", hint=f"Parts are body, {parts} ...")
         for name in chosen:
             model.get_parameter(name).requires_grad = False
     if not any(p.requires_grad for p in model.parameters()):

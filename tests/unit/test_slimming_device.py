@@ -1,0 +1,71 @@
+"""The device that slimming is for: tables that lack something, and machines that are busy."""
+
+import dataclasses
+import shlex
+
+import pytest
+
+from efficientformer.cli.latency_table import _space
+from efficientformer.latency import measure
+from efficientformer.latency.design import TableSpace, all_parts
+from efficientformer.latency.table import Cost, LatencyTable
+from efficientformer.runtime.timing import Timing, environment
+from efficientformer.slimming import device
+from efficientformer.slimming.plan import Options, Plan
+from efficientformer.slimming.space import Space, table_space
+from efficientformer.spec.arch import AttentionSpec
+from efficientformer.spec.errors import SpecError, UsageError
+from efficientformer.spec.variants import v1_spec, v2_spec
+from efficientformer.training.recipe import Recipe
+
+V1 = v1_spec((32, 48, 64, 128), (1, 1, 2, 2), 1, input_size=32, num_classes=3, distilled=False, stem_stride=1)
+V2 = v2_spec((32, 48, 64, 96), ((4,), (4, 3), (4, 3, 3), (4,)), 1, input_size=64, num_classes=3, distilled=False)
+PLAN = Plan("data", (1.0,), Recipe(), Recipe(), "onnxruntime", "fp32", None, Options())
+
+
+def table_of(space, **changes):
+    costs = {part.key: Cost(0.01, 0.01) for part in all_parts(space)}
+    fields = {
+        "engine": "onnxruntime", "precision": "fp32", "threads": 1, "family": space.family,
+        "attention": space.attention, "base": Cost(0.1, 0.01), "costs": costs, "weights": {}, "spread": 0.01,
+        "networks": 9,
+    }  # fmt: skip
+    return LatencyTable(**{**fields, **changes})
+
+
+@pytest.mark.parametrize("start", [V1, V2], ids=["v1", "v2"])
+def test_the_command_for_a_table_that_lacks_something_measures_all_of_it(start):
+    space = Space(start)
+    few = dataclasses.replace(table_space(space), widths=tuple(sorted({s.width for s in start.stages})), max_widths=())
+    with pytest.raises(UsageError, match="parts of the networks that slimming may come to") as error:
+        device.check_table(PLAN, space, table_of(few))
+    words = shlex.split(error.value.hint.partition("latency-table ")[2])
+    given = {name[2:].replace("-", "_"): value for name, value in zip(words[::2], words[1::2], strict=True)}
+    names = ("like", "widths", "depths", "expansions", "input_size", "stem_stride")
+    measured = _space(*(given[name] for name in names), int(given["classes"]))
+    device.check_table(PLAN, space, table_of(measured))
+
+
+def test_a_table_of_other_attention_names_the_file_it_takes():
+    start = dataclasses.replace(V2, attention=AttentionSpec(num_heads=2, key_dim=8))
+    with pytest.raises(UsageError, match=r"another attention.*--like START_NETWORK.json"):
+        device.check_table(PLAN, Space(start), table_of(table_space(Space(V2))))
+
+
+def test_a_busy_machine_is_noticed_by_the_table_s_spread_not_by_wide_error_bars(monkeypatch):
+    space = TableSpace(widths=(32, 48, 64, 128), depths=(1, 1, 2, 2), num_classes=3, stem_strides=(1,))
+    wide = {part.key: Cost(0.01, 0.5) for part in all_parts(space)}  # costs that no network shows one by one
+    table = table_of(space, costs=wide, environment=environment("onnxruntime"))
+    usual = table.predict(V1).ms
+    monkeypatch.setattr(
+        measure, "measure_specs", lambda specs, **_: [Timing(*[1.5 * usual] * 4, runs=1) for _ in specs]
+    )
+    (found,) = device.measured(table, [V1], V1)
+    assert found.ms == pytest.approx(1.5 * usual, abs=1e-5)
+    assert found.quiet_ms == pytest.approx(1.02 * usual, abs=1e-5)
+
+
+def test_an_expansion_bound_means_nothing_for_v1():
+    with pytest.raises(SpecError, match="V1"):
+        Options(min_expansion=2.0).space(V1)
+    assert Options(min_expansion=2.0).space(V2).min_expansion == 2.0
