@@ -1,6 +1,7 @@
 """``efficientformer profile`` and ``latency-table`` as a user runs them, with tiny networks."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,17 @@ def test_a_profile_is_shown_and_written(cli, tmp_path):
     assert json.loads((tmp_path / "p" / "profile.json").read_text())["model"] == "efficientformer_cifar10"
 
 
+def test_what_has_no_weights_yet_is_profiled_with_random_ones(cli, tmp_path):
+    spec = v2_spec((16, 16, 24, 32), ((2,), (2,), (2, 2), (2,)), 1, input_size=32, num_classes=3, stem_stride=1)
+    (tmp_path / "start.json").write_text(spec.to_json())
+    for arguments, blocks in (((tmp_path / "start.json",), 5), (("v2_s0", "--random-weights", "--offline"), 14)):
+        code, out, err = cli("profile", *arguments, "--engine", "onnxruntime", "--threads", 1, "--json", "--quiet")
+        assert code == 0, err
+        found = json.loads(out)
+        assert found["model"] == f"{Path(arguments[0]).name}, random weights"
+        assert sum(".blocks." in part["name"] for part in found["parts"]) == blocks
+
+
 def test_the_four_observations(cli, tmp_path, monkeypatch):
     monkeypatch.setattr("efficientformer.latency.observations.PICTURE", (64, 64))
     monkeypatch.setattr("efficientformer.latency.observations.MIN_PASSES", 1)
@@ -100,6 +112,9 @@ def test_a_table_of_a_spec_in_a_file(cli, tmp_path):
         (("profile",), "Nothing to profile"),
         (("profile", "x", "--observations"), "Too much"),
         (("profile", "no_such_network"), "no_such_network"),
+        (("profile", "no_such_network", "--random-weights"), "no_such_network"),
+        (("profile", "none.json"), "Cannot read the spec"),
+        (("profile", "L1", "--random-weights", "--checkpoint", "x.pth"), "Leave one out"),
         (("profile", "--observations", "--precision", "int8"), "float graphs"),
         (("profile", "efficientformer_cifar10", "--engine", "tpu"), "Illegal engine"),
         (("latency-table", "-o", "t.json", "--widths", "a"), "--widths"),

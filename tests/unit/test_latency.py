@@ -13,6 +13,7 @@ from efficientformer.latency.measure import build_table, measure_specs, merge, q
 from efficientformer.latency.parts import Part, parts_of, weights_of
 from efficientformer.latency.table import ELSEWHERE, HERE, Cost, LatencyTable
 from efficientformer.runtime.timing import Timing, environment
+from efficientformer.slimming.space import Space, table_space
 from efficientformer.spec.arch import AttentionSpec
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.variants import VARIANTS, v1_spec
@@ -196,6 +197,28 @@ def test_the_fit_finds_the_costs_that_made_the_latencies():
     assert np.abs(errors).mean() < 0.02
     inside = [abs(table.predict(spec).ms - truth(spec)) < table.predict(spec).error_ms for spec in unseen]
     assert np.mean(inside) > 0.85
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.03])
+def test_error_bars_of_a_small_space_are_as_wide_as_its_errors(noise):
+    """Few widths and depths: no part is known well by itself, and every network is."""
+    space = table_space(Space(v1_spec((16, 32, 32, 48), (1, 1, 2, 2), 1, input_size=32, num_classes=3, stem_stride=2)))
+    rng = np.random.default_rng(0)
+
+    def truth(spec):
+        return 0.1 + sum(0.01 + (part.width / 64) ** 2 * (1 + part.grid[0] / 8) / 9 for part in parts_of(spec))
+
+    specs = design(space, 160)
+    measured = [truth(spec) * (1 + noise * rng.standard_normal()) for spec in specs]
+    fit = fit_parts(specs, measured, all_parts(space))
+    costs = {part.key: Cost(*cost) for part, cost in fit.parts.items()}
+    weights = {bend: Cost(*cost) for bend, cost in fit.weights.items()}
+    table = made_up(space, base=Cost(*fit.base), costs=costs, weights=weights, spread=fit.spread)
+    predictions = {spec: table.predict(spec) for spec in (sample(space, random.Random(seed)) for seed in range(60))}
+    again = {spec: truth(spec) * (1 + noise * rng.standard_normal()) for spec in predictions}
+    inside = [abs(found.ms - again[spec]) <= found.error_ms for spec, found in predictions.items()]
+    assert np.mean(inside) > 0.85
+    assert max(found.error_ms / found.ms for found in predictions.values()) < 4 * noise
 
 
 def timings(*p10):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,11 +15,15 @@ from efficientformer.spec.errors import UsageError, missing_extra
 if TYPE_CHECKING:
     from efficientformer.latency.observations import Observations
     from efficientformer.latency.profile import Profile
+    from efficientformer.spec.arch import ArchSpec
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="Zoo name, weights file or exported file.")] = "",
+    model: Annotated[str, typer.Argument(help="Zoo name, weights file, exported file, or spec in JSON.")] = "",
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Random weights for a zoo name: nothing is downloaded.")
+    ] = False,
     engine: Annotated[str, typer.Option(help=f"Engine: {', '.join(ENGINES)}.")] = "auto",
     precision: Annotated[str, typer.Option(help=f"Precision: {', '.join(PRECISIONS)}.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine.")] = None,
@@ -46,13 +51,19 @@ def profile(
         typer.echo(json.dumps(found.to_dict(), indent=2)) if as_json else _print_observations(found)
     else:
         from efficientformer.export.deployable import deployable
+        from efficientformer.latency.graph import write_network
         from efficientformer.latency.profile import profile_file
         from efficientformer.weights.cache import terminal_progress
 
-        with terminal_progress(quiet=quiet) as downloading:
-            file = deployable(model, checkpoint=checkpoint, offline=offline or None, progress=downloading)
-        with step_bars(quiet) as progress:
-            result = profile_file(file, engine=engine, precision=precision, threads=threads, progress=progress)
+        spec = _untrained(model, checkpoint, random_weights)
+        with TemporaryDirectory(prefix="efficientformer-") as scratch:
+            if spec is not None:
+                file = write_network(spec, Path(scratch) / "network.onnx", name=Path(model).name)
+            else:
+                with terminal_progress(quiet=quiet) as downloading:
+                    file = deployable(model, checkpoint=checkpoint, offline=offline or None, progress=downloading)
+            with step_bars(quiet) as progress:
+                result = profile_file(file, engine=engine, precision=precision, threads=threads, progress=progress)
         typer.echo(json.dumps(result.to_dict(), indent=2)) if as_json else _print_profile(result)
     if output is None:
         return
@@ -61,6 +72,18 @@ def profile(
     written = write_observations(found, output) if observations else write_profile(result, output)
     for path in () if quiet else written:
         typer.echo(f"Wrote {path}", err=True)
+
+
+def _untrained(model: str, checkpoint: Path | None, random_weights: bool) -> ArchSpec | None:
+    """Return the architecture to profile with random weights; None if the network has weights of its own."""
+    from efficientformer.spec.arch import read_spec
+    from efficientformer.spec.zoo import resolve
+
+    if checkpoint is not None and (random_weights or model.endswith(".json")):
+        raise UsageError("A checkpoint and random weights", hint="Leave one out")
+    if model.endswith(".json"):
+        return read_spec(Path(model))
+    return resolve(model).card.spec if random_weights else None
 
 
 def _prepare(output: Path) -> None:

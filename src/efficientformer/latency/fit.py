@@ -40,7 +40,7 @@ class Fit:
 
     Attributes:
         base: What every network costs.
-        parts: Cost of every part asked for.
+        parts: Cost of every part asked for; its errors are such that the bars of whole networks are right.
         weights: Threshold in millions of weights, and what each million beyond it costs.
         spread: Relative standard error of the prediction of a network the fit has not seen (cross-validation).
         errors: Relative error of each network when it was left out, (networks,).
@@ -84,7 +84,31 @@ def fit_parts(specs: Sequence[ArchSpec], ms: Sequence[float], wanted: Sequence[P
             ms_, error = cost(terms)
             parts[part] = (max(0.0, ms_ - base[0]) if part.kind == "stem" else ms_, error)
     weights = {bend: cost({("weights", bend): 1.0}) for bend in bends}
-    return Fit(base, parts, weights, _scale(errors), errors)
+    spread = _scale(errors)
+    own = [_error_of(counts, parts) / value for counts, value in zip(networks, latency.tolist(), strict=True)]
+    factor = _factor(np.array(own), errors, spread)
+    return Fit(base, {part: (ms_, factor * error) for part, (ms_, error) in parts.items()}, weights, spread, errors)
+
+
+def _error_of(counts: Mapping[Part, int], parts: Mapping[Part, Value]) -> float:
+    """Return the error of a network's cost if those of its parts were independent, in milliseconds."""
+    return math.sqrt(sum((count * parts[part][1]) ** 2 for part, count in counts.items() if part in parts))
+
+
+def _factor(own: Array, errors: Array, spread: float) -> float:
+    """Return what the parts' errors are to be multiplied with.
+
+    They are not independent: costs that mostly occur together are hardly known one by one, while their sum is. So they
+    count as much as it takes for 95 % of the networks, each predicted by a fit that has not seen it, to lie within two
+    standard errors: of its parts and, beside these, the spread.
+
+    Args:
+        own: Relative error of each network's cost if those of its parts were independent, (networks,).
+        errors: Relative error of its prediction, (networks,).
+        spread: Their standard deviation.
+    """
+    needed = np.sqrt(np.maximum(0.0, (errors / 2) ** 2 - spread**2)) / np.maximum(own, 1e-12)
+    return float(min(1.0, np.quantile(needed, 0.95)))
 
 
 def _row(parts: Mapping[Part, int], size: float, knots: Sequence[float], bends: Sequence[float]) -> dict[Term, float]:

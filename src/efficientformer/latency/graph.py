@@ -30,24 +30,25 @@ STEM_STRIDES = {4: (2, 2), 2: (2, 1), 1: (1, 1)}
 Grid = tuple[int, int]
 
 
-def write_network(spec: ArchSpec, path: str | Path, *, seed: int = 0) -> Path:
+def write_network(spec: ArchSpec, path: str | Path, *, seed: int = 0, name: str = "") -> Path:
     """Write a network with random weights as an .onnx file with a manifest, as ``efficientformer convert`` would.
 
     Args:
         spec: The architecture.
         path: The file.
         seed: Of the weights. Their values do not change the time, so one seed is as good as another.
+        name: What results call the network.
 
     Raises:
         MissingExtraError: If onnx is not installed.
     """
-    proto = network_proto(spec, seed=seed)
+    proto = network_proto(spec, seed=seed, name=name)
     path = Path(path)
     path.write_bytes(proto.SerializeToString())
     return path
 
 
-def network_proto(spec: ArchSpec, *, seed: int = 0) -> Any:  # noqa: ANN401 (an onnx.ModelProto; onnx has no types)
+def network_proto(spec: ArchSpec, *, seed: int = 0, name: str = "") -> Any:  # noqa: ANN401 (an onnx.ModelProto)
     """Return the exported graph of ``spec`` with random weights, as an onnx.ModelProto.
 
     Raises:
@@ -60,9 +61,8 @@ def network_proto(spec: ArchSpec, *, seed: int = 0) -> Any:  # noqa: ANN401 (an 
         x = _stage(graph, spec, index, dim, x)
         dim = stage.width
     _head(graph, spec, x)
-    manifest = Manifest(
-        spec, PreprocessSpec(spec.input_size, "squash", 0), provenance={"name": "random weights", "seed": str(seed)}
-    )
+    provenance = {"name": f"{name}, random weights" if name else "random weights", "seed": str(seed)}
+    manifest = Manifest(spec, PreprocessSpec(spec.input_size, "squash", 0), provenance=provenance)
     return graph.proto((spec.in_chans, *spec.input_size), spec.num_classes, manifest)
 
 
