@@ -197,6 +197,7 @@ def evaluate_model(
     device: str = "auto",
     batch_size: int = 64,
     workers: int | None = None,
+    keep_outcomes: bool = False,
     offline: bool | None = None,
     progress: Progress | None = None,
     download_progress: DownloadProgress | None = None,
@@ -220,6 +221,7 @@ def evaluate_model(
         device: ``auto``, ``cpu``, ``cuda``, ..., in torch.
         batch_size: Pictures per run of the network.
         workers: Threads that decode; None takes one per CPU.
+        keep_outcomes: Whether to keep what the network said of every picture, in ``outcomes``.
         offline: Forbid (True) or allow (False) connections; None asks the environment.
         progress: Told how many of this process's pictures are done, and how many there are.
         download_progress: Told how a download goes.
@@ -262,6 +264,7 @@ def evaluate_model(
             rank=team.rank,
             world=team.world,
             progress=progress,
+            keep_outcomes=keep_outcomes,
             model=_called(name, checkpoint),
             data=f"{data} ({part})" if part else str(data),
             notes=(*getattr(source, "notes", ()), *(() if labels else (_UNNAMED,)), *((_UNDIVIDED,) if own else ())),

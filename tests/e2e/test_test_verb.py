@@ -1,5 +1,6 @@
 """``efficientformer test`` as a user runs it, on a small folder of pictures, with the network in the package."""
 
+import csv
 import json
 import os
 import subprocess
@@ -94,6 +95,23 @@ def test_a_damaged_picture_is_named_and_the_exit_code_is_1(cli, data, damaged, t
     assert f"{saved['top1']:.2f} %" in out
     assert "automobile" in out  # the table of classes
     assert "{" not in out
+
+
+def test_what_was_predicted_of_each_picture(cli, data, damaged, tmp_path):
+    lines, table = tmp_path / "p.jsonl", tmp_path / "p.csv"
+    for file in (lines, table):
+        assert cli("test", ONNX, "--data", data, "--output", file, "--quiet")[0] == 1
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(rows) == images(data)
+    assert all(row["path"].startswith(row["true_class"]) for row in rows)
+    _, out, _ = cli("predict", data / "val" / rows[0]["path"], "--model", ONNX, "--format", "json", "--quiet")
+    alone = json.loads(out)
+    assert (alone["pred_class"], round(alone["pred_score"], 3)) == (
+        rows[0]["pred_class"],
+        round(rows[0]["pred_score"], 3),
+    )
+    with table.open() as file:
+        assert [row["pred_class"] for row in csv.DictReader(file)] == [row["pred_class"] for row in rows]
 
 
 def test_the_part_of_the_data(cli, data):

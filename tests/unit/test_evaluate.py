@@ -1,6 +1,7 @@
 """The loop around the network: shares, order, unreadable pictures, mistakes, published figures, the report."""
 
 import dataclasses
+import functools
 import json
 import threading
 import warnings
@@ -143,6 +144,18 @@ def test_shares_add_up(world):
     assert {each.loss for each in merged.worst} == {each.loss for each in whole.worst}
     assert shares[0].images < whole.images
     assert merged.seconds == max(share.seconds for share in shares)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_what_was_said_of_every_picture_is_kept_on_request(world):
+    source = random_source(broken=(3,))
+    assert evaluate(Reader(), source).outcomes == ()
+    shares = [evaluate(Reader(), source, rank=rank, world=world, keep_outcomes=True) for rank in range(world)]
+    whole = functools.reduce(Evaluation.merge, shares)
+    assert sorted(each.path for each in whole.outcomes) == sorted(source.name(i) for i in range(len(source)) if i != 3)
+    assert 100 * np.mean([each.true_label == each.pred_label for each in whole.outcomes]) == pytest.approx(whole.top1)
+    assert np.mean([each.loss for each in whole.outcomes]) == pytest.approx(whole.loss, abs=1e-6)
+    assert all(each.true_class == NAMES[each.true_label] for each in whole.outcomes)
 
 
 def test_the_worst_mistakes_are_kept():

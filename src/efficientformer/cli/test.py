@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import io
+import json
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from efficientformer.runtime.engines import ENGINES
+from efficientformer.runtime.records import printable
 from efficientformer.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +47,10 @@ def test(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per run of the network.")] = 64,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads that decode; by default one per CPU.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the JSON object to a file.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write the JSON object; or to a .jsonl or .csv what each picture got."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
@@ -67,6 +75,7 @@ def test(
                 device=device,
                 batch_size=batch_size,
                 workers=workers,
+                keep_outcomes=output is not None and output.suffix.lower() in _OF_EACH_PICTURE,
                 offline=offline or None,
                 progress=progress,
                 download_progress=downloading,
@@ -117,10 +126,9 @@ def _bar(quiet: bool) -> Iterator[Progress | None]:
 
 def _deliver(evaluation: Evaluation, as_json: bool, output: Path | None, report: Path | None, quiet: bool) -> None:
     if output is not None:
-        try:
-            output.write_text(evaluation.to_json() + "\n", "utf-8")
-        except OSError as error:
-            raise UsageError(f"Cannot write {output}", found=str(error)) from error
+        as_text = _OF_EACH_PICTURE.get(output.suffix.lower())
+        rows = [dataclasses.asdict(each) for each in evaluation.outcomes]
+        _write(output, as_text(rows) if as_text is not None else evaluation.to_json() + "\n")
     if as_json:
         typer.echo(evaluation.to_json())
     else:
@@ -141,6 +149,30 @@ def _deliver(evaluation: Evaluation, as_json: bool, output: Path | None, report:
     for path in (output, report):
         if path is not None:
             typer.echo(f"Wrote {path}", err=True)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise UsageError(f"Cannot write {path}", found=str(error)) from error
+
+
+def _json_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    from efficientformer.evaluation.result import Outcome
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in dataclasses.fields(Outcome))
+    writer.writerows([printable(value) if isinstance(value, str) else value for value in row.values()] for row in rows)
+    return text.getvalue()
+
+
+_OF_EACH_PICTURE = {".jsonl": _json_lines, ".csv": _csv}  # endings of files that say what was predicted of each picture
 
 
 def _print(evaluation: Evaluation) -> None:

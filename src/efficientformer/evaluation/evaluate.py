@@ -17,7 +17,7 @@ from PIL import Image
 
 from efficientformer.data.source import ImageSource
 from efficientformer.evaluation.metrics import Metrics, Scores
-from efficientformer.evaluation.result import Evaluation, Mistake, Skipped, worst_of
+from efficientformer.evaluation.result import Evaluation, Mistake, Outcome, Skipped, worst_of
 from efficientformer.runtime.image import normalise, resize_crop
 from efficientformer.spec.errors import DataError, ImageError, UsageError
 from efficientformer.spec.manifest import Manifest
@@ -62,6 +62,7 @@ def evaluate(
     world: int = 1,
     progress: Progress | None = None,
     keep_worst: int = 24,
+    keep_outcomes: bool = False,
     model: str = "",
     data: str = "",
     notes: Iterable[str] = (),
@@ -77,6 +78,7 @@ def evaluate(
         world: Into how many shares the work is divided.
         progress: Called after every batch.
         keep_worst: How many of the worst mistakes to keep.
+        keep_outcomes: Whether to keep what the network said of every picture.
         model: What to call the network; by default what its manifest says.
         data: What to call the data set.
         notes: What was noticed when the data set was opened.
@@ -95,6 +97,8 @@ def evaluate(
     metrics = Metrics(predictor.manifest.spec.num_classes)
     skipped: list[Skipped] = []
     worst: tuple[Mistake, ...] = ()
+    outcomes: list[Outcome] = []
+    classes = predictor.manifest.labels or source.classes
     share = range(rank, len(source), world)
     pictures = _prepared(source, share, predictor.manifest.preprocess, workers or _cpus(world), 2 * batch_size)
     done = 0
@@ -105,6 +109,8 @@ def evaluate(
             labels = source.labels[[each.index for each in ready]]  # (N,)
             scores = metrics.update(predictor.run(np.concatenate([each.pixels for each in ready])), labels)
             worst = worst_of((*worst, *_mistakes(source, ready, labels, scores, keep_worst)), keep_worst)
+            if keep_outcomes:
+                outcomes += _outcomes([source.name(each.index) for each in ready], classes, labels, scores)
         done += len(chunk)
         if progress is not None:
             progress(done, len(share))
@@ -113,11 +119,12 @@ def evaluate(
         engine=predictor.name,
         data=data,
         manifest=predictor.manifest,
-        classes=predictor.manifest.labels or source.classes,
+        classes=classes,
         metrics=metrics,
         skipped=tuple(skipped),
         worst=worst,
         keep_worst=keep_worst,
+        outcomes=tuple(outcomes),
         notes=tuple(notes),
         seconds=time.perf_counter() - began,
     )
@@ -175,6 +182,15 @@ def _prepare(source: ImageSource, index: int, spec: PreprocessSpec) -> _Ready | 
 def _chunks(pictures: Iterator[_Ready | Skipped], size: int) -> Iterator[list[_Ready | Skipped]]:
     while chunk := list(islice(pictures, size)):
         yield chunk
+
+
+def _outcomes(
+    names: Sequence[str], classes: Sequence[str], labels: npt.NDArray[np.int64], scores: Scores
+) -> Iterator[Outcome]:
+    """Yield what a batch's logits say of each of its pictures."""
+    columns = (each.tolist() for each in (labels, scores.predicted, scores.confidence, scores.loss))
+    for name, true, predicted, confidence, loss in zip(names, *columns, strict=True):
+        yield Outcome(name, true, classes[true], predicted, classes[predicted], round(confidence, 6), round(loss, 6))
 
 
 def _mistakes(

@@ -49,6 +49,29 @@ class Mistake:
     image: Image.Image
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a network said of one picture; the names are those of ``predict``'s results.
+
+    Attributes:
+        path: The picture.
+        true_label: Its class, as a number.
+        true_class: Its name.
+        pred_label: The class it was given to.
+        pred_class: Its name.
+        pred_score: The probability of that class, 0 to 1.
+        loss: Cross-entropy with the true class, in nats.
+    """
+
+    path: str
+    true_label: int
+    true_class: str
+    pred_label: int
+    pred_class: str
+    pred_score: float
+    loss: float
+
+
 def worst_of(mistakes: Iterable[Mistake], keep: int) -> tuple[Mistake, ...]:
     """Return the ``keep`` mistakes with the highest loss, worst first; equal ones by name."""
     return tuple(sorted(mistakes, key=lambda each: (-each.loss, each.name))[:keep])
@@ -68,6 +91,7 @@ class Evaluation:
         skipped: Pictures that could not be read; they count in no figure.
         worst: The mistakes with the highest loss, worst first.
         keep_worst: How many of them are kept.
+        outcomes: Every picture counted, in the order of the data set; empty unless it was asked for.
         notes: What was noticed when the data set was opened: files that were left out.
         seconds: Time taken, decoding included; of several processes, the slowest.
     """
@@ -81,6 +105,7 @@ class Evaluation:
     skipped: tuple[Skipped, ...] = ()
     worst: tuple[Mistake, ...] = ()
     keep_worst: int = 24
+    outcomes: tuple[Outcome, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
 
@@ -134,6 +159,7 @@ class Evaluation:
             metrics=Metrics(self.metrics.num_classes).merge(self.metrics).merge(other.metrics),
             skipped=tuple(sorted((*self.skipped, *other.skipped))),
             worst=worst_of((*self.worst, *other.worst), self.keep_worst),
+            outcomes=tuple(sorted((*self.outcomes, *other.outcomes), key=lambda each: (each.true_label, each.path))),
             seconds=max(self.seconds, other.seconds),
         )
 
@@ -143,7 +169,7 @@ class Evaluation:
         return sorted(cells, key=lambda cell: (-cell[2], cell))[:most]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the pictures as plain JSON values.
+        """Return everything but pictures and outcomes as plain JSON values.
 
         Figures are in percent but for the loss and what stands under ``calibration.bins``. ``confusion`` lists
         [true, predicted, pictures] of every pair of classes that occurs.
