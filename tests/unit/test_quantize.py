@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,16 +13,27 @@ import pytest
 from onnx import numpy_helper
 
 from efficientformer import Classifier
+from efficientformer.export import deployable as building
 from efficientformer.export import quantize as module
-from efficientformer.export.deployable import deployable, embedded_file, quantised_file
+from efficientformer.export.deployable import deployable, embedded_file, quantised_file, quantised_target
 from efficientformer.export.qdq import Quantiser
 from efficientformer.export.quantize import quantize
 from efficientformer.latency.graph import write_network
 from efficientformer.runtime.engines import installed_engines, open_engine
 from efficientformer.runtime.processor import overflows
 from efficientformer.runtime.samples import sample_batch
-from efficientformer.spec.errors import DataError, EngineError, ExportError, MissingExtraError, SpecError, UsageError
+from efficientformer.spec.errors import (
+    DataError,
+    EngineError,
+    ExportError,
+    MissingExtraError,
+    SpecError,
+    UnknownModelError,
+    UsageError,
+)
 from efficientformer.spec.variants import v1_spec
+from efficientformer.spec.zoo import resolve
+from efficientformer.weights.cache import Cache
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -95,6 +107,7 @@ def test_the_shipped_file_is_never_replaced(pictures, tmp_path):
     own = deployable(precision="int8")
     assert own != shipped
     assert own.read_bytes() == (tmp_path / "own" / "model.onnx").read_bytes()
+    assert own.stat().st_mode & 0o777 == 0o644
 
 
 def simulated(path, batch):
@@ -164,6 +177,67 @@ def test_precision_int8_finds_what_was_quantised(pictures, tmp_path):
     assert classify.engine.endswith("(int8)")
     with pytest.raises(EngineError, match="efficientformer quantize efficientformer_l1"):
         deployable("efficientformer_l1", precision="int8")
+
+
+def place(path, content=b""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_each_set_of_weights_has_an_int8_file_of_its_own():
+    long, short = "efficientformer_l1_1000d", "snap-research/efficientformer-l1-300"
+    for name in (long, short):
+        found = resolve(name)
+        place(building._target(found.card, found.source))
+    made = place(quantised_target(short))
+    assert deployable(short, precision="int8") == made
+    for name in (long, "efficientformer_l1"):  # which is the long one: it comes first of what there is
+        with pytest.raises(EngineError, match="not quantised"):
+            deployable(name, precision="int8")
+
+
+def test_an_int8_file_of_weights_that_were_replaced_is_not_taken(monkeypatch):
+    name = "efficientformer_l1_1000d"
+    found = resolve(name)
+    place(building._target(found.card, found.source))
+    place(quantised_target(name))
+    assert deployable(name, precision="int8").exists()
+    weights = place(Cache().path(found.card.name, found.source))
+    os.utime(weights, (2**32, 2**32))
+    with pytest.raises(EngineError, match="not quantised"):
+        deployable(name, precision="int8")
+    loaded = None, found.card.manifest(found.source)
+    monkeypatch.setattr("efficientformer.weights.pretrained.load_published", lambda *_, **__: loaded)
+    monkeypatch.setattr(building, "_export", lambda checkpoint, manifest, target: place(target))
+    weights.unlink()
+    deployable(name).unlink()
+    deployable(name)
+    with pytest.raises(EngineError, match="not quantised"):
+        deployable(name, precision="int8")
+
+
+def test_the_int8_file_of_a_checkpoint_is_found_with_a_name_too(tmp_path):
+    checkpoint = place(tmp_path / "my.safetensors")
+    with pytest.raises(EngineError, match=rf"efficientformer quantize {checkpoint} .*--output my-int8"):
+        deployable("efficientformer_cifar10", checkpoint=checkpoint, precision="int8")
+    made = place(quantised_target(str(checkpoint)))
+    for name in ("", "efficientformer_cifar10"):
+        assert deployable(name, checkpoint=checkpoint, precision="int8") == made
+    with pytest.raises(UnknownModelError, match="efficientformer_l1"):
+        deployable("efficientformer_l9", checkpoint=checkpoint, precision="int8")
+
+
+def test_a_folder_that_cannot_be_written_is_told_of_before_the_work(tmp_path):
+    with pytest.raises(UsageError, match="Cannot write to /proc/q"):
+        quantize("", tmp_path / "no pictures", "/proc/q")
+
+
+def test_a_cache_that_cannot_be_written_costs_the_copy_alone(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFICIENTFORMER_HOME", str(place(tmp_path / "file") / "below"))
+    with pytest.warns(UserWarning, match="Cannot write to the cache folder"):
+        report = quantize("", pictures, tmp_path / "own", pictures=4, holdout=4, max_drop=100)
+    assert report.path.exists()
 
 
 def test_the_shipped_int8_network_needs_nothing():

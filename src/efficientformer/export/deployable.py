@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from efficientformer.spec.errors import CheckpointError, EngineError, missing_extra
+from efficientformer.spec.errors import CheckpointError, EngineError, UsageError, missing_extra
 from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, ModelCard, WeightsSource, resolve
 from efficientformer.weights.cache import Cache, Progress, cache_root, writing_to
 
@@ -40,14 +40,15 @@ def deployable(
         progress: Told how a download goes.
 
     Raises:
+        UsageError: If two weights files are given.
         UnknownModelError: If ``model`` is neither in the zoo nor a file.
         EngineError: If the network was not quantised yet.
         MissingExtraError: If the file must be built and torch is not installed.
         CheckpointError, DownloadError, ExportError: If the weights cannot be read, fetched or exported.
     """
     model, checkpoint = _told_apart(model, checkpoint)
-    if precision == "int8" and (ready := quantised_file(model, checkpoint=checkpoint)) is not None:
-        return _require_quantised(ready, model or str(checkpoint or EMBEDDED))
+    if precision == "int8" and not _is_exported(checkpoint):
+        return _require_quantised(quantised_file(model, checkpoint=checkpoint), str(checkpoint or model or EMBEDDED))
     if checkpoint is not None:
         return _from_file(model, Path(checkpoint))
     found = resolve(model or EMBEDDED)
@@ -63,7 +64,7 @@ def embedded_file() -> Path:
 
 
 def quantised_file(model: str, *, checkpoint: str | Path | None = None) -> Path | None:
-    """Return the int8 file of a network, whether there is one or not; None for an exported file.
+    """Return the int8 file that ``quantize`` made of a network; None if there is none.
 
     Of the network in the package it is the user's own if there is one, else the one that is shipped.
 
@@ -72,38 +73,83 @@ def quantised_file(model: str, *, checkpoint: str | Path | None = None) -> Path 
         checkpoint: As for ``deployable``.
 
     Raises:
+        UsageError: If two weights files are given.
         UnknownModelError: If ``model`` is neither in the zoo nor a file.
         CheckpointError: If there is no such file.
     """
     kept = quantised_target(model, checkpoint=checkpoint)
-    if kept == _own_int8(EMBEDDED) and not kept.exists():
+    if kept == _own_int8() and not kept.exists():
         return embedded_file().with_name(f"{EMBEDDED}-int8{SUFFIX}")
-    return kept
+    return kept if kept is not None and kept.exists() else None
 
 
 def quantised_target(model: str, *, checkpoint: str | Path | None = None) -> Path | None:
-    """Return where in the cache an int8 file is to be kept, never in the package; else as ``quantised_file``."""
+    """Return where in the cache the int8 file of a network is to be kept, never in the package.
+
+    Each set of weights has a place of its own: beside the float file that the name stands for now, or named after the
+    weights file, under whatever model's name that was given.
+
+    Args:
+        model: As for ``deployable``.
+        checkpoint: As for ``deployable``.
+
+    Returns:
+        The place; None for an exported file, and while there is no float file of the name.
+
+    Raises:
+        As ``quantised_file``.
+    """
     model, checkpoint = _told_apart(model, checkpoint)
     if checkpoint is not None:
         file = _existing(Path(checkpoint))
-        return None if file.suffix == SUFFIX else _kept_for(model, file, "int8")
-    return _own_int8(resolve(model or EMBEDDED).card.name)
+        return None if _is_exported(file) else _kept_for("", file, "int8")
+    found = resolve(model or EMBEDDED)
+    if found.card.name == EMBEDDED:
+        return _own_int8()
+    built = _built_before(found.card, found.source)
+    return None if built is None else _int8_beside(built)
 
 
-def _own_int8(name: str) -> Path:
-    return _folder() / name / f"int8{SUFFIX}"
+def _own_int8() -> Path:
+    return _folder() / EMBEDDED / f"int8{SUFFIX}"
+
+
+def _int8_beside(built: Path) -> Path:
+    return built.with_name(f"{built.stem}-int8{SUFFIX}")
+
+
+def check_weights(model: str, checkpoint: str | Path | None) -> None:
+    """Check that a name and a weights file are not two weights files.
+
+    Raises:
+        UsageError: If they are.
+        UnknownModelError: If the name beside a weights file is not in the zoo.
+    """
+    if checkpoint is None or not model:
+        return
+    if _is_file(model) or _inside(model).is_file():
+        raise UsageError("Two weights files", expected="a name and a weights file", found=f"{model} and {checkpoint}")
+    resolve(model)
 
 
 def _told_apart(model: str, checkpoint: str | Path | None) -> tuple[str, str | Path | None]:
     """Return name and weights file, also if the name is a file: one, or the folder that ``quantize`` wrote."""
+    check_weights(model, checkpoint)
     if checkpoint is None and _is_file(model):
         return "", model
-    inside = Path(model) / f"model{SUFFIX}"
-    return ("", inside) if checkpoint is None and model and inside.is_file() else (model, checkpoint)
+    return ("", _inside(model)) if checkpoint is None and model and _inside(model).is_file() else (model, checkpoint)
 
 
-def _require_quantised(path: Path, name: str) -> Path:
-    if path.exists():
+def _inside(folder: str) -> Path:
+    return Path(folder) / f"model{SUFFIX}"
+
+
+def _is_exported(checkpoint: str | Path | None) -> bool:
+    return checkpoint is not None and Path(checkpoint).suffix == SUFFIX
+
+
+def _require_quantised(path: Path | None, name: str) -> Path:
+    if path is not None:
         return path
     raise EngineError(
         f"{name} was not quantised yet",
@@ -135,7 +181,7 @@ def _kept_for(model: str, file: Path, kind: str = "") -> Path:
 
 
 def _from_file(model: str, file: Path) -> Path:
-    if _existing(file).suffix == SUFFIX:
+    if _is_exported(_existing(file)):
         return file
     target = _kept_for(model, file)
     if not target.exists():
@@ -175,6 +221,8 @@ def _build_named(
     taken = card.source(manifest.provenance["source"])
     assert taken is not None
     target = _target(card, taken)
+    with writing_to(target.parent):
+        _int8_beside(target).unlink(missing_ok=True)  # made of the weights that were there before
     _export(checkpoint, manifest, target)
     return target
 

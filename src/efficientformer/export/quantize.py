@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from efficientformer.runtime.timing import Timing, environment, time_together
 from efficientformer.spec.errors import ExportError, UsageError
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
+from efficientformer.weights.cache import CacheError, writing_to
 
 WEIGHTS_ONLY = ("", "int8", "fp16")
 INT8_FOR = ("all", "openvino")
@@ -153,6 +155,7 @@ def quantize(
         raise UsageError("Illegal quantisation", expected="a drop from 0 to 100, pictures from 1", found=found)
     output = _checked_folder(Path(output))
     source = deployable(model, checkpoint=checkpoint, offline=offline)
+    kept = None if weights_only else quantised_target(model, checkpoint=checkpoint)
     reference = open_engine(source, "onnxruntime", precision="fp32")
     batches = gather_pictures(data, reference.manifest, pictures, holdout, seed, progress)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
@@ -163,8 +166,8 @@ def quantize(
             work.quantise(signed=engine == "openvino", weight_bits=weight_bits)
         report = work.report(output / MODEL_FILE, f"{weights_only} weights" if weights_only else "int8")
         _put(work.target, report, output)
-    if not weights_only:
-        _remember(output / MODEL_FILE, model, checkpoint)
+    if kept is not None:
+        _remember(output / MODEL_FILE, kept)
     return report
 
 
@@ -323,8 +326,10 @@ def _checked_folder(folder: Path) -> Path:
         raise UsageError(f"{folder} holds something else", expected="a new folder, or an earlier quantisation's")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for place in (folder.parent, folder) if folder.exists() else (folder.parent,):
+            tempfile.TemporaryFile(dir=place).close()  # now, not when the work is done
     except OSError as error:
-        raise UsageError(f"Cannot write to {folder.parent}", found=str(error)) from error
+        raise UsageError(f"Cannot write to {folder}", found=str(error)) from error
     return folder
 
 
@@ -341,13 +346,24 @@ def _put(target: Path, report: QuantisationReport, output: Path) -> None:
         (folder / name).replace(output / name)
 
 
-def _remember(path: Path, model: str, checkpoint: str | Path | None) -> None:
-    """Leave a copy in the cache, where ``precision="int8"`` of this network finds it."""
-    kept = quantised_target(model, checkpoint=checkpoint)
-    if kept is None:
-        return
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=kept.parent, suffix=".tmp")
+def _remember(path: Path, kept: Path) -> None:
+    """Leave a copy in the cache, where ``precision="int8"`` of this network finds it; it does without."""
+    try:
+        with writing_to(kept.parent):
+            _copy(path, kept)
+    except CacheError as error:
+        warnings.warn(f"--precision int8 will not find the file by the network's name. {error}", stacklevel=3)
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copy a file; ``target`` appears only once it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
     os.close(handle)
-    shutil.copyfile(path, name)
-    Path(name).replace(kept)
+    temporary = Path(name)
+    try:
+        shutil.copyfile(path, temporary)
+        temporary.chmod(0o644)  # mkstemp's files are for their owner only
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
