@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientformer.export.deployable import deployable
+from efficientformer.export.deployable import check_weights, deployable
 from efficientformer.runtime.choice import choose
 from efficientformer.runtime.classifier import EngineClassifier
 from efficientformer.runtime.engines import ENGINES, PRECISIONS, Engine, open_engine
@@ -300,8 +300,6 @@ def _predictor(
 ) -> Engine:
     """Open a network in torch, or as an exported file; which of the two is settled here and nowhere else."""
     check_choice("engine", engine, EVALUATION_ENGINES)
-    if checkpoint is not None and Path(model).is_file():
-        raise UsageError("Two weights files", expected="a name and a weights file", found=f"{model} and {checkpoint}")
     exported = str(checkpoint or model).endswith(".onnx")
     if engine == "torch" and exported:
         raise UsageError("An exported file does not run in torch", hint="Leave out --engine, or give its checkpoint")
@@ -336,6 +334,7 @@ def _in_torch(
     from efficientformer.models.fold import fold
     from efficientformer.weights.pretrained import build, load_named
 
+    check_weights(model, checkpoint)
     name = model or str(checkpoint or EMBEDDED)
     if name.endswith(".onnx") or str(checkpoint).endswith(".onnx"):
         raise UsageError("An exported file does not run in torch", hint="Take another engine, or give its checkpoint")

@@ -110,6 +110,8 @@ def test_classifier_chooses_and_says_why():
         ({"precision": "int4"}, "'int8'"),
         ({"device": "cuda", "engine": "openvino"}, "Only torch"),
         ({"model": str(FILE), "engine": "torch"}, "does not run in torch"),
+        ({"model": str(FILE), "checkpoint": FILE}, "Two weights files"),
+        ({"model": str(FILE), "checkpoint": FILE, "engine": "torch"}, "Two weights files"),
     ],
 )
 def test_what_classifier_refuses(options, text):
