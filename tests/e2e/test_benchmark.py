@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from efficientformer.benchmarking.benchmark import _entries, _for_picture
 from efficientformer.benchmarking.subject import RefusedError, Subject
 from efficientformer.spec.errors import EngineError
 
@@ -88,6 +89,28 @@ def test_wrong_usage(cli, arguments, message):
     assert code == (1 if "no_such.onnx" in arguments else 2)
     assert message in err
     assert "Traceback" not in err
+
+
+def test_files_of_the_current_folder_are_not_run(cli, tmp_path, monkeypatch):
+    (tmp_path / "numpy.py").write_text("raise SystemExit('this is not numpy')")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = cli("benchmark", ONNX, "--engine", "onnxruntime", "--precision", "fp32", "--json", *FAST)
+    assert code == 0, err
+    assert len(json.loads(out)["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (("all", "all"), ("auto", "auto")),
+        (("openvino", "all"), ("openvino", "auto")),
+        (("all", "fp32"), ("auto", "fp32")),
+        (("torch", "bf16"), ("torch", "bf16")),
+    ],
+)
+def test_the_picture_takes_the_engine_and_precision_asked_for(asked, expected):
+    found = _for_picture(_entries([None], *asked, compiled=False))
+    assert (found.engine, found.precision) == expected
 
 
 def child(body):

@@ -244,7 +244,8 @@ def _start(entry: _Entry, threads: int | None, **what: object) -> Subject:
         if model is None:
             raise UsageError("An exported file does not run in torch", hint="Give its checkpoint")
     job = {"model": model, "engine": entry.engine, "precision": entry.precision, "threads": threads, **what}
-    return Subject((sys.executable, "-m", "efficientformer.benchmarking.worker", json.dumps(job)))
+    # -P: no module of the current folder is taken for one of ours or of a library
+    return Subject((sys.executable, "-P", "-m", "efficientformer.benchmarking.worker", json.dumps(job)))
 
 
 def _time_engines(
@@ -293,20 +294,26 @@ def _time_pictures(
     rounds: int,
     progress: Progress | None,
 ) -> tuple[PictureSteps, ...]:
-    """Time the way of one picture in each network, in the engine and precision asked for, or else the default ones."""
+    """Time the way of one picture in each network."""
     found = []
     networks = list(dict.fromkeys(entry.network.name for entry in entries))
     for index, name in enumerate(networks):
         if progress is not None:
             progress("one picture", index, len(networks))
-        own = [entry for entry in entries if entry.network.name == name]
-        entry = own[0] if len(own) == 1 else _Entry(own[0].network, "auto", "auto")
+        entry = _for_picture([entry for entry in entries if entry.network.name == name])
         try:
             subject = _start(entry, threads, picture=str(photo))
         except EfficientFormerError:
-            continue  # its only combination is among the unavailable, with the reason
+            continue  # what it would run in is among the unavailable, with the reason
         with subject:
             turns = {step: partial(subject.turn, step) for step in subject.facts["runs"]}
             timings = take_turns(turns, rounds=rounds)
             found.append(PictureSteps(name, subject.facts["name"], photo.name, size, timings))
     return tuple(found)
+
+
+def _for_picture(entries: Sequence[_Entry]) -> _Entry:
+    """Return what runs the picture of a network: the engine and the precision that were asked for, else the default."""
+    engines, precisions = {entry.engine for entry in entries}, {entry.precision for entry in entries}
+    engine, precision = (each.pop() if len(each) == 1 else "auto" for each in (engines, precisions))
+    return _Entry(entries[0].network, engine, precision)
