@@ -154,6 +154,8 @@ def test_manifest_round_trips_and_its_parts_must_agree():
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert manifest.label(2) == "c"
     assert Manifest(spec, preprocess).label(2) == "2"
-    for bad in ({"labels": labels[:9]}, {"preprocess": PreprocessSpec()}, {"metrics": {"top1": "91"}}):
+    assert Manifest(SPECS["grey, 32 pixels"], preprocess.grey()).preprocess.mode == "L"
+    other_size, other_channels = {"preprocess": PreprocessSpec()}, {"preprocess": preprocess.grey()}
+    for bad in ({"labels": labels[:9]}, other_size, other_channels, {"metrics": {"top1": "91"}}):
         with pytest.raises(SpecError):
             Manifest(**{"spec": spec, "preprocess": preprocess, **bad})

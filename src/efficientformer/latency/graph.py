@@ -61,8 +61,11 @@ def network_proto(spec: ArchSpec, *, seed: int = 0, name: str = "") -> Any:  # n
         x = _stage(graph, spec, index, dim, x)
         dim = stage.width
     _head(graph, spec, x)
+    preprocess = PreprocessSpec(spec.input_size, "squash", 0)
+    if spec.in_chans == 1:
+        preprocess = preprocess.grey()
     provenance = {"name": f"{name}, random weights" if name else "random weights", "seed": str(seed)}
-    manifest = Manifest(spec, PreprocessSpec(spec.input_size, "squash", 0), provenance=provenance)
+    manifest = Manifest(spec, preprocess, provenance=provenance)
     return graph.proto((spec.in_chans, *spec.input_size), spec.num_classes, manifest)
 
 

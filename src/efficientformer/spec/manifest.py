@@ -46,6 +46,10 @@ class Manifest:
                 expected=f"input size {self.spec.input_size}",
                 found=f"{self.preprocess.input_size}",
             )
+        channels = len(self.preprocess.mean)
+        if self.spec.in_chans in (1, 3) and channels != self.spec.in_chans:  # others take no pictures, but can be timed
+            expected = f"{self.spec.in_chans} input channels"
+            raise SpecError("Preprocessing and network disagree", expected=expected, found=f"{channels}")
         for name, values, kind in (("metrics", self.metrics, (int, float)), ("provenance", self.provenance, (str,))):
             fits = isinstance(values, Mapping) and all(
                 isinstance(k, str) and isinstance(v, kind) for k, v in values.items()

@@ -69,6 +69,10 @@ class PreprocessSpec:
         short = max(height, width) * self.resize_size // max(self.input_size)
         return dataclasses.replace(self, input_size=(height, width), resize_size=short)
 
+    def grey(self) -> PreprocessSpec:
+        """Return the same preprocessing for grey pictures."""
+        return dataclasses.replace(self, mean=(0.5,), std=(0.5,))
+
     def describe(self) -> str:
         """Say the whole preprocessing in one line."""
         crop = "x".join(map(str, self.input_size))

@@ -114,7 +114,7 @@ def describe(
         return dataclasses.replace(published, spec=spec, provenance={**published.provenance, **provenance})
     preprocess = LAYOUT_PREPROCESS.get(checkpoint.layout, PreprocessSpec())
     if spec.in_chans == 1:
-        preprocess = dataclasses.replace(preprocess, mean=(0.5,), std=(0.5,))
+        preprocess = preprocess.grey()
     elif spec.in_chans != len(IMAGENET_MEAN):
         raise SpecError(
             "Pictures have 1 or 3 channels", expected="a network with in_chans 1 or 3", found=f"{spec.in_chans}"
