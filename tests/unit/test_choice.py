@@ -1,6 +1,7 @@
 """The engine is chosen by what was measured here, never at the price of other results, and remembered."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +69,9 @@ def test_a_choice_is_remembered_for_this_file_and_question(monkeypatch, tmp_path
     assert choose(FILE, "fp32", store=tmp_path).engine == "openvino"
     assert choose(FILE, threads=1, store=tmp_path).engine == "openvino"
     note = next(tmp_path.glob("*.json"))
-    for damaged in ("{", json.dumps({"engine": "openvino"})):
+    for damaged in ("{", json.dumps({"engine": "openvino"}), json.dumps({**asdict(first), "engine": "tensorrt"})):
         note.write_text(damaged)
-        assert choose(FILE, store=tmp_path).reason
+        assert choose(FILE, store=tmp_path).engine in module.installed_engines()
 
 
 def test_a_folder_that_cannot_be_written_is_as_good_as_none(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from efficientformer.runtime.engines import Engine, installed_engines, open_engine
+from efficientformer.runtime.engines import PRECISIONS, Engine, installed_engines, open_engine
 from efficientformer.runtime.samples import sample_batch
 from efficientformer.runtime.timing import environment, time_together
 from efficientformer.spec.errors import EngineError
@@ -59,7 +59,9 @@ def choose(path: Path, precision: str = "auto", *, threads: int | None = None, s
     note = None if store is None else store / f"{_key(path, precision, threads)}.json"
     if note is not None:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return Choice(**json.loads(note.read_text()))
+            kept = Choice(**json.loads(note.read_text()))
+            if kept.engine in installed_engines() and kept.precision in PRECISIONS:
+                return kept
     choice = _measure(path, precision, threads)
     if note is not None:
         with contextlib.suppress(OSError):
