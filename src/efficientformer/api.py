@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from efficientformer.export.deployable import check_weights, deployable
 from efficientformer.runtime.choice import choose
 from efficientformer.runtime.classifier import EngineClassifier
-from efficientformer.runtime.engines import ENGINES, PRECISIONS, Engine, open_engine
+from efficientformer.runtime.engines import ENGINES, PRECISIONS, Engine, check_threads, open_engine
 from efficientformer.runtime.image import Source
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import UnknownModelError, UsageError, missing_extra
@@ -81,6 +81,7 @@ class Classifier(EngineClassifier):
     ) -> None:
         check_choice("engine", engine, (*ENGINES, *TORCH_ENGINES))
         check_choice("precision", precision, PRECISIONS)
+        check_threads(threads, streams)
         if engine in TORCH_ENGINES:
             compiled = engine == "torch-compile"
             in_torch = _in_torch(model, checkpoint, precision, device, offline, progress, threads, compiled=compiled)

@@ -1,5 +1,6 @@
 """Both engines run one file, agree, and say what they compute in; what cannot be done is refused by name."""
 
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from efficientformer import Classifier
 from efficientformer.export.deployable import embedded_file
 from efficientformer.runtime.engines import installed_engines, open_engine, settle_precision
 from efficientformer.runtime.engines.openvino import MAX_COMPILED, OpenVinoEngine
@@ -118,13 +120,42 @@ def test_a_quantised_file_runs_in_int8_only(reference):
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
-def test_files_that_are_no_networks(name, tmp_path):
+def test_files_that_are_no_networks(name, tmp_path, capfd):
     bad = tmp_path / "bad.onnx"
-    bad.write_bytes(b"no network")
-    with pytest.raises(EngineError, match=r"bad\.onnx"):
-        open_engine(bad, name)
-    with pytest.raises(EngineError):
+    for content in (b"no network", b"", FILE.read_bytes()[:100_000]):
+        bad.write_bytes(content)
+        with pytest.raises(EngineError, match=r"bad\.onnx"):
+            open_engine(bad, name)
+    with pytest.raises(EngineError, match=r"none\.onnx"):
         open_engine(Path(tmp_path / "none.onnx"), name)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["auto", "openvino", "onnxruntime"])
+@pytest.mark.parametrize("numbers", [{"threads": 0}, {"threads": -1}, {"streams": 0}, {"threads": 1.5}])
+def test_numbers_of_threads_and_streams_are_from_1(name, numbers):
+    with pytest.raises(UsageError, match="a whole number from 1"):
+        open_engine(FILE, name, **numbers)
+    with pytest.raises(UsageError, match="a whole number from 1"):
+        Classifier(engine=name, **numbers)
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_a_batch_that_cannot_be_run(name):
+    with pytest.raises(EngineError, match=r"cannot run a batch of shape \[2, 1, 32, 32\]"):
+        open_engine(FILE, name).run(pictures(2)[:, :1])
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_a_file_that_was_replaced_is_not_mixed_with_the_one_that_is_open(name, tmp_path):
+    path = Path(shutil.copy(FILE, tmp_path / "network.onnx"))
+    engine = open_engine(path, name, precision="fp32", threads=2)
+    assert engine.for_many().streams == 2
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(EngineError, match="changed or removed"):
+        engine.for_many()
 
 
 def test_a_missing_engine_names_its_extra(monkeypatch):

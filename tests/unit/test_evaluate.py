@@ -175,7 +175,9 @@ def test_the_worst_mistakes_are_kept():
     assert evaluation.confused(2) == [(0, 2, 1), (0, 4, 1)]
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"rank": 1}, {"rank": -1}, {"world": 0}])
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"workers": 0}, {"workers": -1}, {"rank": 1}, {"rank": -1}, {"world": 0}]
+)
 def test_illegal_arguments(options):
     with pytest.raises(UsageError):
         evaluate(Reader(), random_source(), **options)

@@ -120,6 +120,14 @@ def test_illegal_options(options):
         Classifier().predict(PHOTOS, **options)
 
 
+def test_illegal_number_of_classes():
+    prediction = Classifier(engine="onnxruntime")(PHOTOS[0])
+    assert len(prediction.top_k(np.int64(2))) == 2
+    for count in (0, -1, True):
+        with pytest.raises(UsageError, match="number of classes"):
+            prediction.top_k(count)
+
+
 def jpeg(width, height):
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 255, (height // 16, width // 16, 3), np.uint8))

@@ -20,6 +20,7 @@ from efficientformer.evaluation.metrics import Metrics, Scores
 from efficientformer.evaluation.result import Evaluation, Mistake, Outcome, Skipped, worst_of
 from efficientformer.runtime.image import normalise, resize_crop
 from efficientformer.spec.errors import DataError, ImageError, UsageError
+from efficientformer.spec.fields import check_count
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 
@@ -92,7 +93,7 @@ def evaluate(
         DataError: If the data set is empty, or its classes are not the network's.
         EngineError: If the network's answer is no number.
     """
-    _check(predictor.manifest, source, batch_size, rank, world)
+    _check(predictor.manifest, source, batch_size, workers, rank, world)
     began = time.perf_counter()
     metrics = Metrics(predictor.manifest.spec.num_classes)
     skipped: list[Skipped] = []
@@ -130,9 +131,12 @@ def evaluate(
     )
 
 
-def _check(manifest: Manifest, source: ImageSource, batch_size: int, rank: int, world: int) -> None:
-    if batch_size < 1:
-        raise UsageError("Illegal batch size", expected="a whole number from 1", found=repr(batch_size))
+def _check(
+    manifest: Manifest, source: ImageSource, batch_size: int, workers: int | None, rank: int, world: int
+) -> None:
+    check_count("batch size", batch_size)
+    if workers is not None:
+        check_count("number of workers", workers)
     if not 0 <= rank < world:
         raise UsageError("Illegal share of the work", expected="rank from 0 to world - 1", found=f"{rank} of {world}")
     if len(source) == 0:

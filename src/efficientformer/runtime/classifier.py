@@ -18,8 +18,8 @@ from efficientformer.runtime.image import Source, decode, normalise, resize_crop
 from efficientformer.runtime.inputs import Input
 from efficientformer.runtime.pipeline import in_order
 from efficientformer.runtime.processor import available_cores
-from efficientformer.spec.errors import ImageError, UsageError
-from efficientformer.spec.fields import check_choice
+from efficientformer.spec.errors import ImageError
+from efficientformer.spec.fields import check_choice, check_count
 from efficientformer.spec.manifest import Manifest
 
 FEW = 8  # pictures below which the engine that is open is done before another would be
@@ -54,7 +54,12 @@ class Prediction:
         return self.manifest.label(self.label)
 
     def top_k(self, k: int) -> list[tuple[int, float, str]]:
-        """Return (index, probability, name) of the ``k`` most probable classes, best first."""
+        """Return (index, probability, name) of the ``k`` most probable classes, best first.
+
+        Raises:
+            UsageError: If ``k`` is not positive.
+        """
+        check_count("number of classes", k)
         order = np.argsort(-self.scores, kind="stable")[:k]
         return [(int(i), float(self.scores[i]), self.manifest.label(int(i))) for i in order]
 
@@ -133,8 +138,8 @@ class EngineClassifier:
             UsageError: If the batch size or the number of workers is not positive, or there is no such decoding.
         """
         for name, value in (("batch size", batch_size), ("number of workers", workers)):
-            if value is not None and value < 1:
-                raise UsageError(f"Illegal {name}", expected="a whole number from 1", found=repr(value))
+            if value is not None:
+                check_count(name, value)
         check_choice("decode", decode, DECODINGS)
         remaining = iter(pictures)
         first = list(islice(remaining, FEW))

@@ -5,15 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
-from efficientformer.spec.errors import SpecError, nearest
+from efficientformer.spec.errors import SpecError, UsageError, nearest
 
 
 def check_int(name: str, value: object, low: int, high: int) -> None:
     """Raise SpecError unless ``value`` is an int (not a bool) in ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise SpecError(f"Illegal {name}", expected=f"a whole number from {low} to {high}", found=repr(value))
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise UsageError unless ``value`` is a whole number (numpy's too, but not a bool) from 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise UsageError(f"Illegal {name}", expected="a whole number from 1", found=repr(value))
 
 
 def check_number(name: str, value: object, low: float, high: float) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from efficientformer.runtime.processor import overflows
 from efficientformer.spec.errors import EngineError
-from efficientformer.spec.fields import check_choice
+from efficientformer.spec.fields import check_choice, check_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,12 +65,13 @@ def open_engine(
         streams: How many threads of the caller's may run at the same time; each gets its share of ``threads``.
 
     Raises:
-        UsageError: If there is no engine or precision of that name.
+        UsageError: If there is no engine or precision of that name, or a number is not positive.
         MissingExtraError: If the engine is not installed.
         EngineError: If the file cannot be run, says nothing about itself, or the engine has not that precision.
     """
     check_choice("engine", engine, ENGINES)
     check_choice("precision", precision, PRECISIONS)
+    check_threads(threads, streams)
     if engine == "auto":
         engine = installed_engines()[0]
     if engine == "openvino":
@@ -80,6 +81,17 @@ def open_engine(
     from efficientformer.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(path, precision=precision, threads=threads, streams=streams)
+
+
+def check_threads(threads: int | None, streams: int) -> None:
+    """Check the numbers that ``open_engine`` takes.
+
+    Raises:
+        UsageError: If one is not positive.
+    """
+    if threads is not None:
+        check_count("number of threads", threads)
+    check_count("number of streams", streams)
 
 
 def settle_precision(wanted: str, manifest: Manifest, available: tuple[str, ...], engine: str) -> str:
@@ -121,6 +133,41 @@ def settle_precision(wanted: str, manifest: Manifest, available: tuple[str, ...]
             hint="Take another engine or precision, or leave both to auto",
         )
     return wanted
+
+
+def file_stamp(path: Path) -> tuple[int, int] | None:
+    """Return by what a file is told from another of its name; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def check_stamp(path: Path, stamp: tuple[int, int] | None) -> None:
+    """Check that a file is the one that was opened before.
+
+    Raises:
+        EngineError: If it was changed, replaced or removed.
+    """
+    if file_stamp(path) != stamp:
+        raise EngineError(
+            f"{path} was changed or removed while it is in use",
+            expected="the file that was opened",
+            hint="Open the network anew",
+        )
+
+
+def failed_run(engine: str, shape: tuple[int, ...], error: Exception) -> EngineError:
+    """Build the error for a batch that an engine does not run.
+
+    Args:
+        engine: The engine's name.
+        shape: Of the batch.
+        error: What the engine says.
+    """
+    problem = f"{engine} cannot run a batch of shape {list(shape)}"
+    return EngineError(problem, found=" ".join(str(error).split())[-300:])
 
 
 def check_ports(path: Path, manifest: Manifest, found: list[list[object]], *, is_float: bool) -> None:

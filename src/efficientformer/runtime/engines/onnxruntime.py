@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from efficientformer.runtime.engines import check_ports, settle_precision
+from efficientformer.runtime.engines import check_ports, check_stamp, failed_run, file_stamp, settle_precision
 from efficientformer.runtime.manifests import parse_manifest
 from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import EngineError
@@ -39,6 +39,7 @@ class OnnxRuntimeEngine:
             options.intra_op_num_threads = 1
         elif threads is not None:
             options.intra_op_num_threads = threads
+        self._stamp = file_stamp(path)
         try:
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors share no base class
@@ -58,13 +59,25 @@ class OnnxRuntimeEngine:
         self.streams, self._path, self._threads = streams, path, threads
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return logits (N, num_classes) for preprocessed images (N, C, H, W)."""
-        logits: npt.NDArray[np.float32] = self._session.run(None, {self._input: batch})[0]
+        """Return logits (N, num_classes) for preprocessed images (N, C, H, W).
+
+        Raises:
+            EngineError: If ONNX Runtime fails.
+        """
+        try:
+            logits: npt.NDArray[np.float32] = self._session.run(None, {self._input: batch})[0]
+        except Exception as error:  # as above
+            raise failed_run(self.name, batch.shape, error) from error
         return logits
 
     def for_many(self) -> OnnxRuntimeEngine:
-        """Return an engine in which each core takes a picture of its own: no core waits for another's layer."""
+        """Return an engine in which each core takes a picture of its own: no core waits for another's layer.
+
+        Raises:
+            EngineError: If the file is no longer the one that was opened.
+        """
         cores = self._threads or available_cores()
         if cores == self.streams:
             return self
+        check_stamp(self._path, self._stamp)
         return OnnxRuntimeEngine(self._path, precision=self.precision, threads=self._threads, streams=cores)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from efficientformer.runtime.engines import check_ports, settle_precision
+from efficientformer.runtime.engines import check_ports, check_stamp, failed_run, file_stamp, settle_precision
 from efficientformer.runtime.manifests import parse_manifest
 from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import EngineError, missing_extra
@@ -50,12 +50,16 @@ class OpenVinoEngine:
     def __init__(self, path: Path, *, precision: str = "auto", threads: int | None = None, streams: int = 1) -> None:
         try:
             import openvino
+            from openvino.frontend import FrontEndManager
         except ImportError as error:
             raise missing_extra("openvino", "The OpenVINO engine", error) from error
         self._core = openvino.Core()
+        self._stamp = file_stamp(path)
         try:
-            self._model = self._core.read_model(path)
-        except RuntimeError as error:
+            # read_model would show a file that is no network to each of its readers, and TensorFlow's complains aloud
+            reader = FrontEndManager().load_by_framework("onnx")
+            self._model = reader.convert(reader.load(str(path)))
+        except Exception as error:  # OpenVINO's errors share no base class
             raise EngineError(
                 f"OpenVINO cannot open {path}",
                 expected="an .onnx file",
@@ -83,7 +87,17 @@ class OpenVinoEngine:
         self._compiled: OrderedDict[int, queue.SimpleQueue[Any]] = OrderedDict()
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return logits (N, num_classes) for preprocessed images (N, C, H, W)."""
+        """Return logits (N, num_classes) for preprocessed images (N, C, H, W).
+
+        Raises:
+            EngineError: If OpenVINO fails.
+        """
+        try:
+            return self._run(batch)
+        except RuntimeError as error:
+            raise failed_run(self.name, batch.shape, error) from error
+
+    def _run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         count = len(batch)
         size, requests = self._for_batch(count)
         if size > count:
@@ -120,10 +134,15 @@ class OpenVinoEngine:
         return requests
 
     def for_many(self) -> OpenVinoEngine:
-        """Return an engine in which each core takes a picture of its own: no core waits for another's layer."""
+        """Return an engine in which each core takes a picture of its own: no core waits for another's layer.
+
+        Raises:
+            EngineError: If the file is no longer the one that was opened.
+        """
         cores = self._threads or available_cores()
         if cores == self.streams:
             return self
+        check_stamp(self._path, self._stamp)
         return OpenVinoEngine(self._path, precision=self.precision, threads=self._threads, streams=cores)
 
 
