@@ -157,6 +157,7 @@ def get_model(
     Raises:
         MissingExtraError: If torch is not installed.
         UnknownModelError: If no network has that name.
+        UsageError: If two weights files are given.
         SpecError: If the network asked for is illegal.
         CheckpointError: If the weights cannot be read or do not fit.
         DownloadError: If the weights cannot be fetched.
@@ -168,6 +169,8 @@ def get_model(
     from efficientformer.weights.cache import terminal_progress
     from efficientformer.weights.pretrained import Overrides, build, load_named
 
+    if isinstance(model, str) and not isinstance(pretrained, bool):
+        check_weights(model, pretrained)
     size = tuple(input_size) if isinstance(input_size, Sequence) else input_size
     overrides = Overrides(size, num_classes, in_chans, distilled)  # type: ignore[arg-type]  # checked by apply
     checkpoint = None

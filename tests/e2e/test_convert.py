@@ -12,7 +12,7 @@ from efficientformer import Classifier, get_model
 from efficientformer.export import onnx as onnx_module
 from efficientformer.export.onnx import export_onnx
 from efficientformer.models.network import EfficientFormer
-from efficientformer.spec.errors import CheckpointError, ExportError
+from efficientformer.spec.errors import CheckpointError, ExportError, UsageError
 from efficientformer.spec.labels import label_names
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
@@ -187,6 +187,8 @@ def test_get_model_says_what_it_changes(native, model):
         get_model(SPEC, pretrained=native)
     with pytest.raises(CheckpointError, match="another network"):
         get_model("efficientformer_l1", pretrained=native)
+    with pytest.raises(UsageError, match="Two weights files"):
+        get_model(str(native), pretrained=native)
     with pytest.raises(CheckpointError):
         get_model(str(native), in_chans=1)
 
