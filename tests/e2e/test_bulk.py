@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -111,6 +112,24 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(folder, tmp_path):
     assert "Going on after" in again.communicate()[1]
     found = [json.loads(line)["path"] for line in output.read_text().splitlines()]
     assert found == [str(many / f"{number:04}.png") for number in range(4000)]
+
+
+def test_ctrl_c_waits_for_no_slow_server(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("EFFICIENTFORMER_OFFLINE")
+    monkeypatch.setenv("no_proxy", "*")
+    output, part = tmp_path / "labels.jsonl", tmp_path / "labels.jsonl.part"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        process = run(folder / "red", output, f"http://127.0.0.1:{silent.getsockname()[1]}/cat.jpg")
+        while not part.exists() or part.read_bytes().count(b"\n") < 41:
+            assert process.poll() is None
+            time.sleep(0.01)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+        assert time.monotonic() - start < 5
+    assert process.returncode == 130, err
+    assert "40 pictures are kept" in err
+    assert "Traceback" not in err
 
 
 def test_another_command_never_goes_on(cli, folder, tmp_path):

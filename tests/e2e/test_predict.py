@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from efficientformer import Classifier, Failed, inference_model
+from efficientformer.cli import annotate as annotate_module
+from efficientformer.spec.errors import ImageError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PHOTOS = sorted(EXAMPLES.glob("*.jpg"))
@@ -144,6 +146,53 @@ def test_annotated_copies(cli, photo, tmp_path):
         assert bar.max() > 200  # something is written in the dark bar
 
 
+def test_copies_are_never_inputs(cli, photo, tmp_path):
+    copies = tmp_path / "z"  # listed after the pictures, when copies lie in it
+    for again in (1, 2):
+        code, out, _ = cli("predict", tmp_path, "--annotate", copies, "-f", "json")
+        assert code == 0
+        assert [line["path"] for line in lines(out)] == [str(photo)]
+        assert len(list(copies.iterdir())) == again
+
+
+def test_standard_input_is_annotated(cli, photo, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(photo.read_bytes())}))
+    assert cli("predict", "-", "--annotate", tmp_path / "out")[0] == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["stdin_label.jpg"]
+
+
+def test_a_copy_that_cannot_be_drawn_is_an_error_of_its_picture(cli, photo, tmp_path, monkeypatch):
+    original = annotate_module.decode
+
+    def vanished(data, **options):
+        if options["name"] == str(photo):
+            raise ImageError("Cannot read it", found="it is gone")
+        return original(data, **options)
+
+    monkeypatch.setattr(annotate_module, "decode", vanished)
+    code, out, err = cli("predict", photo, PHOTOS[0], "--annotate", tmp_path / "out", "-f", "json")
+    assert code == 1
+    assert [line.get("error", "") for line in lines(out)] == ["Cannot read it; found it is gone.", ""]
+    assert f"skipped {photo}" in err
+
+
+def test_a_folder_that_takes_no_copies(cli, photo):
+    code, _, err = cli("predict", photo, "--annotate", "/proc/self")
+    assert code == 2
+    assert "Cannot write pictures into /proc/self" in err
+
+
+@pytest.mark.parametrize("options", [("--offline",), ()])
+def test_offline_a_url_is_an_error_line(cli, photo, monkeypatch, options):
+    if options:
+        monkeypatch.delenv("EFFICIENTFORMER_OFFLINE")
+    code, out, err = cli("predict", photo, "http://127.0.0.1:1/cat.jpg", "-f", "json", *options)
+    assert code == 1
+    assert "pred_class" in lines(out)[0]
+    assert "expected a file while" in lines(out)[1]["error"]
+    assert "1 of 2 inputs were skipped" in err
+
+
 def test_a_name_with_markup_or_strange_bytes_is_printed_plainly(cli, photo, tmp_path):
     odd = tmp_path / "[bold]x\x1b[31m.jpg"
     shutil.copy(photo, odd)
@@ -151,6 +200,13 @@ def test_a_name_with_markup_or_strange_bytes_is_printed_plainly(cli, photo, tmp_
     assert code == 0
     assert "[bold]x\\x1b[31m.jpg" in out
     assert "\x1b[31m" not in out
+    odd.write_bytes(b"no picture")
+    _, _, err = cli("predict", odd)
+    assert "skipped" in err
+    assert "\x1b[31m" not in err
+    _, _, err = cli("predict", photo, "--model", "x\x1b[31m")
+    assert "error: " in err
+    assert "\x1b[31m" not in err
 
 
 def test_python_interface_agrees_with_the_command(cli, photo):

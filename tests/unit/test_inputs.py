@@ -1,8 +1,10 @@
 """What a user names on a command line: each name gives its pictures in order, or says why there is none."""
 
+import contextlib
 import http.server
 import os
 import pickle
+import socket
 import threading
 import time
 from io import BytesIO
@@ -87,6 +89,21 @@ def test_folders_come_sorted(tree):
         (tree / "b" / name).mkdir()
         (tree / "b" / name / "y.png").write_bytes(PNG)
     assert names("b") == ["b/x.webp", "b/a/y.png", "b/deep/er/z.tiff", "b/k/y.png", "b/z/y.png"]
+
+
+def test_a_folder_that_is_written_to_is_left_out(tree):
+    outside, link = tree / "b" / "deep", tree / "link"
+    link.symlink_to(outside)
+    for given, want in [
+        (["b"], ["b/x.webp"]),
+        (["b/**/*.*"], ["b/notes.txt", "b/x.webp"]),
+        (["b/*"], ["b/notes.txt", "b/x.webp"]),
+        (["link/er/z.tiff"], ["link/er/z.tiff"]),  # named one by one
+    ]:
+        assert [item.name for item in gather(given, outside=outside)] == want
+    for given in ("b/deep", "link", "link/er/*"):
+        (item,) = gather([given], outside=outside)
+        assert f"outside {outside}" in problem(item)
 
 
 def test_one_name_paths_and_absolute_patterns(tree):
@@ -219,6 +236,12 @@ def test_standard_input(monkeypatch):
     assert item.read() == PNG
 
 
+def test_what_comes_once_can_be_kept(server):
+    for given in ("-", server + "/once"):
+        (item,) = gather([given], stdin=BytesIO(PNG), keep=True)
+        assert item.read() == item.read() == PNG
+
+
 # --- downloads ------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +250,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
+        if path == "/once":
+            asked = self.server.__dict__.setdefault("asked", [])
+            asked.append(path)
+            return self.answer(200 if len(asked) == 1 else 410, PNG, {})
+        if path == "/headers":
+            return self.answer(200, b"", {}, drip_headers=True)
+        if path == "/to/endless":  # a redirect whose own body has no end
+            return self.answer(302, None, {"Location": "/picture"})
         if path.startswith("/to/"):
             targets = {"/to/picture": "/picture", "/to/file": "file:///etc/passwd", "/to/circle": "/to/circle"}
             targets |= {"/to/ftp": "ftp://127.0.0.1/a.png", "/to/data": "data:image/png;base64,AAAA"}
@@ -240,8 +271,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers, body = answers.get(path, ({"Content-Length": str(len(PNG))}, PNG))
         return self.answer(200, body, headers, drip=path == "/drip")
 
-    def answer(self, status, body, headers, drip=False):
+    def answer(self, status, body, headers, drip=False, drip_headers=False):
         self.send_response(status)
+        for number in range(20 if drip_headers else 0):
+            self.send_header(f"X-{number}", "x")
+            with contextlib.suppress(OSError):
+                self.flush_headers()
+            time.sleep(0.1)
         for item in headers.items():
             self.send_header(*item)
         self.end_headers()
@@ -274,7 +310,9 @@ def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
 
 
-@pytest.mark.parametrize("path", ["/picture", "/picture?size=[1]*", "/to/picture", "/with space/\u00e9.png"])
+@pytest.mark.parametrize(
+    "path", ["/picture", "/picture?size=[1]*", "/to/picture", "/to/endless", "/with space/\u00e9.png"]
+)
 def test_downloads(path, server):
     (item,) = gather([server + path])
     assert item.name == server + path
@@ -298,6 +336,7 @@ def test_downloads_say_who_asks(server):
         ("/cut", "before the connection ended"),
         ("/slow", "timed out"),
         ("/drip", "the deadline passed"),
+        ("/headers", "the deadline passed"),
     ],
 )
 def test_downloads_that_fail(path, message, server):
@@ -306,6 +345,20 @@ def test_downloads_that_fail(path, message, server):
         fetch(server + path, timeout=0.5, deadline=0.5, max_bytes=1_000_000)
     assert path in str(caught.value)
     assert time.monotonic() - start < 1.4
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_the_deadline_is_for_a_silent_server_too(scheme):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # the system connects; nothing is ever said
+        start = time.monotonic()
+        with pytest.raises(ImageError, match="the deadline passed"):
+            fetch(f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/", timeout=5, deadline=0.3)
+        assert time.monotonic() - start < 2
+
+
+def test_offline_nothing_is_fetched(server):
+    (item,) = gather([server + "/picture"], offline="offline=True")
+    assert "while offline=True" in problem(item)
 
 
 def test_the_default_size_limit(server):

@@ -56,6 +56,16 @@ def test_an_error_comes_in_its_place_and_leaves_no_thread():
     assert threading.active_count() == before
 
 
+def test_stopping_early_waits_for_nothing():
+    go_on = threading.Event()
+    results = in_order(range(9), lambda taken: taken if taken == [0] else go_on.wait(5) and taken, workers=2)
+    assert next(results) == 0
+    start = time.monotonic()
+    results.close()
+    assert time.monotonic() - start < 2
+    go_on.set()
+
+
 def test_stopping_early_drops_what_has_not_begun():
     begun = []
     results = in_order(range(1000), lambda taken: begun.append(taken) or taken, workers=1)

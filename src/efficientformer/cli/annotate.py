@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from efficientformer.cli.results import Result
 from efficientformer.runtime.image import decode
+from efficientformer.spec.errors import UsageError
 
 MAX_SIDE = 1280  # copies are for looking at
 
@@ -22,6 +23,10 @@ def annotate(result: Result, folder: Path) -> Path:
 
     Returns:
         The file written; a number in its name keeps pictures of the same name apart.
+
+    Raises:
+        ImageError: If the picture can no longer be read.
+        UsageError: If the folder cannot be written.
     """
     assert result.prediction is not None
     source = result.input.read()
@@ -34,7 +39,11 @@ def annotate(result: Result, folder: Path) -> Path:
     canvas.paste(image, (0, 0))
     draw = ImageDraw.Draw(canvas)
     draw.text((size // 2, image.height + bar // 2), text, "white", ImageFont.load_default(size), anchor="lm")
-    return _save(canvas, folder, PurePath(result.path).stem if result.path != "-" else "stdin")
+    try:
+        return _save(canvas, folder, PurePath(result.path).stem if result.path != "-" else "stdin")
+    except OSError as error:
+        hint = "Choose a writable folder"
+        raise UsageError(f"Cannot write pictures into {folder}", found=str(error), hint=hint) from error
 
 
 def _save(image: Image.Image, folder: Path, stem: str) -> Path:
@@ -44,7 +53,7 @@ def _save(image: Image.Image, folder: Path, stem: str) -> Path:
     while True:
         target = folder / (f"{stem}_label.jpg" if number == 1 else f"{stem}_label_{number}.jpg")
         try:
-            handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             number += 1
             continue

@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from efficientformer.runtime.records import Record
 
 Tick: TypeAlias = Callable[[], None]
+Gather: TypeAlias = "Callable[[], Iterator[Input]]"
 ClassifyFrom: TypeAlias = "Callable[[int], Iterator[Result]]"
 
 FEW = 32  # pictures up to which the engine that opens fastest beats the one that runs fastest
@@ -68,6 +71,7 @@ def predict(
 ) -> None:
     """Classify pictures. Exits 0 if all were classified, 1 if some were skipped, 2 for wrong usage."""
     from efficientformer.cli.results import choose_format, prepare_folder
+    from efficientformer.runtime.records import printable
 
     wanted = format_.value if format_ else ""
     if ray:
@@ -82,7 +86,8 @@ def predict(
     chosen = choose_format(wanted, target)
     if annotate is not None:
         prepare_folder(annotate)
-    classifier = _load(inputs, model, checkpoint, engine, precision, threads, offline, quiet)
+    listed = partial(_gather, inputs, annotate, offline)
+    classifier = _load(listed, model, checkpoint, engine, precision, threads, offline, quiet)
     question = {
         "inputs": inputs, "model": model, "checkpoint": checkpoint and str(checkpoint), "top_k": top_k,
         "engine": classifier.engine, "threads": threads, "decode": decode.value,
@@ -91,22 +96,20 @@ def predict(
     }  # fmt: skip
 
     def classify(already: int) -> Iterator[Result]:
-        pictures = islice(_gather(inputs), already, None)
-        with _progress(inputs, already, quiet) as tick:
+        pictures = islice(listed(), already, None)
+        with _progress(listed, already, quiet) as tick:
             for result in _classify(classifier, pictures, decode.value, threads):
-                if result.error:
-                    typer.secho(f"skipped {result.path}: {result.error}", fg="yellow", err=True)
-                elif annotate is not None:
-                    from efficientformer.cli.annotate import annotate as draw
-
-                    draw(result, annotate)
-                yield result
+                told = _annotated(result, annotate) if annotate is not None else result
+                if told.error:
+                    line = f"skipped {printable(told.path)}: {printable(told.error)}"
+                    typer.secho(line, fg="yellow", err=True)
+                yield told
                 tick()
 
     if target is None:
         _finish(*_to_terminal(classify(0), chosen, top_k))
     else:
-        _finish(*_to_file(classify, inputs, target, chosen, top_k, question, quiet))
+        _finish(*_to_file(classify, listed, target, chosen, top_k, question, quiet))
 
 
 def _finish(total: int, skipped: int) -> None:
@@ -166,7 +169,7 @@ def _to_terminal(results: Iterable[Result], format_: str, top_k: int) -> tuple[i
 
 def _to_file(
     classify: ClassifyFrom,
-    inputs: list[str],
+    listed: Gather,
     output: Path,
     format_: str,
     top_k: int,
@@ -180,7 +183,7 @@ def _to_file(
         if journal.done and not quiet:
             typer.echo(f"Going on after {journal.done:,} pictures of {journal.path}", err=True)
         place = -1
-        for place, picture in enumerate(islice(_gather(inputs), journal.done)):
+        for place, picture in enumerate(islice(listed(), journal.done)):
             journal.check(place, picture.name)
         if place + 1 < journal.done:
             journal.check(place + 1, "nothing: there are fewer inputs")
@@ -198,7 +201,7 @@ def _to_file(
 
 
 def _load(
-    inputs: list[str],
+    listed: Gather,
     model: str,
     checkpoint: Path | None,
     engine: str,
@@ -217,7 +220,7 @@ def _load(
             "--model efficientformer_l1 (or l3, l7, v2_s0, v2_s1, v2_s2, v2_l).",
             err=True,
         )
-    chosen, many = engine == "auto", any(True for _ in islice(_gather(inputs), FEW, None))
+    chosen, many = engine == "auto", any(True for _ in islice(listed(), FEW, None))
     if chosen and precision in ("auto", "fp32", "int8") and not many:
         engine = "onnxruntime"  # opens fastest
     streams = threads or available_cores() if many else 1
@@ -235,10 +238,25 @@ def _load(
     return classifier
 
 
-def _gather(inputs: list[str]) -> Iterator[Input]:
+def _gather(inputs: list[str], annotate: Path | None, offline: bool) -> Iterator[Input]:
     from efficientformer.runtime.inputs import gather
+    from efficientformer.weights.download import offline_reason
 
-    return gather(inputs, stdin=sys.stdin.buffer)
+    reason = offline_reason(offline or None)
+    return gather(inputs, stdin=sys.stdin.buffer, outside=annotate, keep=annotate is not None, offline=reason)
+
+
+def _annotated(result: Result, folder: Path) -> Result:
+    """Write a picture's annotated copy; return its result, an error if it can no longer be read."""
+    from efficientformer.cli.annotate import annotate
+    from efficientformer.spec.errors import ImageError
+
+    try:
+        if not result.error:
+            annotate(result, folder)
+    except ImageError as error:
+        return replace(result, prediction=None, error=str(error))
+    return result
 
 
 def _digest(model: str, checkpoint: Path | None, engine: str, precision: str) -> str:
@@ -277,12 +295,12 @@ def _classify(classifier: Classifier, pictures: Iterator[Input], decode: str, th
 
 
 @contextlib.contextmanager
-def _progress(inputs: list[str], already: int, quiet: bool) -> Iterator[Tick]:
+def _progress(listed: Gather, already: int, quiet: bool) -> Iterator[Tick]:
     """Give a function to call after each picture: it moves a bar on standard error, if that is a terminal."""
     if quiet or not sys.stderr.isatty():
         yield lambda: None
         return
-    total = sum(1 for _ in _gather(inputs))  # only names are listed, nothing is read
+    total = sum(1 for _ in listed())  # only names are listed, nothing is read
     if total - already <= FEW:
         yield lambda: None
         return

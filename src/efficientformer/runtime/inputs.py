@@ -11,16 +11,17 @@ import fnmatch
 import http.client
 import os
 import re
+import socket
 import sys
-import time
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from efficientformer.runtime.image import SUFFIXES, read_file, read_stream
 from efficientformer.spec.errors import ImageError
@@ -28,7 +29,7 @@ from efficientformer.spec.errors import ImageError
 STDIN = "-"
 MAX_DOWNLOAD_BYTES = 64 << 20
 TIMEOUT_S = 20.0  # for a connection, and for each wait on it
-DEADLINE_S = 300.0  # for a whole download: a server that sends a byte now and then must not hold a job forever
+DEADLINE_S = 300.0  # for a whole download, redirects and all: a byte now and then must not hold a job forever
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _WILDCARDS = re.compile(r"[*?\[]")
@@ -54,7 +55,14 @@ class Input:
         return self._reader()
 
 
-def gather(inputs: Iterable[str | os.PathLike[str]], *, stdin: BinaryIO | None = None) -> Iterator[Input]:
+def gather(
+    inputs: Iterable[str | os.PathLike[str]],
+    *,
+    stdin: BinaryIO | None = None,
+    outside: Path | None = None,
+    keep: bool = False,
+    offline: str = "",
+) -> Iterator[Input]:
     """List the pictures behind names, lazily and in a fixed order; ``list(gather(...))`` tells how many there are.
 
     A file is taken whatever its ending. A folder gives every file below it with a picture's ending: sorted, hidden
@@ -65,26 +73,31 @@ def gather(inputs: Iterable[str | os.PathLike[str]], *, stdin: BinaryIO | None =
     Args:
         inputs: The names.
         stdin: Where ``-`` reads; by default the process's standard input.
+        outside: A folder that is left out of folders and patterns: one that is written to while they are listed.
+        keep: Whether what gives its bytes only once, standard input and URLs, keeps them to be read again.
+        offline: Why no connection may be made; URLs then lead nowhere. '' allows them.
 
     Yields:
         One input per picture, and one whose ``read`` raises for each name that leads nowhere.
     """
     stdin_taken = False
+    readable: Callable[[Callable[[], bytes]], Callable[[], bytes]] = cache if keep else lambda reader: reader
     for item in [inputs] if isinstance(inputs, str) else inputs:
         text = os.fspath(item)
-        scheme = _SCHEME.match(text)
         if text == STDIN:
             again = _failed(STDIN, "standard input named once", "a second '-'")
-            yield again if stdin_taken else Input(STDIN, partial(_read_stdin, stdin))
+            yield again if stdin_taken else Input(STDIN, readable(partial(_read_stdin, stdin)))
             stdin_taken = True
-        elif scheme:
-            yield Input(text, partial(fetch, text))
+        elif _SCHEME.match(text) and offline:
+            yield _failed(text, f"a file while {offline}", "a URL")
+        elif _SCHEME.match(text):
+            yield Input(text, readable(partial(fetch, text)))
         elif not text:
             yield _failed("''", "a file, folder, pattern or URL", "an empty name")
         elif _WILDCARDS.search(text) and not os.path.lexists(text):
-            yield from _glob(text)
+            yield from _glob(text, outside)
         else:
-            yield from _named(Path(text), text)
+            yield from _named(Path(text), text, outside)
 
 
 def fetch(
@@ -95,7 +108,7 @@ def fetch(
     Args:
         url: The address. Redirects are followed to http and https only.
         timeout: Seconds to wait for the connection, and for each piece of the answer.
-        deadline: Seconds the body may take in all.
+        deadline: Seconds the whole may take.
         max_bytes: Larger answers are refused.
 
     Returns:
@@ -110,48 +123,122 @@ def fetch(
         raise ImageError("Cannot read this kind of address", expected="http:// or https://", found=repr(url), hint=hint)
     # Addresses pasted from a browser's bar hold spaces and accents.
     address = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
-    end = time.monotonic() + deadline
-    try:
-        request = urllib.request.Request(address, headers={"User-Agent": "efficientformer"})
-        with _opener().open(request, timeout=timeout) as response:
-            return _body(response, url, end, max_bytes)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        found = f"HTTP {error.code} {error.reason}" if isinstance(error, urllib.error.HTTPError) else str(error)
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        raise ImageError(
-            f"Cannot download {url!r}",
-            expected="a picture",
-            found=found or type(error).__name__,
-            hint="Check the address and the network, or download it by other means and name the file",
-        ) from error
+    with _Deadline(deadline) as limit:
+        try:
+            request = urllib.request.Request(address, headers={"User-Agent": "efficientformer"})
+            with _opener(limit).open(request, timeout=timeout) as response:
+                return _body(response, url, limit, max_bytes)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            found = f"HTTP {error.code} {error.reason}" if isinstance(error, urllib.error.HTTPError) else str(error)
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+            raise ImageError(
+                f"Cannot download {url!r}",
+                expected="a picture",
+                found="the deadline passed" if limit.passed else found or type(error).__name__,
+                hint="Check the address and the network, or download it by other means and name the file",
+            ) from error
 
 
-def _opener() -> urllib.request.OpenerDirector:
+class _Deadline:
+    """Cuts the connections of one download when its time is up, whatever they wait for.
+
+    A socket's own timeout begins anew with every byte, so it never ends a server that sends one now and then.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.passed = False
+        self._sockets: list[socket.socket] = []
+        self._timer = threading.Timer(seconds, self._cut)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        self._timer.join()  # a number that is closed here must not be another socket's when it is cut
+        for each in self._sockets:
+            each.close()
+
+    def watch(self, connected: socket.socket) -> None:
+        """Have a connection end with the rest."""
+        self._sockets.append(connected.dup())  # TLS takes the number away from the socket that it wraps
+        if self.passed:
+            self._cut()
+
+    def _cut(self) -> None:
+        self.passed = True
+        for each in list(self._sockets):
+            with contextlib.suppress(OSError):  # it ended by itself
+                each.shutdown(socket.SHUT_RDWR)
+
+
+class _Http(http.client.HTTPConnection):
+    """A connection under a deadline."""
+
+    limit: _Deadline
+
+    def connect(self) -> None:
+        """Connect, and let the deadline know."""
+        super().connect()
+        self.limit.watch(self.sock)
+
+
+class _Https(http.client.HTTPSConnection, _Http):
+    """The same with TLS, whose handshake is under the deadline too: the library connects ``_Http`` first."""
+
+
+class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler, urllib.request.HTTPRedirectHandler):
+    """Opens http and https under a deadline, and follows redirects without reading what else they say."""
+
+    def __init__(self, limit: _Deadline) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        """Open an http address."""
+        return self.do_open(partial(self._connection, _Http), req)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        """Open an https address."""
+        return self.do_open(partial(self._connection, _Https), req)
+
+    def _connection(self, kind: type[_Http], host: str, **options: Any) -> _Http:  # noqa: ANN401 (as the library's)
+        connection = kind(host, **options)
+        connection.limit = self._limit
+        return connection
+
+    def redirect_request(self, req: Any, fp: Any, *rest: Any) -> urllib.request.Request | None:  # noqa: ANN401
+        """Close the body of a redirect: the library would read all of it, and it may have no end."""
+        fp.close()
+        return super().redirect_request(req, fp, *rest)
+
+
+def _opener(limit: _Deadline) -> urllib.request.OpenerDirector:
     """Return an opener for http and https alone: a redirect to file, ftp or data finds no handler."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
+        _Handler(limit),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
-        urllib.request.HTTPRedirectHandler(),
         urllib.request.UnknownHandler(),
     ):
         opener.add_handler(handler)
     return opener
 
 
-def _body(response: http.client.HTTPResponse, url: str, end: float, max_bytes: int) -> bytes:
-    """Read an answer up to ``max_bytes`` and until ``time.monotonic()`` passes ``end``."""
+def _body(response: http.client.HTTPResponse, url: str, limit: _Deadline, max_bytes: int) -> bytes:
+    """Read an answer up to ``max_bytes`` and the deadline."""
     declared = response.length
     data = bytearray()
     if (declared or 0) <= max_bytes:
         while len(data) <= max_bytes and (block := response.read1(1 << 16)):
             data += block
-            if time.monotonic() > end:
-                raise ImageError(f"Cannot download {url!r}", expected="a faster server", found="the deadline passed")
+        if limit.passed:  # an answer that was cut looks like one that ended
+            raise TimeoutError
     if max(len(data), declared or 0) > max_bytes:
         expected, found = f"at most {max_bytes:,} bytes", f"{max(len(data), declared or 0):,} or more"
         raise ImageError(f"{url!r} is too large", expected=expected, found=found)
@@ -187,13 +274,15 @@ def _unreadable(folder: Path, problem: OSError) -> Input:
     return _failed(str(folder), "a readable folder", problem.strerror or str(problem))
 
 
-def _named(path: Path, name: str) -> Iterator[Input]:
-    """Yield the inputs of one named file or folder."""
+def _named(path: Path, name: str, outside: Path | None) -> Iterator[Input]:
+    """Yield the inputs of one named file, or of one folder but for what lies in ``outside``."""
     if not _is_folder(path):
         yield Input(name, partial(read_file, name))
         return
     empty = True
     for folder, files, problem in _walk(path):
+        if _lies_in(folder, outside):
+            continue
         if problem is not None:
             empty = False
             yield _unreadable(folder, problem)
@@ -202,7 +291,13 @@ def _named(path: Path, name: str) -> Iterator[Input]:
                 empty = False
                 yield Input(str(file), partial(read_file, file))
     if empty:
-        yield _failed(name, f"files ending in {', '.join(sorted(SUFFIXES))}", "a folder without any")
+        found = f"a folder without any{f' outside {outside}' if outside else ''}"
+        yield _failed(name, f"files ending in {', '.join(sorted(SUFFIXES))}", found)
+
+
+def _lies_in(path: Path, folder: Path | None) -> bool:
+    """Tell whether a path is a folder or lies in it, wherever links lead."""
+    return folder is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[Path], OSError | None]]:
@@ -238,20 +333,26 @@ def _is_folder(entry: Path | os.DirEntry[str]) -> bool:
     return False
 
 
-def _glob(pattern: str) -> Iterator[Input]:
-    """Yield the inputs a pattern names; the standard ``glob`` is unsorted and can circle in links for hours."""
+def _glob(pattern: str, outside: Path | None) -> Iterator[Input]:
+    """Yield the inputs a pattern names, but for what lies in ``outside``.
+
+    The standard ``glob`` is unsorted and can circle in links for hours.
+    """
     parts = Path(pattern).parts
     empty = True
     for found in dict.fromkeys(_expand(Path(), parts)):  # two ** can reach one file in several ways
         if isinstance(found, Input):
             yield found
+        elif _lies_in(found, outside):
+            continue
         elif "**" in parts and _is_folder(found):
             continue  # what lies in it was matched by itself
         else:
-            yield from _named(found, str(found))
+            yield from _named(found, str(found), outside)
         empty = False
     if empty:
-        yield _failed(pattern, "a pattern that matches something", "no match")
+        found_nothing = f"no match{f' outside {outside}' if outside else ''}"
+        yield _failed(pattern, "a pattern that matches something", found_nothing)
 
 
 def _expand(base: Path, parts: tuple[str, ...]) -> Iterator[Path | Input]:

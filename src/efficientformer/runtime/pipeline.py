@@ -15,14 +15,16 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
+THREADS = "efficientformer"  # what the names of our threads begin with
 AHEAD = 4  # chunks in flight for each thread: enough that none waits for a slow picture at the head of the line
 
 
 def in_order(items: Iterable[T], work: Callable[[list[T]], list[R]], *, workers: int, chunk: int = 1) -> Iterator[R]:
     """Yield what ``work`` returns for each item, in the items' order.
 
-    Items are drawn lazily, at most ``AHEAD * workers`` chunks before they are needed. When the caller stops early, or
-    is interrupted, chunks that have not begun are dropped and the running ones waited for.
+    Items are drawn lazily, at most ``AHEAD * workers`` chunks before they are needed. When ``work``
+    fails, chunks that have not begun are dropped and the running ones waited for. When the caller stops early, or is
+    interrupted, they are left to end by themselves: each may be waiting for a server that answers slowly.
 
     Args:
         items: What to work on.
@@ -35,7 +37,8 @@ def in_order(items: Iterable[T], work: Callable[[list[T]], list[R]], *, workers:
     """
     remaining = iter(items)
     waiting: deque[Future[list[R]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="efficientformer")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix=THREADS)
+    wait = True
     try:
         while True:
             while len(waiting) < AHEAD * workers and (taken := list(islice(remaining, chunk))):
@@ -43,5 +46,8 @@ def in_order(items: Iterable[T], work: Callable[[list[T]], list[R]], *, workers:
             if not waiting:
                 return
             yield from waiting.popleft().result()
+    except (GeneratorExit, KeyboardInterrupt):
+        wait = False
+        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=wait, cancel_futures=True)
