@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from efficientformer import Classifier
@@ -59,6 +60,17 @@ def test_an_engine_with_other_results_is_out_however_fast(monkeypatch):
     found = choose(FILE)
     assert found.engine == "onnxruntime"
     assert "left out for other results: OpenVINO" in found.reason
+
+
+def test_a_network_without_numbers_is_no_choice_and_gives_no_labels(tmp_path):
+    network, model = onnx.load(FILE), tmp_path / "nan.onnx"
+    bias = next(each for each in network.graph.initializer if each.dims == [10])
+    bias.raw_data = np.full(10, np.nan, np.float32).tobytes()
+    onnx.save(network, model)
+    classify = Classifier(str(model), engine="onnxruntime")
+    for use in (lambda: choose(model), lambda: classify(PHOTO), lambda: list(classify.predict([PHOTO]))):
+        with pytest.raises(EngineError, match="The network gives no numbers"):
+            use()
 
 
 def test_a_choice_is_remembered_for_this_file_and_question(monkeypatch, tmp_path):

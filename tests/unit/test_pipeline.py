@@ -138,6 +138,12 @@ def test_illegal_number_of_classes():
             prediction.top_k(count)
 
 
+@pytest.mark.parametrize("one", ["cat.jpg", PHOTOS[0], b"\xff\xd8", BytesIO(), Image.new("RGB", (2, 2))])
+def test_one_picture_is_not_several(one):
+    with pytest.raises(UsageError, match=r"classify\.predict\(\[picture\]\)"):
+        Classifier(engine="onnxruntime").predict(one)
+
+
 def jpeg(width, height):
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 255, (height // 16, width // 16, 3), np.uint8))

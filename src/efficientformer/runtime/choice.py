@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from efficientformer.runtime.classifier import check_finite
 from efficientformer.runtime.engines import PRECISIONS, Engine, installed_engines, open_engine
 from efficientformer.runtime.samples import sample_batch
 from efficientformer.runtime.timing import environment, time_together
@@ -54,7 +55,7 @@ def choose(path: Path, precision: str = "auto", *, threads: int | None = None, s
             that cannot be written is as good as none.
 
     Raises:
-        EngineError: If no engine can run the file so.
+        EngineError: If no engine can run the file so, or the network gives no numbers.
     """
     note = None if store is None else store / f"{_key(path, precision, threads)}.json"
     if note is not None:
@@ -102,6 +103,7 @@ def _candidates(path: Path, precision: str, threads: int | None) -> tuple[list[E
 def _that_agree(candidates: list[Engine], batch: npt.NDArray[np.float32]) -> Iterator[Engine]:
     """Yield the engines whose logits are the first one's, within half precision's rounding."""
     expected = candidates[0].run(batch)
+    check_finite(expected, candidates[0].name)
     limit = TOLERANCE * max(1.0, float(np.abs(expected).max()))
     for engine in candidates:
         if float(np.abs(engine.run(batch) - expected).max()) <= limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from efficientformer.runtime.engines import Engine, open_engine
-from efficientformer.runtime.image import Source, decode, normalise, resize_crop
+from efficientformer.runtime.image import Encoded, Source, decode, normalise, resize_crop
 from efficientformer.runtime.inputs import Input
 from efficientformer.runtime.pipeline import in_order
 from efficientformer.runtime.processor import available_cores
-from efficientformer.spec.errors import ImageError
+from efficientformer.spec.errors import EngineError, ImageError, UsageError
 from efficientformer.spec.fields import check_choice, check_count
 from efficientformer.spec.manifest import Manifest
 
@@ -110,6 +111,7 @@ class EngineClassifier:
 
         Raises:
             ImageError: If it is no readable picture.
+            EngineError: If the network gives no numbers.
         """
         return self._classify(self._engine, [self._prepare(picture, "exact")])[0]
 
@@ -135,8 +137,16 @@ class EngineClassifier:
                 where that is still at least the size they are resized to.
 
         Raises:
-            UsageError: If the batch size or the number of workers is not positive, or there is no such decoding.
+            UsageError: If one picture is given, the batch size or the number of workers is not positive, or there is no
+                such decoding.
+            EngineError: While iterating, if the network gives no numbers.
         """
+        if isinstance(pictures, str | os.PathLike | Encoded | Image.Image | Input) or hasattr(pictures, "read"):
+            hint = "Give a list, as in classify.predict([picture]), or call classify(picture)"
+            found = f"one {type(pictures).__name__}"
+            raise UsageError(
+                "This is not several pictures", expected="pictures to iterate over", found=found, hint=hint
+            )
         for name, value in (("batch size", batch_size), ("number of workers", workers)):
             if value is not None:
                 check_count(name, value)
@@ -178,6 +188,7 @@ class EngineClassifier:
 
     def _classify(self, engine: Engine, images: Sequence[Image.Image]) -> list[Prediction]:
         logits = engine.run(normalise(images, self.manifest.preprocess))  # (N, num_classes)
+        check_finite(logits, engine.name)
         return [Prediction(scores, self.manifest) for scores in softmax(logits)]
 
 
@@ -198,6 +209,25 @@ class FileClassifier(EngineClassifier):
         self, path: str | Path, *, engine: str = "auto", precision: str = "auto", threads: int | None = None
     ) -> None:
         super().__init__(open_engine(Path(path), engine, precision=precision, threads=threads))
+
+
+def check_finite(logits: npt.NDArray[np.float32], engine: str) -> None:
+    """Check that a network's logits are numbers: of anything else a class would be made up.
+
+    Args:
+        logits: Logits (N, num_classes).
+        engine: The engine's name, for the message.
+
+    Raises:
+        EngineError: If one is NaN or infinite.
+    """
+    if not np.isfinite(logits).all():
+        raise EngineError(
+            "The network gives no numbers",
+            expected="finite logits",
+            found=f"NaN or infinity in {engine}",
+            hint="Try --precision fp32; if that is no better, the weights are damaged or of a training that diverged",
+        )
 
 
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
