@@ -14,10 +14,12 @@ from pathlib import Path
 import onnx
 import pytest
 
+from efficientformer import api
 from efficientformer.cli import journal as journal_module
 from efficientformer.cli.journal import Journal
 from efficientformer.export.deployable import embedded_file
 from efficientformer.runtime import classifier as classifier_module
+from efficientformer.runtime.choice import Choice
 from efficientformer.spec.errors import UsageError
 from tests.pictures import write_folders
 
@@ -142,10 +144,59 @@ def test_another_command_never_goes_on(cli, folder, tmp_path):
     assert "begun by another command" in err
     assert "model" in err
     assert part.read_text() == before
+    asked = {"inputs": [str(folder)], "model": "", "checkpoint": None, "top_k": 3, "threads": None, "decode": "exact"}
+    part.write_text(json.dumps({"efficientformer": 1, **asked, "engine": "ONNX Runtime 1.20 (fp32)"}) + "\n")
+    code, _, err = cli("predict", folder, "-o", output)  # of an earlier version
+    assert code == 2
+    assert "efficientformer, engine" in err
     part.write_text("something else entirely\n")
     code, _, err = cli("predict", folder, "-o", output, *ENGINE)
     assert code == 2
     assert "no journal" in err
+
+
+@pytest.mark.parametrize("foreign", [b"my notes without an end", b'{"notes": 1', None])
+def test_a_file_that_is_no_journal_is_spared(tmp_path, foreign):
+    output, part = tmp_path / "labels.jsonl", tmp_path / "labels.jsonl.part"
+    if foreign is None:
+        part.symlink_to("/dev/full")  # a line of it has no end
+    else:
+        part.write_bytes(foreign)
+    with pytest.raises(UsageError, match="no journal"):
+        Journal(output, {"a": 1})
+    assert foreign is None or part.read_bytes() == foreign
+
+
+def test_a_torn_first_line_and_a_record_that_says_nothing_are_done_anew(tmp_path):
+    output, part = tmp_path / "labels.jsonl", tmp_path / "labels.jsonl.part"
+    Journal(output, {"a": 1}).close()
+    whole = part.read_bytes()
+    for torn in (b"", whole[:1], whole[:-1]):
+        part.write_bytes(torn)
+        Journal(output, {"a": 1}).close()
+        assert part.read_bytes() == whole
+    part.write_bytes(whole + b'{"path": "a.jpg"}\n{"path": "b.jpg", "error": "x"}\n')
+    journal = Journal(output, {"a": 1})
+    journal.close()
+    assert journal.done == 0
+    assert part.read_bytes() == whole
+
+
+def test_a_run_goes_on_with_the_engine_it_was_begun_with(cli, folder, tmp_path, monkeypatch):
+    output = tmp_path / "labels.jsonl"
+    monkeypatch.setattr(api, "choose", lambda *_, **__: Choice("onnxruntime", "fp32", "fastest once"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "finish", lambda *_: None)
+        assert cli("predict", folder, "-o", output)[0] == 1
+    monkeypatch.setattr(api, "choose", lambda *_, **__: Choice("openvino", "fp32", "fastest now"))
+    for options in (["--engine", "openvino"], ["--decode", "fast"]):
+        code, _, err = cli("predict", folder, "-o", output, *options)
+        assert code == 2
+        assert "engine" in err
+    code, _, err = cli("predict", folder, "-o", output)
+    assert code == 1
+    assert "Going on after" in err
+    assert output.exists()
 
 
 def test_other_weights_of_the_same_manifest_never_go_on(cli, folder, tmp_path):

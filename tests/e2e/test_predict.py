@@ -3,11 +3,14 @@
 import csv
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.csv
 import pytest
 from PIL import Image
 
@@ -70,6 +73,16 @@ def test_csv_has_a_row_per_picture(cli, photo, tmp_path):
     assert float(rows[1]["pred_score"]) > float(rows[1]["score_2"])
 
 
+def test_csv_is_a_rectangle_however_many_classes_are_asked_for(cli, photo, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    target = tmp_path / "labels.csv"
+    assert cli("predict", tmp_path, "-o", target, "-k", "99")[0] == 1
+    table = pyarrow.csv.read_csv(target)
+    assert table.num_rows == 2
+    assert table.column_names[-1] == "class_10"
+    assert table["class_10"].to_pylist()[1]
+
+
 def test_bad_inputs_are_named_and_the_rest_goes_on(cli, photo, tmp_path):
     files = {"empty.jpg": b"", "text.png": b"hello", "cut.jpg": photo.read_bytes()[:5000]}
     for name, data in files.items():
@@ -110,6 +123,8 @@ def test_globs_and_standard_input(cli, photo, tmp_path, monkeypatch):
         (("x.jpg", "--model", "resnet50"), "efficientformer_l1"),
         (("x.jpg", "--output", "/nowhere/at/all.json"), "Cannot write"),
         (("x.jpg", "--nonsense"), "nonsense"),
+        (("x.jpg", "--output", "labels.tsv"), ".json, .jsonl, .ndjson, .csv, .parquet, .txt"),
+        (("x.jpg", "--output", "-"), "standard output"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_says_what_is_right(cli, arguments, says):
@@ -129,6 +144,49 @@ def test_output_file_is_written_whole(cli, photo, tmp_path):
     assert code == 1
     assert target.read_text() == before
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
+
+
+def test_the_ending_says_the_format_and_the_option_beats_it(cli, photo, tmp_path):
+    assert cli("predict", photo, "-o", tmp_path / "labels.ndjson")[0] == 0
+    assert lines((tmp_path / "labels.ndjson").read_text())[0]["pred_class"] == "cat"
+    assert cli("predict", photo, "-o", tmp_path / "labels.tsv", "-f", "csv")[0] == 0
+    assert (tmp_path / "labels.tsv").read_text().startswith("path,error")
+
+
+@pytest.mark.parametrize("format_", ["json", "csv"])  # written at once, and as the command ends
+def test_a_full_disk_is_one_error_line(photo, format_):
+    command = [sys.executable, "-m", "efficientformer", "predict", photo, "-q", "-f", format_]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: Cannot write the output: No space left on device\n"
+
+
+def test_an_output_that_is_no_file_is_spared(cli, photo, tmp_path):
+    pipe, link = tmp_path / "pipe.json", tmp_path / "link.json"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for output in (pipe, link, tmp_path):
+        code, _, err = cli("predict", photo, "-o", output, "-f", "json")
+        assert code == 2
+        assert "expected a regular file" in err
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+
+
+def test_an_output_that_is_a_link_stays_one_and_files_have_the_permissions_of_the_umask(cli, photo, tmp_path):
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "labels.json", tmp_path / "there" / "real.json"
+    link.symlink_to(target)
+    before = os.umask(0o027)
+    try:
+        assert cli("predict", photo, "-o", link, "--annotate", tmp_path / "out")[0] == 0
+    finally:
+        os.umask(before)
+    assert link.readlink() == target
+    assert lines(target.read_text())[0]["pred_class"] == "cat"
+    for path in (target, next((tmp_path / "out").iterdir())):
+        assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_annotated_copies(cli, photo, tmp_path):
@@ -200,13 +258,14 @@ def test_a_name_with_markup_or_strange_bytes_is_printed_plainly(cli, photo, tmp_
     assert code == 0
     assert "[bold]x\\x1b[31m.jpg" in out
     assert "\x1b[31m" not in out
+    odd = tmp_path / "x\b.jpg"
     odd.write_bytes(b"no picture")
     _, _, err = cli("predict", odd)
-    assert "skipped" in err
-    assert "\x1b[31m" not in err
-    _, _, err = cli("predict", photo, "--model", "x\x1b[31m")
-    assert "error: " in err
-    assert "\x1b[31m" not in err
+    assert "\\x08" in err
+    assert "\b" not in err
+    _, _, err = cli("predict", photo, "-o", tmp_path / "x\b")
+    assert "\\x08" in err
+    assert "\b" not in err
 
 
 def test_python_interface_agrees_with_the_command(cli, photo):

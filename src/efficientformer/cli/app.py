@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -27,6 +28,7 @@ from efficientformer.cli.train import train
 from efficientformer.spec.errors import EfficientFormerError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says of a disk or a file that takes no more
 
 app = typer.Typer(
     name="efficientformer",
@@ -78,17 +80,39 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout:  # None where it was closed
+                sys.stdout.flush()  # here a full disk can still be told of
     except EfficientFormerError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        _print_error(str(error))
         sys.exit(error.exit_code)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             _leave_at_once()
         raise
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _drop_output()
+        _print_error(f"Cannot write {error.filename or 'the output'}: {error.strerror}")
+        sys.exit(1)
+
+
+def _print_error(text: str) -> None:
+    """Print an error on standard error; what it quotes from files and servers moves no cursor."""
+    from efficientformer.runtime.records import printable
+
+    typer.secho("error: " + "\n".join(map(printable, text.split("\n"))), fg="red", err=True)
+
+
+def _drop_output() -> None:
+    """Send what is not yet written nowhere: the interpreter writes it again as it ends, and would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave_at_once() -> None:

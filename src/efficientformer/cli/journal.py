@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,9 @@ from efficientformer.cli.results import WRITERS, json_line, whole_file
 from efficientformer.runtime.records import Record
 from efficientformer.spec.errors import UsageError
 
-VERSION = 1
+VERSION = 2
+MAX_QUESTION = 1 << 26  # bytes of a first line; what is longer is no journal
+_CLASSIFIED = {"pred_label", "pred_score", "pred_class", "top_k"}
 
 
 class Journal:
@@ -36,13 +39,11 @@ class Journal:
     """
 
     def __init__(self, output: Path, question: dict[str, Any]) -> None:
-        self.path = output.with_name(f"{output.name}.part")
+        self.path = _beside(output)
         self._output, self._question = output, {"efficientformer": VERSION, **question}
         self.done = self.failed = 0
         try:
-            if output.is_dir():
-                raise IsADirectoryError(f"{output} is a folder")
-            self._file: BinaryIO = self.path.open("r+b" if self.path.exists() else "w+b")
+            self._file: BinaryIO = self.path.open("r+b" if _is_there(self.path) else "w+b")
         except OSError as error:
             hint = "Choose a file in a writable folder"
             raise UsageError(f"Cannot write {output}", found=str(error), hint=hint) from error
@@ -92,11 +93,9 @@ class Journal:
     def _take_up(self) -> None:
         """Read what is there, cut off a torn last line, and stand at the end."""
         self._names: list[str] = []
-        first = self._file.readline()
-        if not first.endswith(b"\n"):  # new, or killed before its first line was whole
-            self._file.seek(0)
-            self._file.truncate()
-            self._file.write(json_line(self._question).encode())
+        own, first = json_line(self._question).encode(), self._file.readline(MAX_QUESTION)
+        if own.startswith(first) and first != own:  # new, or killed before its first line was whole
+            self._file.write(own[len(first) :])
             self._file.flush()
             return
         if _parse(first) != self._question:
@@ -109,7 +108,7 @@ class Journal:
         end = self._file.tell()
         for line in self._file:
             record = _parse(line) if line.endswith(b"\n") else None
-            if record is None or "path" not in record:
+            if record is None or not _is_whole(record):
                 break
             self._names.append(str(record["path"]))
             self.failed += "error" in record
@@ -123,6 +122,42 @@ class Journal:
         self._file.readline()
         for line in self._file:
             yield json.loads(line)
+
+
+def begun(output: Path) -> Record:
+    """Return the question of the journal beside an output; {} if there is none that can be read."""
+    with contextlib.suppress(OSError, UsageError):
+        if _is_there(_beside(output)):
+            with _beside(output).open("rb") as file:
+                return _parse(file.readline(MAX_QUESTION)) or {}
+    return {}
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}.part")
+
+
+def _is_there(path: Path) -> bool:
+    """Tell whether there is a file that may be a journal.
+
+    Raises:
+        UsageError: If there is something else; a link could lead to a device without end, or to a file to be spared.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(mode):
+        hint = "Remove it, or name another output"
+        raise UsageError(
+            f"{path} is no journal", expected="a regular file", found="a link, folder or device", hint=hint
+        )
+    return True
+
+
+def _is_whole(record: Record) -> bool:
+    """Tell whether a record says what became of a picture."""
+    return "path" in record and ("error" in record or record.keys() >= _CLASSIFIED)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -70,7 +70,7 @@ def predict(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:
     """Classify pictures. Exits 0 if all were classified, 1 if some were skipped, 2 for wrong usage."""
-    from efficientformer.cli.results import choose_format, prepare_folder
+    from efficientformer.cli.results import choose_format, output_file, prepare_folder
     from efficientformer.runtime.records import printable
 
     wanted = format_.value if format_ else ""
@@ -82,15 +82,20 @@ def predict(
         )
         _finish(total, skipped)
         return
-    target = Path(output) if output else None
-    chosen = choose_format(wanted, target)
+    target = output_file(output) if output else None
+    chosen = choose_format(wanted, Path(output) if output else None)
     if annotate is not None:
         prepare_folder(annotate)
     listed = partial(_gather, inputs, annotate, offline)
-    classifier = _load(listed, model, checkpoint, engine, precision, threads, offline, quiet)
-    question = {
+    asked: Record = {
         "inputs": inputs, "model": model, "checkpoint": checkpoint and str(checkpoint), "top_k": top_k,
-        "engine": classifier.engine, "threads": threads, "decode": decode.value,
+        "threads": threads, "decode": decode.value,
+    }  # fmt: skip
+    engine, precision = _begun_with(target, asked, engine, precision)
+    classifier = _load(listed, model, checkpoint, engine, precision, threads, offline, quiet)
+    top_k = min(top_k, classifier.manifest.spec.num_classes)
+    question = asked | {
+        "engine": classifier.key, "precision": classifier.precision, "version": classifier.engine,
         "network": classifier.manifest.to_json(),
         "weights": _digest(model, checkpoint, engine, precision) if target else "",
     }  # fmt: skip
@@ -110,6 +115,19 @@ def predict(
         _finish(*_to_terminal(classify(0), chosen, top_k))
     else:
         _finish(*_to_file(classify, listed, target, chosen, top_k, question, quiet))
+
+
+def _begun_with(target: Path | None, asked: Record, engine: str, precision: str) -> tuple[str, str]:
+    """Return engine and precision; where they are left open, those that the run which now goes on was begun with.
+
+    Measured again, another one may win: the journal would then be refused by chance.
+    """
+    from efficientformer.cli.journal import begun
+
+    match begun(target) if target and engine == "auto" else {}:
+        case {"engine": str(its_engine), "precision": str(its_precision), **rest} if asked.items() <= rest.items():
+            return (its_engine, its_precision) if precision in ("auto", its_precision) else (engine, precision)
+    return engine, precision
 
 
 def _finish(total: int, skipped: int) -> None:

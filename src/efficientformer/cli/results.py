@@ -6,8 +6,9 @@ import contextlib
 import csv
 import json
 import os
+import secrets
+import stat
 import sys
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from efficientformer.runtime.classifier import Prediction
     from efficientformer.runtime.inputs import Input
 
-SUFFIXES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "table"}
+SUFFIXES = {
+    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "table",
+}  # fmt: skip
 ROWS = 8192  # rows of a Parquet file's row group
 
 
@@ -91,14 +94,16 @@ class CsvWriter(Writer):
     def __init__(self, path: Path | None, top_k: int) -> None:
         super().__init__(path, top_k)
         self._csv = csv.writer(self._file, lineterminator="\n")
-        columns = [f"{field}_{rank}" for rank in range(2, top_k + 1) for field in ("label", "score", "class")]
-        self._csv.writerow(["path", "error", "pred_label", "pred_score", "pred_class", *columns])
+        rest = [f"{field}_{rank}" for rank in range(2, top_k + 1) for field in ("label", "score", "class")]
+        self._columns = ["path", "error", "pred_label", "pred_score", "pred_class", *rest]
+        self._csv.writerow(self._columns)
 
     def write(self, record: Record) -> None:
-        """Write one row."""
+        """Write one row, as wide as the header: readers such as pyarrow's take no other."""
         top = record.get("top_k", [])
         values = [value for each in top for value in (each["label"], f"{each['score']:.6f}", each["class"])]
-        self._csv.writerow([printable(record["path"]), printable(record.get("error", "")), *values])
+        row = [printable(record["path"]), printable(record.get("error", "")), *values]
+        self._csv.writerow(row + [""] * (len(self._columns) - len(row)))
 
 
 class TableWriter(Writer):
@@ -171,15 +176,39 @@ WRITERS: dict[str, type[Writer]] = {
 
 
 def choose_format(wanted: str, output: Path | None) -> str:
-    """Return the format asked for, or that of the output file's ending, or the table.
+    """Return the format asked for, or that of the output file's ending, or the table for the terminal.
 
     Raises:
-        UsageError: If Parquet is to go to the terminal.
+        UsageError: If Parquet is to go to the terminal, or the ending says nothing.
     """
-    chosen = wanted or (SUFFIXES.get(output.suffix.lower(), "table") if output else "table")
+    chosen = wanted or (SUFFIXES.get(output.suffix.lower(), "") if output else "table")
+    if not chosen:
+        expected, hint = f"a name in {', '.join(SUFFIXES)}", "Or say which with --format"
+        raise UsageError(f"The name {output} says no format", expected=expected, hint=hint)
     if chosen == "parquet" and output is None:
         raise UsageError("Parquet is not for a terminal", hint="Name a file: --output labels.parquet")
     return chosen
+
+
+def output_file(name: str) -> Path:
+    """Return the file that results go to, which need not exist yet; links are followed, and stay.
+
+    Raises:
+        UsageError: If what has this name is no regular file: a folder, a pipe, a device.
+    """
+    if name == "-":
+        raise UsageError("No file has the name -", hint="Leave out --output: results go to standard output")
+    try:
+        if not stat.S_ISREG(Path(name).stat().st_mode):
+            hint = "Name a new file; without --output results go to standard output"
+            raise UsageError(
+                f"Cannot write {name}", expected="a regular file", found="a folder, pipe or device", hint=hint
+            )
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise UsageError(f"Cannot write {name}", found=str(error), hint="Choose another name") from error
+    return Path(os.path.realpath(name))
 
 
 @contextlib.contextmanager
@@ -189,18 +218,14 @@ def whole_file(output: Path) -> Iterator[Path]:
     Raises:
         UsageError: If no file can be created there.
     """
+    temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
     try:
-        if output.is_dir():
-            raise IsADirectoryError(f"{output} is a folder")
-        handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp")
+        temporary.touch(exist_ok=False)  # with the permissions that the umask gives; tempfile's are their owner's alone
     except OSError as error:
         hint = "Choose a file in a writable folder"
         raise UsageError(f"Cannot write {output}", found=str(error), hint=hint) from error
-    os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)

@@ -99,6 +99,16 @@ class EngineClassifier:
         return self._engine.name
 
     @property
+    def key(self) -> str:
+        """The engine, as one asks for it."""
+        return self._engine.key
+
+    @property
+    def precision(self) -> str:
+        """What it computes in."""
+        return self._engine.precision
+
+    @property
     def manifest(self) -> Manifest:
         """Architecture, preprocessing, labels and provenance of the network."""
         return self._engine.manifest
