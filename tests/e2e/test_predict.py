@@ -169,7 +169,7 @@ def test_an_output_that_is_no_file_is_spared(cli, photo, tmp_path):
     for output in (pipe, link, tmp_path):
         code, _, err = cli("predict", photo, "-o", output, "-f", "json")
         assert code == 2
-        assert "expected a regular file" in err
+        assert f"error: Cannot write {output}; expected a regular file; found a folder, pipe or device." in err
     assert pipe.is_fifo()
     assert link.is_symlink()
 

@@ -199,15 +199,14 @@ def output_file(name: str) -> Path:
     if name == "-":
         raise UsageError("No file has the name -", hint="Leave out --output: results go to standard output")
     try:
-        if not stat.S_ISREG(Path(name).stat().st_mode):
-            hint = "Name a new file; without --output results go to standard output"
-            raise UsageError(
-                f"Cannot write {name}", expected="a regular file", found="a folder, pipe or device", hint=hint
-            )
+        regular = stat.S_ISREG(Path(name).stat().st_mode)
     except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:  # ValueError: a null byte
+        regular = True  # it will be
+    except OSError as error:
         raise UsageError(f"Cannot write {name}", found=str(error), hint="Choose another name") from error
+    if not regular:
+        found, hint = "a folder, pipe or device", "Name a new file; without --output results go to standard output"
+        raise UsageError(f"Cannot write {name}", expected="a regular file", found=found, hint=hint)
     return Path(os.path.realpath(name))
 
 
