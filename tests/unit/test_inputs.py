@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from efficientformer.runtime import image
+from efficientformer.runtime.fetch import fetch
 from efficientformer.runtime.image import decode, read_file
-from efficientformer.runtime.inputs import fetch, gather
+from efficientformer.runtime.inputs import gather
 from efficientformer.spec.errors import ImageError
 
 

@@ -258,9 +258,12 @@ def _load(
 
 def _gather(inputs: list[str], annotate: Path | None, offline: bool) -> Iterator[Input]:
     from efficientformer.runtime.inputs import gather
-    from efficientformer.weights.download import offline_reason
 
-    reason = offline_reason(offline or None)
+    reason = ""
+    if any("://" in each for each in inputs):
+        from efficientformer.weights.download import offline_reason
+
+        reason = offline_reason(offline or None)
     return gather(inputs, stdin=sys.stdin.buffer, outside=annotate, keep=annotate is not None, offline=reason)
 
 
