@@ -113,6 +113,18 @@ def test_any_order_of_cuts_is_legal_all_the_way_down(start, seed):
     assert candidate.spec == space.smallest.spec
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_whichever_blocks_a_search_keeps_it_comes_below_the_smallest_network(seed):
+    start = v2_spec((32, 48, 64, 96), ((4,), (4, 4), (3.5, 4), (4, 4)), 1, input_size=64, num_classes=3)
+    space, rng = Space(start, min_depth=1), random.Random(seed)
+    importances = Importances(tuple(tuple(rng.random() for _ in stage.blocks) for stage in start.stages))
+    candidate = space.largest
+    while actions := propose(space, candidate, importances, 100):
+        candidate = rng.choice(actions).apply(space, candidate)
+    space.check(space.smallest)
+    assert count(candidate.spec).params <= count(space.smallest.spec).params
+
+
 @pytest.mark.parametrize(
     "change",
     [

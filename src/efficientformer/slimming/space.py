@@ -136,21 +136,23 @@ class Space:
 
     @property
     def smallest(self) -> Candidate:
-        """What is left when nothing more can be cut, as narrow as allowed: stem, embeddings, heads, the last blocks."""
+        """What is left when nothing more can be cut, as narrow as allowed: stem, embeddings, heads, the blocks to keep.
+
+        Which blocks a search keeps is its choice; here they are those that keep the largest MLPs, so that every search
+        comes to a network no larger.
+        """
         largest = self.largest
-        kinds = tuple(
-            tuple(
-                IDENTITY if position < len(row) - self.min_depth else WITHOUT_ATTENTION.get(kind, kind)
-                for position, kind in enumerate(row)
-            )
-            for row in largest.kinds
-        )
         widths = tuple(self.widths(stage)[-1] for stage in range(len(largest.widths)))
         expansions = tuple(
             tuple(self.expansions(stage, position)[-1] for position in range(len(row)))
             for stage, row in enumerate(largest.expansions)
         )
-        return Candidate(self.start, kinds, widths, expansions)
+        kinds = []
+        for row, least in zip(largest.kinds, expansions, strict=True):
+            largest_first = sorted(((ratio, at) for at, ratio in enumerate(least)), reverse=True)
+            kept = {at for _, at in largest_first[: self.min_depth]}
+            kinds.append(tuple(WITHOUT_ATTENTION.get(k, k) if at in kept else IDENTITY for at, k in enumerate(row)))
+        return Candidate(self.start, tuple(kinds), widths, expansions)
 
     def removable(self, candidate: Candidate, stage: int) -> tuple[int, ...]:
         """Return the positions of a stage whose block a cut may remove."""
