@@ -19,6 +19,7 @@ from efficientformer.evaluation.published import VALIDATION_IMAGES, compare
 from efficientformer.evaluation.report import add_evaluation, confusion_figure, write_report
 from efficientformer.evaluation.result import Evaluation
 from efficientformer.evaluation.torch_predictor import TorchPredictor, _full_precision
+from efficientformer.reporting import page as reporting
 from efficientformer.reporting.page import Page, png
 from efficientformer.spec.errors import DataError, ImageError, SpecError, UsageError
 from efficientformer.spec.manifest import Manifest
@@ -342,6 +343,16 @@ def test_names_are_drawn_as_they_are():
         assert png(figure).startswith(b"\x89PNG")
     labels = figure.axes[0].get_xticklabels()
     assert [label._preprocess_math(label.get_text()) for label in labels] == [(n, False) for n in names]
+
+
+def test_figures_take_the_fonts_this_machine_has_for_other_scripts(monkeypatch):
+    monkeypatch.setattr(reporting, "CJK_FONTS", ("No Such Font", "STIXGeneral"))
+    reporting._families.cache_clear()
+    figure = reporting.new_figure(1, 1)
+    text = figure.text(0.5, 0.5, "x")
+    png(figure)
+    assert text.get_fontfamily() == ["DejaVu Sans", "STIXGeneral"]
+    reporting._families.cache_clear()
 
 
 def test_a_thousand_classes_give_a_table_instead_of_a_heat_map():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,13 @@ from efficientformer.spec.errors import UsageError, missing_extra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
+
+
+CJK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei", "PingFang SC", "Hiragino Sans", "Hiragino Sans GB", "Apple SD Gothic Neo",
+    "Microsoft YaHei", "SimHei", "Yu Gothic", "Malgun Gothic", "Arial Unicode MS", "Droid Sans Fallback",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,12 +125,27 @@ def plain(text: str) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
+    """Return a figure as the bytes of a PNG file; names in any script that a font of this machine has."""
+    from matplotlib.text import Text
+
+    families = _families()
+    for text in figure.findobj(Text):
+        text.set_fontfamily(families)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # boxes; the tables have the text
         figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
+
+
+@cache
+def _families() -> list[str]:
+    """Return matplotlib's own font, and behind it the installed ones that have Chinese, Japanese and Korean."""
+    from matplotlib.font_manager import fontManager
+
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # some of them have one weight only
+    installed = {font.name for font in fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
 
 
 def _base64(data: bytes) -> str:
