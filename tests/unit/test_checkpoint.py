@@ -150,7 +150,7 @@ class TestNative:
 
     @pytest.mark.parametrize(
         ("text", "message"),
-        [("{", "not valid JSON"), ("{}", "missing from the manifest"), (manifest(V2).to_json(), "missing")],
+        [("{", "No valid JSON"), ("{}", "missing from the manifest"), (manifest(V2).to_json(), "missing")],
         ids=["no JSON", "empty", "of another network"],
     )
     def test_a_manifest_that_does_not_fit_is_refused(self, text, message, tmp_path):
