@@ -275,8 +275,15 @@ def test_a_machine_that_never_repeats_is_told(monkeypatch):
         "efficientformer.latency.measure.take_turns",
         lambda subjects, **_: dict(zip(subjects, timings(*((1.0, 2.0), (2.0, 1.0))[next(ticks) % 2]), strict=True)),
     )
-    with pytest.warns(UserWarning, match="busy"):
+    with pytest.warns(UserWarning, match="busy.*latencies repeat within"):
         measure_specs([SPEC, SPEC], engine="onnxruntime", threads=1, rounds=20)
+    speeds = iter((1.0, 1.0, *range(2, 99)))  # of the passes
+    monkeypatch.setattr(
+        "efficientformer.latency.measure.take_turns",
+        lambda subjects, **_: dict(zip(subjects, timings(next(speeds)), strict=True)),
+    )
+    with pytest.warns(UserWarning, match="2 of 18 passes quiet, 3 wanted$"):  # one network repeats relative to itself
+        measure_specs([SPEC], engine="onnxruntime", threads=1, rounds=30)
 
 
 def test_nothing_to_measure_is_an_error():

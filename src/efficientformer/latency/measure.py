@@ -195,7 +195,7 @@ def time_engines(
             break
     else:
         found = f"{len(quiet)} of {len(passes)} passes quiet, {min_passes} wanted"
-        if len(quiet) > 1:  # one pass alone says nothing about how well latencies repeat
+        if len(quiet) > 1 and len(engines) > 1:  # one pass, or one network, says nothing of how well latencies repeat
             found += f"; latencies repeat within {median_error(quiet):.2%}, {max_spread:.2%} wanted"
         warnings.warn(f"This machine is busy: {found}", stacklevel=2)
     return merge(quiet)
