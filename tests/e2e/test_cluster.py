@@ -172,6 +172,12 @@ def test_more_threads_than_any_node_has(folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["threads", "top_k"])
+def test_numbers_below_1(name):
+    with pytest.raises(UsageError, match="a whole number from 1"):
+        Options(**{name: 0})
+
+
 def test_no_cluster_at_the_address(folder, tmp_path):
     command = [sys.executable, "-m", "efficientformer", "predict", str(folder), "--ray", "-o", str(tmp_path / "new")]
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}

@@ -26,7 +26,7 @@ from efficientformer.runtime.classifier import Failed, FileClassifier, Predictio
 from efficientformer.runtime.inputs import Input
 from efficientformer.runtime.records import arrow_schema, printable, record
 from efficientformer.spec.errors import EngineError, ImageError, UsageError, missing_extra
-from efficientformer.spec.fields import check_choice
+from efficientformer.spec.fields import check_choice, check_count
 
 FORMATS = ("parquet", "json")
 DONE_FILE = "_SUCCESS.json"
@@ -47,6 +47,9 @@ class Options:
         threads: CPU threads of a worker, which Ray reserves for it.
         top_k: Classes per picture.
         decode: ``exact`` or ``fast``.
+
+    Raises:
+        UsageError: If a number is not positive.
     """
 
     engine: str = "auto"
@@ -54,6 +57,10 @@ class Options:
     threads: int = 1
     top_k: int = 3
     decode: str = "exact"
+
+    def __post_init__(self) -> None:
+        check_count("number of threads", self.threads)
+        check_count("number of classes", self.top_k)
 
 
 @dataclass(frozen=True, slots=True)
