@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -244,25 +244,23 @@ def evaluate_model(
         (80.5, True)
     """
     from efficientformer.data.align import align
-    from efficientformer.data.sources import find_parts, open_source
     from efficientformer.evaluation.distributed import join
     from efficientformer.evaluation.evaluate import evaluate
 
     name = _without_config(model)
-    parts = find_parts(data)
-    part = _part(parts, split)
-    set_aside = part == "val" and "val" not in parts  # which pictures that are, the network knows
-    source = None if set_aside else open_source(data, part)
+    part, source = _pictures(data, split)
     with join() as team:
         with team.first_alone():
             predictor = _predictor(name, checkpoint, engine, precision, device, offline, download_progress)
-        labels, provenance = predictor.manifest.labels, predictor.manifest.provenance
+        manifest = predictor.manifest
         if source is None:
-            source = _set_aside(data, provenance)
-        own = part is None and provenance.get("source") in _TRAINED_HERE
+            source, note = _set_aside(data, manifest.provenance)
+        else:
+            note = _UNDIVIDED if part is None and manifest.provenance.get("source") in _TRAINED_HERE else ""
+        notes = (*getattr(source, "notes", ()), "" if manifest.labels else _UNNAMED, note)
         share = evaluate(
             predictor,
-            align(source, labels) if labels else source,
+            align(source, manifest.labels) if manifest.labels else source,
             batch_size=batch_size,
             workers=workers,
             rank=team.rank,
@@ -271,26 +269,39 @@ def evaluate_model(
             keep_outcomes=keep_outcomes,
             model=_called(name, checkpoint),
             data=f"{data} ({part})" if part else str(data),
-            notes=(*getattr(source, "notes", ()), *(() if labels else (_UNNAMED,)), *((_UNDIVIDED,) if own else ())),
+            notes=filter(None, notes),
         )
         return team.merged(share)
 
 
-def _set_aside(data: str | Path, provenance: Mapping[str, str]) -> ImageSource:
-    """Return the pictures that a network's training set aside of a data set without a validation part."""
+def _pictures(data: str | Path, split: str | None) -> tuple[str | None, ImageSource | None]:
+    """Return which part of a data set is measured, and its pictures.
+
+    The part is the one asked for, or its stand-in; None if there are no parts. The pictures are None where ``val`` is
+    asked for and there is neither it nor a stand-in: the network knows which its training set aside.
+    """
+    from efficientformer.data.sources import find_parts, open_source
+
+    parts = find_parts(data)
+    choice = {"val": ("val", "test"), "test": ("test", "val"), None: ("val", "test", "train")}.get(split, ())
+    part = next((name for name in choice if name in parts), split)
+    return part, None if part == "val" and part not in parts else open_source(data, part)
+
+
+def _set_aside(data: str | Path, provenance: Mapping[str, str]) -> tuple[ImageSource, str]:
+    """Return the pictures that a network's training set aside of a data set without a validation part, and a note.
+
+    Raises:
+        DataError: If the network does not say what was set aside.
+    """
     from efficientformer.data.sources import open_source, open_splits
 
     try:
         fraction, seed = float(provenance["val_fraction"]), int(provenance["seed"])
     except (KeyError, ValueError):  # not trained here
-        return open_source(data, "val")
-    return open_splits(data, fraction, seed).val
-
-
-def _part(parts: Collection[str], split: str | None) -> str | None:
-    """Return which part of a data set is measured: the one asked for, or its stand-in; None if it has no parts."""
-    choice = {"val": ("val", "test"), "test": ("test", "val"), None: ("val", "test", "train")}.get(split, ())
-    return next((name for name in choice if name in parts), split)
+        return open_source(data, "val"), ""
+    splits = open_splits(data, fraction, seed)
+    return splits.val, f"{splits.note}: what the network never learned from, if this is the data set of its training"
 
 
 def _predictor(

@@ -89,6 +89,7 @@ def test_it_learns_and_its_checkpoint_is_a_model_like_any_other(data, tmp_path):
     assert classify(data / "red" / "000.png").name == "red"
     again = evaluate_model(str(outcome.folder / "best.safetensors"), data, split="val")  # those that were set aside
     assert (again.images, again.top1) == (outcome.evaluation.images, outcome.evaluation.top1)
+    assert "set aside from the one set (seed 0): what the network never learned from" in again.notes[-1]
     assert again.images < evaluate_model(str(outcome.folder / "best.safetensors"), data).images
 
 
@@ -478,6 +479,8 @@ def test_the_batch_fits_the_pictures_that_can_be_read(tmp_path):
         (root / "red" / f"{name}.png").write_bytes(b"no picture")
     outcome = train(SHORT.with_changes(batch_size=64, mixup=1.0, epochs=1), root, tmp_path / "run")
     assert outcome.finished
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert [log.count(f"pictures: red/{name}.png:") for name in ("000", "001")] == [1, 1], "each is named, once"
     assert "instead of 64" in (tmp_path / "run" / "train.log").read_text()
     assert "red/000.png" in (tmp_path / "run" / "train.log").read_text()
 

@@ -13,7 +13,7 @@ from PIL import Image
 from efficientformer.data import fingerprint
 from efficientformer.data.check import check
 from efficientformer.data.fingerprint import BANDS, FINGERPRINT, NEAR_BITS, near_pairs
-from efficientformer.data.sources import VAL_FRACTION, open_source, split_indices
+from efficientformer.data.sources import VAL_FRACTION, open_source, open_splits, split_indices
 from efficientformer.spec.errors import DataError
 from efficientformer.spec.labels import synsets
 from efficientformer.training.recipe import Recipe
@@ -147,10 +147,11 @@ def test_classes_only_in_the_validation_part(data_set):
     assert (report.unknown_classes, report.ok) == (("fox",), False)
 
 
-def test_accents_written_in_two_ways_are_one_class(data_set):
+def test_names_that_training_takes_for_one_class_are_one(data_set):
     save(scene(98), data_set / "train/caf\u00e9/1.png")
-    save(scene(99), data_set / "val/cafe\u0301/1.png")
+    save(scene(99), data_set / "val/Cafe\u0301/1.png")
     assert check(data_set).ok
+    assert open_splits(data_set).val.classes == open_splits(data_set).train.classes
 
 
 def test_copies_that_a_training_would_divide(tmp_path):

@@ -1,13 +1,24 @@
 """What a slimming run's report draws, and what it reads for it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from efficientformer.reporting.page import png
-from efficientformer.slimming.report import Comparison, Finished, _importances, draw_path, read_comparisons
+from efficientformer.cli.slim import _line
+from efficientformer.latency.table import Cost, LatencyTable
+from efficientformer.reporting.page import Page, png
+from efficientformer.slimming.report import (
+    Comparison,
+    Finished,
+    _add_use,
+    _importances,
+    draw_path,
+    read_comparisons,
+)
 from efficientformer.slimming.search import Step
+from efficientformer.spec.arch import AttentionSpec
 from efficientformer.spec.errors import SpecError
 from tests.unit.test_slimming_search import SPACE
 
@@ -53,3 +64,24 @@ def test_comparisons_that_are_none_are_refused(tmp_path, entries):
     path.write_text(json.dumps(entries))
     with pytest.raises(SpecError):
         read_comparisons(path)
+
+
+def test_a_budget_that_is_not_held_is_said():
+    network = Finished(0.9, STEP, Path("x"), 91.0, measured_ms=1.6, quiet_ms=0.95)
+    assert _line(network) == "0.9 ms: top-1 91.00 %, predicted 1.000 ms, measured 0.950 ms; budget NOT held"
+    assert _line(dataclasses.replace(network, quiet_ms=0.8)).endswith("budget held")
+    assert "not measured" in _line(dataclasses.replace(network, measured_ms=None, quiet_ms=None))
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_what_to_do_with_it_is_what_the_budget_was_for(tmp_path, precision):
+    table = LatencyTable(
+        "openvino", precision, 1, "v1", AttentionSpec(), Cost(1, 0), {"mb4d 8 x4 at 4x4": Cost(1, 0)}, {}, 0.01, 9
+    )
+    page = Page("Slimming")
+    _add_use(page, [Finished(0.5, STEP, Path("run/x.safetensors"), 91.0)], table)
+    page.write(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert f"--engine openvino --precision {precision}" in text
+    assert "--target-latency 0.4ms" in text
+    assert ("efficientformer quantize" in text) == ("not quantised yet" in text) == (precision == "int8")

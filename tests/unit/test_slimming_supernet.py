@@ -1,6 +1,7 @@
 """The supernet and what is cut out of it: mixtures, inherited weights, channels by importance."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from efficientformer.data.loader import Batch
 from efficientformer.models.network import EfficientFormer
 from efficientformer.slimming.channels import axes_of, by_chance, by_importance, channel_scores, plan_cut
 from efficientformer.slimming.extract import Pool
+from efficientformer.slimming.importance import Importances
+from efficientformer.slimming.judging import Bench
 from efficientformer.slimming.moves import Action
 from efficientformer.slimming.space import IDENTITY, WITHOUT_ATTENTION, Candidate, Space
 from efficientformer.slimming.supernet import (
@@ -265,6 +268,21 @@ def test_a_supernet_file_is_read_back_and_a_damaged_one_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="no supernet"):
         load_supernet(path)
+
+
+@torch.no_grad()
+def test_the_search_takes_what_the_supernet_learned_last(tmp_path):
+    """The best epoch is an early one where the temperature was high, and was chosen by what scores the cuts."""
+    manifest = Manifest(V2, PreprocessSpec().with_input_size(V2.input_size), ("a", "b", "c"))
+    (tmp_path / "supernet").mkdir()
+    supernet = supernet_of(V2)
+    for name, alpha in (("best", 1.0), ("last", 2.0)):
+        for path in supernet.paths():
+            path.alpha[0] = alpha
+        save_supernet(tmp_path / "supernet" / f"{name}.safetensors", supernet, manifest)
+    Bench.write_importances(tmp_path)
+    written = json.loads((tmp_path / "importances.json").read_text())["paths"]
+    assert written == [list(row) for row in Importances.of(supernet.probabilities()).paths]
 
 
 def test_copies_are_supernets_too():

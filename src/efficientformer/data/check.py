@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from efficientformer.data.align import class_keys
+from efficientformer.data.align import class_keys, match_classes
 from efficientformer.data.fingerprint import FINGERPRINT, near_pairs, take
 from efficientformer.data.source import ImageSource
 from efficientformer.data.sources import VAL_FRACTION, WHOLE, find_parts, split_indices
@@ -397,9 +396,12 @@ def _obstacles(sources: Mapping[str, ImageSource], groups: Sequence[Group]) -> I
 
 
 def _comparable_classes(sources: Mapping[str, ImageSource]) -> dict[str, Sequence[str]]:
-    """Return the class names of every part; synsets where one part has all of ImageNet-1k and another only some."""
-    same = len({source.classes for source in sources.values()}) == 1
-    if same:
-        return {name: source.classes for name, source in sources.items()}
-    normal = partial(unicodedata.normalize, "NFC")  # one part may come from macOS, whose accents are two characters
-    return {name: tuple(map(normal, class_keys(source.classes))) for name, source in sources.items()}
+    """Return the class names of every part, in the words of the training part, or else the first: as training would."""
+    reference = sources.get("train", next(iter(sources.values()))).classes
+    keys = class_keys(reference)
+    found: dict[str, Sequence[str]] = {}
+    for part, source in sources.items():
+        labels = match_classes(source.classes, reference)
+        own = class_keys(source.classes)
+        found[part] = [keys[label] if label >= 0 else name for label, name in zip(labels, own, strict=True)]
+    return found
