@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import math
 import random
+import warnings
 
 import numpy as np
 import pytest
 
 from efficientformer.latency.design import TableSpace, all_parts, design, sample
 from efficientformer.latency.fit import fit_parts
-from efficientformer.latency.measure import build_table, measure_specs, merge, quiet_passes
+from efficientformer.latency.measure import _passes_missing, build_table, measure_specs
 from efficientformer.latency.parts import Part, parts_of, weights_of
 from efficientformer.latency.table import ELSEWHERE, HERE, Cost, LatencyTable
-from efficientformer.runtime.timing import Timing, environment
+from efficientformer.runtime.timing import environment
 from efficientformer.slimming.space import Space, table_space
 from efficientformer.spec.arch import AttentionSpec
 from efficientformer.spec.errors import SpecError, UsageError
@@ -109,7 +111,7 @@ def test_files_are_read_back_and_nothing_half_written(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"schema": 2}, {"costs": {}}, {"costs": {"mb4d 8 x4 at 4x4": [1]}}, {"costs": {"nonsense": [1, 1]}},
+        {"schema": 3}, {"costs": {}}, {"costs": {"mb4d 8 x4 at 4x4": [1]}}, {"costs": {"nonsense": [1, 1]}},
         {"costs": {"mb4d 8 x4 at 4x4": [-1.0, 0]}}, {"costs": [1]}, {"base": "x"}, {"engine": "tflite"}, {"extra": 1},
         {"spread": float("nan")}, {"weights": [[1, 2]]}, {"input_sizes": [[0, 1]]}, {"threads": True},
         {"environment": 3}, {"attention": {}, "family": "v3"},
@@ -120,6 +122,20 @@ def test_hostile_tables_are_refused(tmp_path, change):
     path.write_text(json.dumps(made_up().to_dict() | change))
     with pytest.raises(SpecError):
         LatencyTable.load(path)
+
+
+def test_a_table_of_an_older_version_is_to_be_measured_again(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(made_up().to_dict() | {"schema": 1}))
+    with pytest.raises(SpecError, match="older version.*(?s:.)*Measure it again"):
+        LatencyTable.load(path)
+
+
+def test_weights_cost_what_they_do_between_one_threshold_and_the_next():
+    millions = weights_of(SPEC) / 1e6
+    free = made_up(weights={}).predict(SPEC).ms
+    costs = {millions / 2: Cost(8.0, 0), millions / 4: Cost(4.0, 0), 2 * millions: Cost(100.0, 0)}
+    assert made_up(weights=costs).predict(SPEC).ms == pytest.approx(free + millions / 4 * 4.0 + millions / 2 * 8.0)
 
 
 def test_no_json_is_refused(tmp_path):
@@ -221,28 +237,21 @@ def test_error_bars_of_a_small_space_are_as_wide_as_its_errors(noise):
     assert max(found.error_ms / found.ms for found in predictions.values()) < 4 * noise
 
 
-def timings(*p10):
-    return [Timing(value * 1.1, value, value * 1.5, value * 0.9, 10) for value in p10]
+def test_small_networks_run_more_often():
+    large = v1_spec((96, 96, 96, 96), (2, 2, 2, 2), 0, input_size=64, num_classes=10)
+    small, other = measure_specs([SPEC, large], engine="onnxruntime", threads=1, passes=2, max_spread=1.0)
+    assert small.p10_ms < 1.0 < other.p10_ms
+    assert small.runs > 20  # of a network of a tenth of a millisecond
+    assert other.runs < small.runs
+    assert 0 < small.error_ms < small.p10_ms
 
 
-def test_busy_passes_are_left_out():
-    passes = [timings(1.0, 2.0), timings(1.8, 3.0), timings(1.01, 2.02), timings(1.0, 2.04)]
-    quiet = quiet_passes(passes)
-    assert quiet == [passes[0], passes[2], passes[3]]
-    merged = merge(quiet)
-    assert [round(each.p10_ms, 1) for each in merged] == [1.0, 2.0]
-    assert merged[0].runs == 30
-    assert merged[1].min_ms == pytest.approx(1.8)
-
-
-def test_a_network_disturbed_in_most_passes_is_known_by_the_others():
-    passes = [timings(1.0, 1.0, slow, 1.0) for slow in (2.0, 2.5, 2.0, 2.6, 2.8)]  # neighbours only ever slow it down
-    assert merge(passes)[2].p10_ms == pytest.approx(2.0, rel=0.06)
-
-
-def test_small_networks_run_often_enough_to_meet_a_quiet_moment():
-    (timing,) = measure_specs([SPEC], engine="onnxruntime", threads=1, rounds=10, max_spread=1.0)
-    assert timing.runs > 20  # of a network of a tenth of a millisecond
+@pytest.mark.parametrize(
+    ("done", "excess", "missing"),
+    [(1, math.inf, 47), (1, 0.5, 7), (8, 0.9, 0), (8, 1.2, 4), (8, 5.0, 40), (47, 1.001, 1), (48, 3.0, 0)],
+)
+def test_passes_are_added_until_latencies_are_known(done, excess, missing):
+    assert _passes_missing(done, excess, 8, 48) == missing
 
 
 def test_a_table_is_measured_and_predicts(tmp_path):
@@ -257,33 +266,34 @@ def test_a_table_is_measured_and_predicts(tmp_path):
     for spec in (SPEC, sample(SPACE, random.Random(9))):
         assert 0 < loaded.predict(spec).ms < 1000
         assert loaded.predict(spec).error_ms > 0
-    timing = measure_specs([SPEC], engine="onnxruntime", threads=1, rounds=10, max_spread=1.0)[0]
+    timing = measure_specs([SPEC], engine="onnxruntime", threads=1, passes=1, max_spread=1.0)[0]
     assert 0 < timing.min_ms <= timing.p10_ms <= timing.p90_ms
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_int8_networks_are_measured(engine):
     pytest.importorskip(engine)
-    timing = measure_specs([SPEC], engine=engine, precision="int8", threads=1, rounds=10, max_spread=1.0)[0]
+    timing = measure_specs([SPEC], engine=engine, precision="int8", threads=1, passes=1, max_spread=1.0)[0]
     assert timing.runs >= 10
 
 
 def test_a_machine_that_never_repeats_is_told(monkeypatch):
-    ticks = iter(range(10_000))
-    monkeypatch.setattr("efficientformer.latency.measure.MAX_PASSES", 3)
-    monkeypatch.setattr(
-        "efficientformer.latency.measure.take_turns",
-        lambda subjects, **_: dict(zip(subjects, timings(*((1.0, 2.0), (2.0, 1.0))[next(ticks) % 2]), strict=True)),
-    )
-    with pytest.warns(UserWarning, match="busy.*latencies repeat within"):
-        measure_specs([SPEC, SPEC], engine="onnxruntime", threads=1, rounds=20)
-    speeds = iter((1.0, 1.0, *range(2, 99)))  # of the passes
-    monkeypatch.setattr(
-        "efficientformer.latency.measure.take_turns",
-        lambda subjects, **_: dict(zip(subjects, timings(next(speeds)), strict=True)),
-    )
-    with pytest.warns(UserWarning, match="2 of 18 passes quiet, 3 wanted$"):  # one network repeats relative to itself
-        measure_specs([SPEC], engine="onnxruntime", threads=1, rounds=30)
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr("efficientformer.latency.measure.time_turn", lambda run, runs: [rng.uniform(1, 3)] * runs)
+    with pytest.warns(UserWarning, match="busy.*latencies repeat within .*, 1.00% wanted"):
+        measure_specs([SPEC, SPEC], engine="onnxruntime", threads=1)
+    with warnings.catch_warnings():  # one network repeats relative to itself
+        warnings.simplefilter("error")
+        measure_specs([SPEC], engine="onnxruntime", threads=1)
+
+
+def test_passes_differ_in_their_order(monkeypatch):
+    order = []
+    monkeypatch.setattr("efficientformer.latency.measure.time_turn", lambda run, runs: order.append(run) or [1.0] * runs)
+    measure_specs([SPEC] * 6, engine="onnxruntime", threads=1, passes=3)
+    first, second, third = (order[start : start + 6] for start in (6, 12, 18))  # the first six found the durations
+    assert set(map(id, first)) == set(map(id, second)) == set(map(id, third))
+    assert len({tuple(map(id, each)) for each in (first, second, third)}) > 1
 
 
 def test_nothing_to_measure_is_an_error():

@@ -1,11 +1,12 @@
 """From latencies of whole networks to the marginal costs of their parts.
 
-A part's cost is a smooth function of its channels: a constant, linear and quadratic terms and bends at three widths,
-all with factors that are not negative, for each kind of part and each map size. What every network has once (the call
-of the engine, the constants of embeddings and head) cannot be told apart, and stands in the base. The one thing that
-does not add up by parts is the cache: weights that no longer fit in it must be read from slower memory in every run.
-So the network's weights have a cost of their own, with bends at four sizes. The factors are fitted to relative errors,
-so that small networks count as much as large ones, and refitted with less weight on networks that stand out.
+A part's cost is a smooth function of its channels: a constant, linear and quadratic terms with a bend at the median
+width, all with factors that are not negative, for each kind of part and each map size. What every network has once (the
+call of the engine, the constants of embeddings and head) cannot be told apart, and stands in the base. The one thing
+that does not add up by parts is the cache: weights that no longer fit in it must be read from slower memory in every
+run. So the network's weights have a cost of their own, which grows as steeply as measured between each power of two and
+the next: steeply where a cache overflows, and less so once it is of no use any more. The factors are fitted to relative
+errors, so that small networks count as much as large ones, and refitted with less weight on networks that stand out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from efficientformer.latency.parts import Part, parts_of, weights_of
+from efficientformer.latency.parts import Part, parts_of, steps, weights_of
 from efficientformer.spec.arch import ArchSpec
 
 Array = npt.NDArray[np.float64]
@@ -31,7 +32,7 @@ HUBER = 2.0  # networks further off than this many robust standard deviations lo
 FOLDS = 8
 MILLION = 1e6
 BASE = "base"
-WEIGHT_QUANTILES = (0.2, 0.4, 0.6, 0.8)
+FEWEST_BEYOND = 8  # networks with more weights than the last power of two at which their cost bends
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Fit:
     Attributes:
         base: What every network costs.
         parts: Cost of every part asked for; its errors are such that the bars of whole networks are right.
-        weights: Threshold in millions of weights, and what each million beyond it costs.
+        weights: Threshold in millions of weights, and what each million between it and the next one costs.
         spread: Relative standard error of the prediction of a network the fit has not seen (cross-validation).
         errors: Relative error of each network when it was left out, (networks,).
     """
@@ -65,7 +66,7 @@ def fit_parts(specs: Sequence[ArchSpec], ms: Sequence[float], wanted: Sequence[P
     networks = [Counter(parts_of(spec)) for spec in specs]
     sizes = [weights_of(spec) / MILLION for spec in specs]
     knots = _knots({part.width for parts in networks for part in parts if part.is_block})
-    bends = sorted({round(float(size), 3) for size in np.quantile(np.array(sizes), WEIGHT_QUANTILES)})
+    bends = _bends(sizes)
     rows = [_row(parts, size, knots, bends) for parts, size in zip(networks, sizes, strict=True)]
     columns = {term: index for index, term in enumerate(dict.fromkeys(term for row in rows for term in row))}
     matrix = np.stack([_vector(row, columns) for row in rows])
@@ -113,7 +114,7 @@ def _factor(own: Array, errors: Array, spread: float) -> float:
 
 def _row(parts: Mapping[Part, int], size: float, knots: Sequence[float], bends: Sequence[float]) -> dict[Term, float]:
     """Return the terms of a network and their values; ``size`` is in millions of weights."""
-    row: dict[Term, float] = {("weights", bend): max(0.0, size - bend) for bend in bends}
+    row: dict[Term, float] = {("weights", bend): share for bend, share in zip(bends, steps(size, bends), strict=True)}
     for part, count in parts.items():
         for term, value in _terms(part, knots).items():
             row[term] = row.get(term, 0.0) + count * value
@@ -128,9 +129,18 @@ def _vector(terms: Mapping[Term, float], columns: Mapping[Term, int]) -> Array:
 
 
 def _knots(widths: Collection[int]) -> tuple[float, ...]:
-    """Return the quartiles of the widths of blocks: where a cost may bend."""
-    quartiles = np.quantile(list(widths), (0.25, 0.5, 0.75)) if len(widths) > 4 else ()
-    return tuple(float(width) for width in quartiles)
+    """Return the median of the widths of blocks, where a cost may bend; nothing if there are few."""
+    return (float(np.median(list(widths))),) if len(widths) > 4 else ()
+
+
+def _bends(sizes: Sequence[float]) -> tuple[float, ...]:
+    """Return the powers of two, in millions of weights, at which the cost of weights may change.
+
+    They begin above the smallest network, as what all have is in the costs of parts; enough networks are beyond each.
+    """
+    largest = sorted(sizes)[-min(len(sizes), FEWEST_BEYOND)]
+    first, last = math.ceil(math.log2(min(sizes))), math.floor(math.log2(largest))
+    return tuple(2.0**power for power in range(first, last + 1))
 
 
 def _terms(part: Part, knots: Sequence[float]) -> dict[Term, float]:
@@ -146,6 +156,8 @@ def _terms(part: Part, knots: Sequence[float]) -> dict[Term, float]:
         terms = {BASE: 1.0, "width2": width * width}
     else:  # the width it puts out is the dim of the next embedding or of the head: together one linear term
         terms = {"dim": dim, "dim width": dim * width}
+        for knot in knots:  # engines do less in a second with few channels
+            terms |= {f"dim to {knot:g}": min(dim, knot / UNIT) * width, f"width to {knot:g}": dim * min(width, knot / UNIT)}
     return {(*group, name): value for name, value in terms.items()}
 
 

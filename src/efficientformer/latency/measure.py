@@ -1,33 +1,35 @@
 """Networks without trained weights, timed on the engine a user will run; and latency tables made of such timings.
 
-A shared machine is quiet only now and then. So networks are timed together in passes; a pass in which all of them were
-slow says nothing and is left out; each network's latency relative to the others is taken from each pass left, and
-passes are added until these agree. Neighbours disturb single networks as well, and only ever make them slower: so a
-turn lasts long enough to meet a quiet moment, and the lower quartile over the passes counts. What is reported as a
-network's latency is the 10th percentile of its runs: of the figures one could report it repeats best from session to
+Networks are timed together in passes, every pass in another order, with many short turns rather than few long ones:
+what disturbs a shared machine lasts longer than a turn, so that one turn tells little more if it is longer. Small
+networks, which it disturbs most, have more turns. What the turns around one say of the machine's speed is taken out of
+it (see ``latency.drift``), and passes are added until latencies are known well enough. What is reported as a network's
+latency is the 10th percentile of a turn's runs: of the figures one could report it repeats best from session to
 session, and on a quiet machine the median is little higher.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from efficientformer.latency.design import TableSpace, all_parts, design
+from efficientformer.latency.drift import without_drift
 from efficientformer.latency.fit import fit_parts
 from efficientformer.latency.graph import write_network
 from efficientformer.latency.table import Cost, LatencyTable
 from efficientformer.runtime.engines import open_engine
-from efficientformer.runtime.timing import Timing, environment, take_turns, time_turn
+from efficientformer.runtime.timing import Timing, environment, time_turn
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import UsageError
 
@@ -37,12 +39,23 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]  # told what is done, how much of it, and of how much
 
 NETWORKS = 160
-RUNS_PER_PASS = 10  # at least, in two turns
-TURN_S = 0.025  # a turn lasts so long at least: small networks run more often
-MIN_PASSES, MAX_PASSES = 4, 24
-QUIET = 1.05  # a pass counts if the networks took no more than this times the quickest pass's time
+TURN_RUNS, TURN_S = 2, 0.010  # a turn has so many runs and lasts so long at least
+SHORT_MS, MOST_TURNS = 2.0, 3  # a network below it has as many turns in a pass as go into it, at most so many
+MIN_PASSES, MAX_PASSES = 8, 48
 MAX_SPREAD = 0.01
 PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime",)}
+
+
+@dataclass(frozen=True, slots=True)
+class Latency(Timing):
+    """How long a network took; all but ``p10_ms`` is what the runs took, whatever the machine did beside them.
+
+    Attributes:
+        p10_ms: 10th percentile of the runs, where the machine is as fast as in the fastest quarter of the measurement.
+        error_ms: Its standard error, relative to networks measured together with it.
+    """
+
+    error_ms: float
 
 
 def measure_specs(
@@ -51,10 +64,10 @@ def measure_specs(
     engine: str = "auto",
     precision: str = "auto",
     threads: int | None = None,
-    rounds: int = MIN_PASSES * RUNS_PER_PASS,
+    passes: int = MIN_PASSES,
     max_spread: float = MAX_SPREAD,
     progress: Progress | None = None,
-) -> list[Timing]:
+) -> list[Latency]:
     """Time networks with random weights, one picture at a time, in turns.
 
     Args:
@@ -62,9 +75,9 @@ def measure_specs(
         engine: As for ``open_engine``.
         precision: As for ``open_engine``; for ``int8`` the networks are quantised on random pictures.
         threads: As for ``open_engine``.
-        rounds: Runs of each network at least.
-        max_spread: Passes are added, up to six times ``rounds``, until the relative standard error of a latency is
-            below this for half of the networks.
+        passes: Passes over the networks at least, each of two runs or more.
+        max_spread: Passes are added, up to six times ``passes``, until the relative standard error of a latency is
+            at most this for half of the networks.
         progress: Told how it goes.
 
     Returns:
@@ -76,7 +89,6 @@ def measure_specs(
         MissingExtraError: If a library is not installed.
     """
     with opened(specs, engine, precision, threads, progress) as engines:
-        passes = max(1, -(-rounds // RUNS_PER_PASS))
         return time_engines(engines, min_passes=passes, max_spread=max_spread, progress=progress)
 
 
@@ -168,81 +180,78 @@ def time_engines(
     min_passes: int = MIN_PASSES,
     max_spread: float = MAX_SPREAD,
     progress: Progress | None = None,
-) -> list[Timing]:
-    """Time opened networks in turns, pass by pass, until enough quiet passes agree.
+) -> list[Latency]:
+    """Time opened networks in turns, pass by pass, until their latencies are known well enough.
 
     Args:
         engines: The opened networks.
-        min_passes: Quiet passes at least.
+        min_passes: Passes at least.
         max_spread: See ``measure_specs``.
         progress: Told how it goes.
     """
     rng = np.random.default_rng(0)
-    subjects = {}
-    for index, each in enumerate(engines):
+    subjects = []
+    for each in engines:
         spec = each.manifest.spec
         picture = rng.standard_normal((1, spec.in_chans, *spec.input_size), dtype=np.float32)
-        subjects[str(index)] = _turn(partial(each.run, picture))
+        subjects.append(_Subject.of(partial(each.run, picture)))
+    numbers = [number for number, subject in enumerate(subjects) for _ in range(subject.turns)]
+    shuffle = random.Random(0).shuffle
+    order: list[int] = []  # the network of each turn
+    timings: list[Timing] = []
     most = max(MAX_PASSES, 6 * min_passes)
-    passes: list[list[Timing]] = []
-    while len(passes) < most:
-        timings = take_turns(subjects, rounds=RUNS_PER_PASS, burst=RUNS_PER_PASS // 2)
-        passes.append([timings[name] for name in subjects])
-        quiet = quiet_passes(passes)
+    for done in range(1, most + 1):
+        shuffle(numbers)
+        order += numbers
+        timings += [subjects[number].turn() for number in numbers]
+        latencies, errors = without_drift(order, [timing.p10_ms for timing in timings])
+        spread = float(np.median(errors / latencies))
+        missing = _passes_missing(done, spread / max_spread, min_passes, most)
         if progress is not None:
-            progress("timing", min(len(quiet), min_passes), min_passes)
-        if len(quiet) >= min_passes and median_error(quiet) <= max_spread:
+            progress("timing", done, done + missing)
+        if not missing:
             break
-    else:
-        found = f"{len(quiet)} of {len(passes)} passes quiet, {min_passes} wanted"
-        if len(quiet) > 1 and len(engines) > 1:  # one pass, or one network, says nothing of how well latencies repeat
-            found += f"; latencies repeat within {median_error(quiet):.2%}, {max_spread:.2%} wanted"
+    if spread > max_spread and len(engines) > 1:  # a single network says nothing of how well latencies repeat
+        found = f"latencies repeat within {spread:.2%}, {max_spread:.2%} wanted"
         warnings.warn(f"This machine is busy: {found}", stacklevel=2)
-    return merge(quiet)
-
-
-def _turn(run: Callable[[], object]) -> Callable[[int], list[float]]:
-    """Return a network's turn: as many runs as it is asked for, or more if they are short."""
-    least = math.ceil(TURN_S / min(time_turn(run, 3)))
-    return lambda count: time_turn(run, max(count, least))
-
-
-def quiet_passes(passes: Sequence[Sequence[Timing]]) -> list[Sequence[Timing]]:
-    """Return the passes in which the machine was quiet: near the quickest in the geometric mean of all networks."""
-    levels = [_level(each) for each in passes]
-    return [each for each, level in zip(passes, levels, strict=True) if level <= QUIET * min(levels)]
-
-
-def median_error(passes: Sequence[Sequence[Timing]]) -> float:
-    """Return the relative standard error of a latency, relative to the other networks', of the median network."""
-    ratios = _ratios(passes)
-    if len(ratios) < 2:
-        return float("inf")
-    return float(np.median(ratios.std(0, ddof=1) / ratios.mean(0)) / np.sqrt(len(ratios)))
-
-
-def merge(passes: Sequence[Sequence[Timing]]) -> list[Timing]:
-    """Return one timing for each network from several passes: the lower quartile of its ratios, at the usual level."""
-    level = float(np.median([_level(each) for each in passes]))
-    p10 = np.quantile(_ratios(passes), 0.25, axis=0) * level
-    columns = list(zip(*passes, strict=True))  # the passes of each network
     return [
-        Timing(
-            median_ms=float(np.median([timing.median_ms for timing in timings])),
-            p10_ms=float(value),
-            p90_ms=float(np.median([timing.p90_ms for timing in timings])),
-            min_ms=min(timing.min_ms for timing in timings),
-            runs=sum(timing.runs for timing in timings),
-        )
-        for timings, value in zip(columns, p10, strict=True)
+        _merged([timing for each, timing in zip(order, timings, strict=True) if each == number], *values)
+        for number, values in enumerate(zip(latencies.tolist(), errors.tolist(), strict=True))
     ]
 
 
-def _level(timings: Sequence[Timing]) -> float:
-    """Return the geometric mean of the networks' latencies in one pass."""
-    return float(np.exp(np.mean(np.log([timing.p10_ms for timing in timings]))))
+def _passes_missing(done: int, excess: float, least: int, most: int) -> int:
+    """Return how many passes are missing after ``done`` that left the error ``excess`` times what is wanted."""
+    wanted = done if excess <= 1 else most
+    if 1 < excess < math.inf:
+        wanted = min(most, max(done + 1, math.ceil(done * excess**2)))  # errors fall with the root of the passes
+    return max(wanted, least, done) - done
 
 
-def _ratios(passes: Sequence[Sequence[Timing]]) -> npt.NDArray[np.float64]:
-    """Return each network's latency over the level of its pass, (passes, networks)."""
-    return np.array([[timing.p10_ms / _level(each) for timing in each] for each in passes])
+@dataclass(frozen=True)
+class _Subject:
+    """A network to time: what runs it, the runs of a turn, and its turns in a pass."""
+
+    run: Callable[[], object]
+    runs: int
+    turns: int
+
+    @classmethod
+    def of(cls, run: Callable[[], object]) -> _Subject:
+        ms = 1000 * min(time_turn(run, 3))
+        return cls(run, max(TURN_RUNS, math.ceil(1000 * TURN_S / ms)), min(MOST_TURNS, math.ceil(SHORT_MS / ms)))
+
+    def turn(self) -> Timing:
+        return Timing.of(time_turn(self.run, self.runs))
+
+
+def _merged(turns: Sequence[Timing], p10_ms: float, error_ms: float) -> Latency:
+    """Return one figure for a network from its turns."""
+    return Latency(
+        median_ms=float(np.median([turn.median_ms for turn in turns])),
+        p10_ms=p10_ms,
+        p90_ms=float(np.median([turn.p90_ms for turn in turns])),
+        min_ms=min(turn.min_ms for turn in turns),
+        runs=sum(turn.runs for turn in turns),
+        error_ms=error_ms,
+    )

@@ -6,6 +6,7 @@ What is compared are marginal costs where blocks repeat: a graph of several bloc
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from efficientformer.latency.graph import INPUT, GraphWriter, map_block, token_block, weighted_attention
-from efficientformer.latency.measure import PACKAGES, Progress, time_engines
+from efficientformer.latency.measure import PACKAGES, Latency, Progress, time_engines
 from efficientformer.runtime.engines import open_engine
-from efficientformer.runtime.timing import Timing, environment
+from efficientformer.runtime.timing import environment
 from efficientformer.spec.arch import BlockSpec, StageSpec
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.manifest import Manifest
@@ -26,7 +27,7 @@ PICTURE = (224, 224)
 GRID, WIDTH, HIDDEN = (14, 14), 224, 896  # stage 3 of EfficientFormer-L1
 TOKENS = GRID[0] * GRID[1]
 BLOCKS = 4
-MIN_PASSES, MAX_SPREAD = 8, 0.01  # see latency.measure
+MIN_PASSES, MAX_SPREAD = 16, 0.01  # see latency.measure
 CLASSES = 10
 MARGIN = 0.05  # differences below this share of the larger figure, or within the spread, are called none
 
@@ -251,22 +252,18 @@ def _mlps(kind: str, activation: str) -> Build:
     return build
 
 
-def _variant(timings: dict[str, Timing], label: str, name: str, *, blocks: int = 0) -> Variant:
+def _variant(timings: dict[str, Latency], label: str, name: str, *, blocks: int = 0) -> Variant:
     """Return the figure of a subject, or of one of its blocks: it less the subject without blocks."""
     timing, base = timings[name], timings["none"] if blocks else None
-    error = _error(timing) + (_error(base) if base else 0.0)
+    error = 2 * math.hypot(timing.error_ms, base.error_ms if base else 0.0)
     ms = timing.p10_ms - (base.p10_ms if base else 0.0)
     return Variant(label, max(0.0, ms) / max(1, blocks), error / max(1, blocks))
-
-
-def _error(timing: Timing) -> float:
-    return max(0.0, timing.p10_ms - timing.min_ms)
 
 
 def _slower(first: Variant, second: Variant) -> bool:
     """Whether the first is plainly slower: beyond the margin and beyond both spreads."""
     gap = first.ms - second.ms
-    return gap > MARGIN * first.ms and gap > first.error_ms + second.error_ms
+    return gap > MARGIN * first.ms and gap > math.hypot(first.error_ms, second.error_ms)
 
 
 def _ratio(first: Variant, second: Variant) -> str:
@@ -277,7 +274,7 @@ def _figure(variant: Variant) -> str:
     return f"{variant.ms:.3f} ms (within {variant.error_ms:.3f})"
 
 
-def _stems(timings: dict[str, Timing]) -> Observation:
+def _stems(timings: dict[str, Latency]) -> Observation:
     patch16 = _variant(timings, "patch embedding 16x16, stride 16", "patch 16")
     stem16 = _variant(timings, "four 3x3 convolutions of stride 2", "stem 16")
     patch4 = _variant(timings, "patch embedding 7x7, stride 4", "patch 4")
@@ -293,7 +290,7 @@ def _stems(timings: dict[str, Timing]) -> Observation:
     return Observation("Patch embedding against convolution stem", claim, variants, holds, verdict)
 
 
-def _mixers(timings: dict[str, Timing]) -> Observation:
+def _mixers(timings: dict[str, Latency]) -> Observation:
     pool = _variant(timings, "block with pooling (MB4D)", "pool", blocks=BLOCKS)
     tokens = _variant(timings, "block with attention on tokens (MB3D)", "tokens", blocks=BLOCKS)
     maps = _variant(timings, "block with attention on maps", "maps", blocks=BLOCKS)
@@ -311,7 +308,7 @@ def _mixers(timings: dict[str, Timing]) -> Observation:
     return Observation("Token mixers with and without reshapes", claim, variants, holds, verdict)
 
 
-def _norms(timings: dict[str, Timing]) -> Observation:
+def _norms(timings: dict[str, Latency]) -> Observation:
     conv = _variant(timings, "MLP of convolutions, BatchNorm folded", "conv gelu", blocks=BLOCKS)
     linear = _variant(timings, "MLP of LayerNorm and linear layers", "linear gelu", blocks=BLOCKS)
     holds = _slower(linear, conv)
@@ -323,7 +320,7 @@ def _norms(timings: dict[str, Timing]) -> Observation:
     return Observation("Conv-BN against LayerNorm-Linear", claim, (conv, linear), holds, verdict)
 
 
-def _activations(timings: dict[str, Timing]) -> Observation:
+def _activations(timings: dict[str, Latency]) -> Observation:
     relu = _variant(timings, "ReLU", "conv relu", blocks=BLOCKS)
     gelu = _variant(timings, "GELU", "conv gelu", blocks=BLOCKS)
     swish = _variant(timings, "hard-swish", "conv hardswish", blocks=BLOCKS)

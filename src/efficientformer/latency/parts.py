@@ -7,7 +7,9 @@ position has the same key: ``mb4d 64 x4 at 16x16``, ``embedding conv 32-64 at 8x
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from efficientformer.spec.arch import BLOCK_KINDS, ArchSpec
@@ -99,3 +101,9 @@ def parts_of(spec: ArchSpec) -> tuple[Part, ...]:
 def weights_of(spec: ArchSpec) -> int:
     """Return the weights of a network as it is deployed: with one head."""
     return sum(part.count.params for part in count_parts(spec) if part.name != "head_dist")
+
+
+def steps(size: float, bends: Sequence[float]) -> list[float]:
+    """Return how much of ``size`` lies between each of the ascending ``bends`` and the next; the last has no end."""
+    ends = (*bends, math.inf)[1:]
+    return [max(0.0, min(size, end) - bend) for bend, end in zip(bends, ends, strict=True)]

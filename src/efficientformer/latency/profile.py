@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from efficientformer.latency.graph import OUTPUT
-from efficientformer.latency.measure import PACKAGES, Progress, time_engines
+from efficientformer.latency.measure import PACKAGES, Latency, Progress, time_engines
 from efficientformer.latency.names import name_nodes, part_in
 from efficientformer.runtime.engines import Engine, open_engine
 from efficientformer.runtime.processor import available_cores
-from efficientformer.runtime.timing import Timing, environment
+from efficientformer.runtime.timing import environment
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.count import count_parts
 
@@ -80,7 +80,7 @@ class Profile:
     model: str
     engine: str
     threads: int | None
-    latency: Timing
+    latency: Latency
     operators: tuple[OperatorTime, ...]
     spec: ArchSpec
     environment: dict[str, Any]

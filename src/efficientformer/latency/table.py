@@ -19,12 +19,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from efficientformer.latency.parts import Part, parts_of, weights_of
+from efficientformer.latency.parts import Part, parts_of, steps, weights_of
 from efficientformer.spec.arch import BLOCK_KINDS, ArchSpec, AttentionSpec, load_json
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.fields import check_choice, check_int, check_keys, check_number
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had other costs of weights
 MAX_PARTS = 200_000
 MAX_MS = 1e6
 ENGINE_KEYS = ("onnxruntime", "openvino")
@@ -78,7 +78,7 @@ class LatencyTable:
         attention: Sizes of their attentions.
         base: What every network costs.
         costs: Cost of each part, by key (see ``latency.parts``).
-        weights: Threshold in millions of weights, and the cost of each million beyond it.
+        weights: Threshold in millions of weights, ascending, and the cost of each million from it to the next one.
         spread: Relative standard error of a prediction, from networks that the fit had not seen.
         networks: How many networks were measured.
         environment: Where it was measured: ``runtime.timing.environment`` and the engine's name.
@@ -121,7 +121,7 @@ class LatencyTable:
             check_number("threshold of a latency table in millions of weights", threshold, 0, 1e6)
             if not isinstance(cost, Cost):
                 raise SpecError("Illegal cost of weights", expected="a Cost", found=type(cost).__name__)
-        object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
+        object.__setattr__(self, "weights", MappingProxyType(dict(sorted(self.weights.items()))))
         object.__setattr__(self, "costs", MappingProxyType(dict(self.costs)))
         object.__setattr__(self, "environment", MappingProxyType(dict(self.environment)))
 
@@ -168,8 +168,8 @@ class LatencyTable:
             assert cost is not None
             ms += count * cost.ms
             variance += (count * cost.error_ms) ** 2
-        millions = weights_of(spec) / 1e6
-        ms += sum(max(0.0, millions - threshold) * cost.ms for threshold, cost in self.weights.items())
+        millions = steps(weights_of(spec) / 1e6, tuple(self.weights))
+        ms += sum(share * cost.ms for share, cost in zip(millions, self.weights.values(), strict=True))
         return LatencyPrediction(ms, 2 * math.sqrt(variance + (self.spread * ms) ** 2))
 
     def _check_kind(self, spec: ArchSpec) -> None:
@@ -257,6 +257,9 @@ class LatencyTable:
         """
         if isinstance(data, dict):
             data = dict(data)
+            if data.get("schema") == 1:
+                raise SpecError("The latency table is of an older version", expected="schema 2", found="schema 1",
+                                hint="Measure it again: efficientformer latency-table --output FILE.json")  # fmt: skip
             check_choice("latency table schema", data.pop("schema", None), (SCHEMA,))
         fields = check_keys("the latency table", data, cls)
         fields["attention"] = AttentionSpec(**check_keys("attention", fields["attention"], AttentionSpec))
