@@ -101,12 +101,12 @@ def main() -> None:
         with opened(specs, engine, precision, options.threads) as engines:
             timings = time_engines(engines, max_spread=options.max_spread)
             count = len(sample_specs)
-            table = table_of(space, sample_specs, timings[:count], engines[0], threads=options.threads)
+            measured = [timing.ms for timing in timings]
+            table = table_of(space, sample_specs, measured[:count], engines[0], threads=options.threads)
         seconds = time.perf_counter() - start
         if options.tables is not None:
             table.save(options.tables / f"{engine}-{precision}.json")
-        specs, timings = specs[count:], timings[count:]
-        figures = judge(table, specs, [timing.p10_ms for timing in timings])
+        figures = judge(table, specs[count:], measured[count:])
         figures |= {"seconds": round(seconds, 1), "table_networks": table.networks, "spread": table.spread}
         short = {name: value for name, value in figures.items() if not isinstance(value, list)}
         print(f"{engine} {precision}: {short}", flush=True)

@@ -138,7 +138,7 @@ def latencies(specs: Sequence[ArchSpec], plan: Plan) -> list[float]:
         files = [write_peer(name, specs[0], root / f"{name}.onnx") for name in PEERS]
         files += [write_network(spec, root / f"{index}.onnx") for index, spec in enumerate(specs)]
         engines = [open_engine(f, plan.engine, precision=plan.precision, threads=plan.threads) for f in files]
-        return [timing.p10_ms for timing in time_engines(engines)]
+        return [latency.ms for latency in time_engines(engines)]
 
 
 def peer_latency(start: ArchSpec, plan: Plan, table: LatencyTable) -> float:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientformer.export.deployable import check_weights, deployable
+from efficientformer.export.deployable import check_weights, deployable, file_of
 from efficientformer.runtime.choice import choose
 from efficientformer.runtime.classifier import EngineClassifier
 from efficientformer.runtime.engines import ENGINES, PRECISIONS, Engine, check_threads, open_engine
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from efficientformer.weights.cache import Progress as DownloadProgress
 
 _UNNAMED = "these weights do not name their classes: the data set's order of classes is taken for theirs"
-_UNDIVIDED = (
-    "the data set has no parts: pictures that this network was trained on may be among those measured; "
+_SEEN = (
+    "pictures that this network was trained on may be among those measured; "
     "split val leaves them out, where it is the data set of the training"
 )
+_WHY_SEEN = {None: "the data set has no parts", "train": "this is the training part"}
 _TRAINED_HERE = ("trained", "slimmed")  # sources of manifests whose training may have set its own pictures aside
 TORCH_ENGINES = ("torch", "torch-compile")
 EVALUATION_ENGINES = ("auto", "torch", *ENGINES[1:])
@@ -256,8 +257,9 @@ def evaluate_model(
         if source is None:
             source, note = _set_aside(data, manifest.provenance)
         else:
-            note = _UNDIVIDED if part is None and manifest.provenance.get("source") in _TRAINED_HERE else ""
-        notes = (*getattr(source, "notes", ()), "" if manifest.labels else _UNNAMED, note)
+            seen = part in _WHY_SEEN and manifest.provenance.get("source") in _TRAINED_HERE
+            note = f"{_WHY_SEEN[part]}: {_SEEN}" if seen else ""
+        notes = (*source.notes, "" if manifest.labels else _UNNAMED, note)
         share = evaluate(
             predictor,
             align(source, manifest.labels) if manifest.labels else source,
@@ -315,10 +317,11 @@ def _predictor(
 ) -> Engine:
     """Open a network in torch, or as an exported file; which of the two is settled here and nowhere else."""
     check_choice("engine", engine, EVALUATION_ENGINES)
-    exported = str(checkpoint or model).endswith(".onnx")
+    exported = str(checkpoint or file_of(model)).endswith(".onnx")
     if engine == "torch" and exported:
         raise UsageError("An exported file does not run in torch", hint="Leave out --engine, or give its checkpoint")
-    if engine == "torch" or (engine == "auto" and not exported and find_spec("torch") is not None):
+    quantised = precision == "int8"  # a file that ``quantize`` made, whatever names the network
+    if engine == "torch" or (engine == "auto" and not exported and not quantised and find_spec("torch") is not None):
         return _in_torch(model, checkpoint, precision, device, offline, progress)
     if device not in ("auto", "cpu"):
         raise UsageError("Only torch lets you choose the device", found=f"device {device}", hint="Use --engine torch")
@@ -350,7 +353,7 @@ def _in_torch(
     from efficientformer.weights.pretrained import build, load_named
 
     check_weights(model, checkpoint)
-    name = model or str(checkpoint or EMBEDDED)
+    name = file_of(model) or model or str(checkpoint or EMBEDDED)
     if name.endswith(".onnx") or str(checkpoint).endswith(".onnx"):
         raise UsageError("An exported file does not run in torch", hint="Take another engine, or give its checkpoint")
     if threads is not None:
@@ -375,7 +378,7 @@ def _without_config(model: str) -> str:
 def _called(model: str, checkpoint: str | Path | None) -> str:
     """Return what to call a network in results: its canonical name, and the weights it was given."""
     weights = Path(checkpoint).name if checkpoint else ""
-    if model.endswith(FILE_SUFFIXES) or Path(model).is_file():
+    if file_of(model) is not None:
         return Path(model).name
     if weights and not model:
         return weights

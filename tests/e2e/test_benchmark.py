@@ -1,14 +1,16 @@
 """``efficientformer benchmark`` as a user runs it, on the network in the package, with few rounds."""
 
 import json
+import shutil
 import sys
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
-from efficientformer.benchmarking.benchmark import _entries, _for_picture
+from efficientformer.benchmarking.benchmark import _entries, _for_picture, benchmark
 from efficientformer.benchmarking.subject import RefusedError, Subject
+from efficientformer.export.deployable import quantised_file
 from efficientformer.spec.errors import EngineError
 
 ONNX = Path(str(files("efficientformer") / "assets" / "efficientformer_cifar10.onnx"))
@@ -134,3 +136,46 @@ def test_a_subject_that_refuses_and_one_that_dies():
         Subject(child("raise EngineError('not here')"))
     with pytest.raises(EngineError, match=r"ended with code 1.*ValueError: broken"):
         Subject(child("raise ValueError('broken')"))
+
+
+def test_a_subject_that_dies_is_named_and_the_others_are_kept(monkeypatch):
+    """As one does that runs out of memory at a larger batch."""
+    original = Subject.turn
+
+    def turn(self, run, count, *, wake=True):
+        if self.facts["engine"] == "onnxruntime" and run == "2":
+            self._process.kill()
+        return original(self, run, count, wake=wake)
+
+    monkeypatch.setattr(Subject, "turn", turn)
+    found = benchmark([str(ONNX)], precision="fp32", batches=(1, 2), rounds=6, threads=1)
+    assert [(row.engine, row.batch) for row in found.rows] == [("openvino", 1), ("openvino", 2)]
+    assert all(row.relative == 1 for row in found.rows)
+    reasons = {each.engine: each.reason for each in found.unavailable}
+    assert "ended with code -9" in reasons["onnxruntime"]
+    assert set(reasons) == {"onnxruntime", "torch"}
+
+
+def test_a_process_that_dies_over_the_picture_costs_its_steps_alone(monkeypatch):
+    original = Subject.turn
+
+    def turn(self, run, count, *, wake=True):
+        if run == "file to label":
+            self._process.kill()
+        return original(self, run, count, wake=wake)
+
+    monkeypatch.setattr(Subject, "turn", turn)
+    found = benchmark([str(ONNX)], engine="onnxruntime", precision="fp32", rounds=3, threads=1)
+    assert (len(found.rows), found.pictures) == (1, ())
+    assert "ended with code -9" in found.unavailable[0].reason
+
+
+def test_a_folder_that_quantize_wrote_is_a_network(cli, tmp_path):
+    for name in ("a-int8", "b-int8"):
+        (tmp_path / name).mkdir()
+        shutil.copy(quantised_file(""), tmp_path / name / "model.onnx")
+    code, out, err = cli("benchmark", tmp_path / "a-int8", tmp_path / "b-int8", "--precision", "int8", "--json", *FAST)
+    assert code == 0, err
+    found = json.loads(out)
+    assert {row["model"] for row in found["rows"]} == {"a-int8", "b-int8"}
+    assert all("exported file" in each["reason"] or "int8" in each["reason"] for each in found["unavailable"])

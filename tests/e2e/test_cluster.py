@@ -5,17 +5,19 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
 import pyarrow as arrow
 import pytest
 import ray
 from pyarrow import dataset
 
+from efficientformer.cluster import storage
 from efficientformer.cluster.predict import DONE_FILE, Attempts, Options, Worker, predict_on_cluster
 from efficientformer.cluster.storage import Place
 from efficientformer.export.deployable import embedded_file
-from efficientformer.runtime.classifier import FileClassifier
+from efficientformer.runtime.classifier import FileClassifier, Prediction
 from efficientformer.runtime.records import arrow_schema
 from efficientformer.spec.errors import DataError, UsageError
 from tests.pictures import write_folders
@@ -229,3 +231,38 @@ def test_a_name_that_is_no_text(tmp_path):
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(b"")
     with pytest.raises(DataError, match="UTF-8"):
         Place.of(str(tmp_path)).pictures()
+
+
+def test_circles_of_links_end(tmp_path):
+    root = write_folders(tmp_path / "images", per_class=1)
+    for name in ("back", "again"):
+        (root / "green" / name).symlink_to(root, target_is_directory=True)
+    names = sorted(str(path) for path in root.glob("*/*.png"))
+    assert len(names) == 3
+    assert Place.of(str(root)).pictures() == Place.of(root.as_uri()).pictures() == names
+
+
+def test_a_local_path_has_the_slashes_of_pyarrow(monkeypatch):
+    monkeypatch.setattr(storage, "Path", lambda name: SimpleNamespace(absolute=lambda: PureWindowsPath("C:\\", name)))
+    assert Place.of("pictures").path == "C:/pictures"
+
+
+@pytest.mark.parametrize("numbers", [{"part_size": 0}, {"part_size": -1}, {"workers": 0}, {"workers": -2}])
+def test_numbers_of_parts_and_workers_below_1(folder, tmp_path, numbers):
+    with pytest.raises(UsageError, match="a whole number from 1"):
+        predict_on_cluster(str(folder), str(tmp_path / "new"), embedded_file(), OPTIONS, **numbers)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_engine_opens_a_file_that_is_open_nowhere_else(folder, monkeypatch):
+    """Windows would refuse it."""
+    original = FileClassifier.__init__
+
+    def spy(self, path, **options):
+        assert not any(os.path.realpath(entry) == str(path) for entry in Path("/proc/self/fd").iterdir())
+        original(self, path, **options)
+
+    monkeypatch.setattr(FileClassifier, "__init__", spy)
+    place, model = Place.of(str(folder)), ray.put(embedded_file().read_bytes())
+    worker = Worker(place, place, "parquet", model, None, OPTIONS)
+    assert isinstance(worker.classify([str(folder / "green" / "000.png")])[0], Prediction)

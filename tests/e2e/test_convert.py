@@ -168,6 +168,15 @@ def test_slimmed_networks_export(name, tmp_path):
     assert agreement.max_difference < 1e-3
 
 
+def test_a_network_in_half_precision_and_in_training_is_exported_and_left_as_it_is(manifest, tmp_path):
+    half = randomised(SPEC).to(torch.bfloat16).train()
+    half.stem.eval()  # as a frozen part is
+    agreement = export_onnx(half, manifest, tmp_path / "net.onnx")
+    assert agreement.max_difference < 1e-3
+    assert half.head.weight.dtype == torch.bfloat16
+    assert [part.training for part in (half, half.stem, half.stages[0])] == [True, False, True]
+
+
 def test_get_model_says_what_it_changes(native, model):
     same = get_model("efficientformer_cifar10", pretrained=False)
     assert not same.training

@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 from efficientformer import Classifier, get_model
 from efficientformer.spec.errors import TrainingError, UsageError
 from efficientformer.spec.zoo import EMBEDDED
+from efficientformer.training import loop
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import train
 from efficientformer.training.setup import prepare
-from efficientformer.training.teacher import CachedTeacher
+from efficientformer.training.teacher import CachedTeacher, open_teacher
+from efficientformer.weights.checkpoint import save_native
+from efficientformer.weights.pretrained import load_named
 from tests.e2e.test_train import SHORT, TINY, losses
 from tests.pictures import write_folders
 
@@ -97,6 +100,22 @@ def test_frozen_statistics_with_learning_weights(data, tmp_path):
     assert not torch.equal(found["stem.conv1.conv.weight"], original["stem.conv1.conv.weight"])
 
 
+@pytest.mark.usefixtures("no_training_report")
+def test_a_run_killed_before_its_first_checkpoint_begins_again_from_the_weights(data, tmp_path, monkeypatch):
+    def deadly(*_):
+        raise KeyboardInterrupt
+
+    train(TUNE, data, tmp_path / "whole")
+    monkeypatch.setattr(loop.Run, "_step", deadly)
+    with pytest.raises(KeyboardInterrupt):
+        train(TUNE, data, tmp_path / "killed")
+    monkeypatch.undo()
+    assert train(resume=tmp_path / "killed").finished
+    whole, killed = (load_file(tmp_path / name / "last.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert "no checkpoint yet" in (tmp_path / "killed" / "train.log").read_text()
+
+
 def test_another_input_size(data, tmp_path):
     import warnings
 
@@ -173,6 +192,15 @@ def test_a_timm_teacher_from_a_file(data, tmp_path):
         train(recipe.with_changes(teacher="timm:no_such_network"), data, tmp_path / "none")
     with pytest.raises(TrainingError, match="teacher_weights"):
         train(recipe.with_changes(teacher_weights=str(tmp_path / "missing.pth")), data, tmp_path / "missing")
+
+
+def test_a_named_teacher_takes_the_weights_of_a_file(tmp_path):
+    published, manifest = load_named(EMBEDDED, True)
+    file = tmp_path / "own.safetensors"
+    save_native(file, get_model(EMBEDDED).state_dict(), manifest)
+    teacher = open_teacher(Recipe(teacher=EMBEDDED, teacher_weights=str(file)), manifest, "", 1, None)
+    assert not teacher.identity.startswith(published.sha256)
+    assert teacher.identity.startswith(load_named(str(file), True)[0].sha256)
 
 
 def test_a_teacher_of_other_classes_is_refused(data, tmp_path):

@@ -57,6 +57,20 @@ def test_a_profile_is_shown_and_written(cli, tmp_path):
     assert json.loads((tmp_path / "p" / "profile.json").read_text())["model"] == "efficientformer_cifar10"
 
 
+def test_the_int8_file_of_a_network_is_profiled(cli):
+    options = ("--engine", "onnxruntime", "--threads", 1, "--precision", "int8", "--json", "--quiet")
+    code, out, err = cli("profile", "efficientformer_cifar10", *options)
+    assert code == 0, err
+    assert any("Quantize" in kind["kind"] or "QLinear" in kind["kind"] for kind in json.loads(out)["kinds"])
+
+
+def test_a_name_is_printed_as_it_is(cli, tmp_path):
+    file = write_network(SMALL["v1"], tmp_path / "n.onnx", name="x[/y] [old]")
+    code, out, err = cli("profile", file, "--engine", "onnxruntime", "--threads", 1, "--quiet")
+    assert code == 0, err
+    assert "x[/y] [old]" in out
+
+
 def test_what_has_no_weights_yet_is_profiled_with_random_ones(cli, tmp_path):
     spec = v2_spec((16, 16, 24, 32), ((2,), (2,), (2, 2), (2,)), 1, input_size=32, num_classes=3, stem_stride=1)
     (tmp_path / "start.json").write_text(spec.to_json())
@@ -130,6 +144,13 @@ def test_wrong_usage(cli, tmp_path, monkeypatch, arguments, message):
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_measuring(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    code, _, err = cli("latency-table", "--output", tmp_path / "table.json")
+    assert code == 2
+    assert "that you may write to" in err
 
 
 def test_a_file_of_another_graph_is_refused(cli, tmp_path):

@@ -31,6 +31,15 @@ def lines(out):
     return [json.loads(line) for line in out.splitlines()]
 
 
+def test_standard_input_may_be_closed(cli, monkeypatch, photo):
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, err = cli("predict", photo)
+    assert code == 0, err
+    code, _, err = cli("predict", "-")
+    assert code == 1
+    assert "no standard input" in err
+
+
 def test_the_examples_are_classified_rightly(cli):
     """Each example is named after the class it shows: cat.jpg, bird2.jpg ..."""
     code, out, err = cli("predict", EXAMPLES, "--format", "json")

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -22,12 +23,14 @@ from efficientformer.slimming import device, judge, judging, run
 from efficientformer.slimming.device import Measured
 from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.plan import Options, Plan
+from efficientformer.slimming.search import Step
 from efficientformer.slimming.space import Space
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import TrainingError, UsageError
 from efficientformer.spec.variants import v1_spec
 from efficientformer.training import loop
+from efficientformer.training.lock import alone_in
 from efficientformer.training.recipe import Recipe
 from efficientformer.weights.checkpoint import load_checkpoint
 from tests.pictures import write_folders
@@ -296,6 +299,7 @@ def test_a_second_target_comes_from_the_same_search(place, finished, cli):
         (("--target-latency", "0.6", "--threads", "2"), "another number of threads"),
         (("--target-latency", "0.6", "--set", "search.max_params=9"), "at most 9 parameters"),
         (("--target-latency", "0.6", "--set", "search.depth=3"), "Unknown field 'depth'"),
+        (("--target-latency", "0.6", "--set", "search.min_expansion=2"), "means nothing for V1"),
         (("--target-latency", "0.6", "--set", "teacher=supernet"), "cannot teach itself"),
         (("--target-latency", "0.6", "--model", "none.json"), "Cannot read the spec"),
         (("--target-latency", "0.6", "--table", "{place}/hole.json"), "no 'embedding conv 8-24 at 4x4'"),
@@ -429,6 +433,104 @@ def test_blocks_and_channels_are_shuffled_by_the_shuffle_seed(place, monkeypatch
     run.slim(plan, folder, table=place / "phone.json")
     assert len(seeds) >= 2
     assert set(seeds) == {plan.supernet.seed + 3}
+
+
+def test_the_path_is_measured_in_chunks_each_kept_once_it_is_known(place, monkeypatch, tmp_path):
+    """Opened at once, the networks of a path may need more memory than there is, after days of training."""
+    table, space, calls = LatencyTable.load(place / "phone.json"), Space(START, 1, 8), []
+    slimming = run._SlimRun(tmp_path, planned(place, tmp_path)[0], space, table, True)
+    steps = [Step(i, "width", space.largest.with_width(3, width), 1.0, 0.1, 90.0)
+             for i, width in enumerate(space.widths(3))]  # fmt: skip
+
+    def measured(_, specs, start):
+        if len(calls) == 2:
+            raise Killed
+        calls.append(len(specs))
+        return [Measured(float(spec.stages[3].width), 1.0) for spec in specs]
+
+    monkeypatch.setattr(device, "measured", measured)
+    with pytest.raises(Killed):
+        slimming._measure(steps)
+    assert calls == [run.TOGETHER] * 2
+    assert len(slimming._measured()) == 2 * run.TOGETHER
+    calls.clear()
+    assert [each.ms for each in slimming._measure(steps)] == list(map(float, space.widths(3)))
+    assert sum(calls) == len(steps) - 2 * run.TOGETHER
+
+
+def test_a_device_without_memory_for_the_search_says_what_to_do(place, monkeypatch, tmp_path):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run.Bench, "open", full)
+    table = LatencyTable.load(place / "phone.json")
+    slimming = run._SlimRun(tmp_path, planned(place, tmp_path)[0], Space(START), table, True)
+    monkeypatch.setattr(slimming, "_train_supernet", lambda: True)
+    with pytest.raises(TrainingError, match=f"not enough memory for the search; .*--resume {tmp_path}"):
+        slimming.go()
+
+
+def test_a_run_is_the_work_of_one_process_at_a_time(place, monkeypatch, tmp_path):
+    """A second one would remove what the first has not saved yet."""
+    pytest.importorskip("fcntl")
+    folder, seen = tmp_path / "run", []
+
+    def second(self):
+        seen.append({path.name for path in folder.iterdir()})
+        for again in ({"resume": folder}, {"plan": planned(place, folder)[0], "output": folder}):
+            with pytest.raises(UsageError) as error:
+                run.slim(**again)
+            seen.append(str(error.value))
+        return run.SlimOutcome(self.folder, True, ())
+
+    monkeypatch.setattr(run._SlimRun, "go", second)
+    run.slim(*planned(place, folder), table=place / "phone.json")
+    assert seen[0] == {"slim.json", "table.json", "run.lock"}
+    assert f"Another process is at work in {folder}; found process {os.getpid()} on " in seen[1]
+    assert "holds a run already" in seen[2]
+    monkeypatch.setattr(run._SlimRun, "go", lambda self: run.SlimOutcome(self.folder, True, ()))
+    assert not (folder / "run.lock").exists()
+    (folder / "run.lock").write_text("process 1 on a machine that lost its power")
+    assert run.slim(resume=folder).finished
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with alone_in(folder), alone_in(folder):
+        assert not (folder / "run.lock").exists()
+
+
+def test_two_processes_that_begin_at_once_do_not_share_a_folder(place, monkeypatch, tmp_path):
+    pytest.importorskip("fcntl")
+    (tmp_path / "run").mkdir()
+    with alone_in(tmp_path / "run"), pytest.raises(UsageError, match="Another process is at work"):
+        run.slim(*planned(place, tmp_path / "run"), table=place / "phone.json")
+    monkeypatch.setattr(run._SlimRun, "go", lambda self: run.SlimOutcome(self.folder, True, ()))
+    assert run.slim(*planned(place, tmp_path / "run"), table=place / "phone.json").finished
+
+
+@pytest.mark.parametrize(
+    ("table", "target", "says"), [("phone", 0.01, "cannot be reached"), ("hole", BUDGET, "parts of the networks")]
+)
+def test_what_cannot_work_is_refused_in_a_resumed_run_and_leaves_its_folder_free(
+    place, monkeypatch, tmp_path, table, target, says
+):
+    """Of a run that was killed while its table was measured."""
+
+    def killed(*_, **__):
+        raise Killed
+
+    plan, folder = planned(place, tmp_path / "run")
+    monkeypatch.setattr(device, "measure_table", killed)
+    with pytest.raises(Killed):
+        run.slim(dataclasses.replace(plan, targets=(target,)), folder)
+    monkeypatch.setattr(device, "measure_table", lambda *_, **__: LatencyTable.load(place / f"{table}.json"))
+    with pytest.raises(UsageError, match=says):
+        run.slim(resume=folder)
+    assert {path.name for path in folder.iterdir()} == {"table.json"}
+    monkeypatch.setattr(run._SlimRun, "go", lambda self: run.SlimOutcome(self.folder, True, ()))
+    if table == "phone":
+        assert run.slim(plan, folder).finished
+        with pytest.raises(UsageError, match="cannot be reached"):
+            run.slim(resume=folder, targets=[0.01])
+        assert run.slim(resume=folder).finished, "its own plan is no worse for that"
 
 
 def planned(place, folder):

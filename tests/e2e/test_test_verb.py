@@ -1,8 +1,10 @@
 """``efficientformer test`` as a user runs it, on a small folder of pictures, with the network in the package."""
 
 import csv
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.resources import files
@@ -13,6 +15,9 @@ import pytest
 from PIL import Image
 
 import efficientformer
+from efficientformer.export.deployable import quantised_file
+from efficientformer.weights.checkpoint import save_native
+from efficientformer.weights.pretrained import load_named
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ASSETS = Path(str(files("efficientformer") / "assets"))
@@ -72,6 +77,20 @@ def test_the_exported_file_and_the_checkpoint_agree(cli, data):
     assert (named["model"], checkpoint["model"]) == ("efficientformer_cifar10", CHECKPOINT.name)
 
 
+def test_the_int8_file_of_a_network_is_measured(cli, data):
+    code, out, err = cli("test", "efficientformer_cifar10", "--data", data, "--precision", "int8", "--json", "--quiet")
+    assert code == 0, err
+    assert "int8" in json.loads(out)["engine"]
+
+
+def test_a_folder_that_quantize_wrote_is_measured(cli, data, tmp_path):
+    (tmp_path / "small-int8").mkdir()
+    shutil.copy(quantised_file(""), tmp_path / "small-int8" / "model.onnx")
+    found = result(cli, tmp_path / "small-int8", "--data", data)
+    assert "int8" in found["engine"]
+    assert found["model"] == "small-int8"
+
+
 def test_the_figures_are_those_of_predict(cli, data):
     code, out, _ = cli("predict", data / "val", "--model", ONNX, "--format", "json")
     assert code == 0
@@ -123,6 +142,16 @@ def test_the_part_of_the_data(cli, data):
     assert "train, val, test" in err
 
 
+def test_measuring_what_a_network_was_trained_on_is_noted(cli, data, tmp_path):
+    weights, manifest = load_named(CHECKPOINT, True)
+    file = tmp_path / "own.safetensors"
+    save_native(file, weights.state, dataclasses.replace(manifest, provenance={"source": "trained"}))
+    shutil.copytree(data / "train", tmp_path / "data" / "train")
+    for noted, *arguments in [(False, data), (True, data, "--split", "train"), (True, tmp_path / "data")]:
+        notes = result(cli, file, "--data", *arguments)["notes"]
+        assert any("training part: pictures that this network was trained on may" in note for note in notes) == noted
+
+
 @pytest.mark.parametrize("folder", ["", "configs/efficientformer/"])
 @pytest.mark.parametrize("ending", ["", ".py"])
 def test_called_as_the_old_tool(cli, data, folder, ending):
@@ -159,6 +188,14 @@ def test_wrong_usage_exits_with_2_and_says_why(cli, data, arguments, message):
     code, out, err = cli("test", *arguments, "--data", data)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_names_are_no_markup(cli, data, tmp_path):
+    for name in ("[old].onnx", ":car:.onnx"):
+        path = Path(shutil.copy(ONNX, tmp_path / name))
+        code, out, err = cli("test", path, "--data", data, "--quiet")
+        assert code == 0, err
+        assert out.startswith(f"{path.name}\n")
 
 
 def test_data_of_other_classes(cli, tmp_path):

@@ -19,6 +19,7 @@ from efficientformer.evaluation.torch_predictor import TorchPredictor
 from efficientformer.spec.errors import DataError, EfficientFormerError, TrainingError, UsageError
 from efficientformer.spec.variants import v1_spec, v2_spec
 from efficientformer.training import loop
+from efficientformer.training.lock import alone_in
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import train
 from efficientformer.training.state import RunFolder
@@ -56,6 +57,17 @@ def same(a, b):
 def finished(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return train(TINY, data, folder)
+
+
+def test_a_run_is_the_work_of_one_process_at_a_time(finished, data, tmp_path):
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    with alone_in(folder):
+        with pytest.raises(UsageError, match=f"Another process is at work in .*; found process {os.getpid()} on"):
+            train(resume=folder)
+        assert (folder / "run.lock").exists()
+    (tmp_path / "new").mkdir()
+    with alone_in(tmp_path / "new"), pytest.raises(UsageError, match="Another process"):
+        train(TINY, data, tmp_path / "new")
 
 
 def losses(folder):
@@ -199,7 +211,7 @@ def test_a_full_disk_names_the_step_and_leaves_the_last_good_checkpoint(data, tm
         save(obj, file)
 
     monkeypatch.setattr(state.torch, "save", full)
-    with pytest.raises(TrainingError, match=r"step 8 could not be written.*No space left"):
+    with pytest.raises(TrainingError, match=r"step 8 could not be written.*No space left.*last checkpoint stands"):
         train(TINY, data, tmp_path / "run")
     monkeypatch.undo()
     assert RunFolder(tmp_path / "run").path.joinpath("state.pt").stat().st_size > 1000
@@ -306,16 +318,17 @@ def test_every_field_is_compared_or_said_to_be_unseen():
     assert {field.name for field in dataclasses.fields(Recipe)} == set(CHANGES) | set(UNSEEN)
 
 
-def test_a_killed_worker_ends_the_run_with_an_error_that_names_the_step(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("step", "stands"), [(3, "no checkpoint yet"), (5, "last checkpoint stands")])
+def test_a_killed_worker_ends_the_run_with_an_error_that_names_the_step(data, tmp_path, monkeypatch, step, stands):
     from efficientformer.data import loader
 
     def dying(self, steps):
-        yield from self._real(steps[:3])
+        yield from self._real(steps[:step])
         raise RuntimeError("DataLoader worker (pid 4711) exited unexpectedly with signal 9")
 
     monkeypatch.setattr(loader.MemoryLoader, "_real", loader.MemoryLoader._pixels, raising=False)
     monkeypatch.setattr(loader.MemoryLoader, "_pixels", dying)
-    with pytest.raises(TrainingError, match=r"No batch for step 3.*died.*--resume"):
+    with pytest.raises(TrainingError, match=rf"No batch for step {step}.*died.*{stands}.*--resume"):
         train(TINY, data, tmp_path / "run")
 
 
@@ -397,6 +410,16 @@ def test_a_run_with_missing_or_changed_parts_is_not_resumed(finished, tmp_path, 
     damage(folder)
     with pytest.raises(EfficientFormerError, match=match):
         train(resume=folder)
+
+
+def test_a_run_of_a_version_with_fewer_settings_is_resumed(finished, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    recipe = json.loads((folder / "recipe.json").read_text())
+    del recipe["grad_checkpointing"]
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    state = torch.load(folder / "state.pt", weights_only=True)
+    torch.save({**state, "recipe": json.dumps(recipe)}, folder / "state.pt")
+    assert RunFolder(folder).load_state({}).step == finished.step
 
 
 @pytest.mark.usefixtures("no_training_report")

@@ -193,6 +193,20 @@ def test_a_stop_between_the_steps_of_storing_leaves_no_wrong_stamp(tmp_path, mon
     assert cache.find("l1", source) == path
 
 
+def test_a_copy_that_fails_half_way_is_not_left(tmp_path, monkeypatch):
+    final = place(Cache(tmp_path), Source(), b"old")
+    (other := tmp_path / "other").write_bytes(BODY)
+
+    def full(path, target):
+        target.write_bytes(BODY[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(CacheError, match="No space left"):
+        Cache(tmp_path).adopt(other, final, DIGEST)
+    assert [entry.name for entry in final.parent.iterdir()] == [final.name]
+
+
 def test_a_cache_that_cannot_be_made_names_itself_and_the_variable(tmp_path):
     (tmp_path / "file").touch()
     cache = Cache(tmp_path / "file" / "home")

@@ -14,7 +14,8 @@ from efficientformer.data import fingerprint
 from efficientformer.data.check import check
 from efficientformer.data.fingerprint import BANDS, FINGERPRINT, NEAR_BITS, near_pairs
 from efficientformer.data.sources import VAL_FRACTION, open_source, open_splits, split_indices
-from efficientformer.spec.errors import DataError
+from efficientformer.runtime.image import MAX_SIDE
+from efficientformer.spec.errors import DataError, ImageError
 from efficientformer.spec.labels import synsets
 from efficientformer.training.recipe import Recipe
 
@@ -234,6 +235,20 @@ def test_fingerprints_of_a_picture_and_of_its_file(tmp_path):
     assert fingerprint.take(buffer.getvalue(), "b", out[1:2].reshape(())) == "PNG RGB"
     assert out["pixels"][0] == out["pixels"][1]
     assert out["file"][0] != out["file"][1]
+
+
+def test_a_picture_too_long_to_resize_is_refused():
+    out = np.zeros(1, FINGERPRINT)
+    with pytest.raises(ImageError, match="no side above 1,048,576"):
+        fingerprint.take(Image.new("L", (MAX_SIDE + 1, 1)), "a", out.reshape(()))
+    assert not out["read"][0]
+
+
+def test_forms_are_told_whatever_the_host_set_in_pillow(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    buffer = io.BytesIO()
+    scene(1).save(buffer, "PPM")
+    assert fingerprint.take(buffer.getvalue(), "a", np.zeros((), FINGERPRINT)) == "PPM RGB"
 
 
 def prints(looks):

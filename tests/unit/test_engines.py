@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from efficientformer import Classifier
+from efficientformer.benchmarking.worker import _batch_runs
 from efficientformer.export.deployable import embedded_file
 from efficientformer.runtime.engines import installed_engines, open_engine, settle_precision
+from efficientformer.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from efficientformer.runtime.engines.openvino import MAX_COMPILED, OpenVinoEngine
 from efficientformer.spec.errors import EngineError, MissingExtraError, UsageError
 
@@ -77,6 +79,21 @@ def test_smaller_batches_reuse_a_larger_one_and_few_are_kept():
     for size in (9, 10, 11):
         engine.run(pictures(size))
     assert len(engine._compiled) == MAX_COMPILED
+
+
+def test_who_times_batches_has_each_as_it_is():
+    engine = OpenVinoEngine(FILE, precision="fp32")
+    runs = _batch_runs(engine, [16, 1, 4, 2])
+    for name in ("16", "4", "2", "1", "4"):
+        runs[name]()
+    assert set(engine._compiled) == {1, 2, 4, 16}
+
+
+def test_onnxruntime_takes_the_cores_it_may_use_and_pins_none(monkeypatch):
+    monkeypatch.setattr("efficientformer.runtime.engines.onnxruntime.available_cores", lambda: 3)
+    for threads, used in ((None, 3), (1, 1)):
+        options = OnnxRuntimeEngine(FILE, threads=threads)._session.get_session_options()
+        assert options.intra_op_num_threads == used
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])

@@ -11,6 +11,7 @@ import functools
 import gzip
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -311,3 +312,14 @@ def test_a_map_too_large_for_a_bias_index_is_refused():
     with pytest.raises(CheckpointError, match="at most 4096 positions; found 65x65"):
         skeleton(v1_spec(W, D, 1, input_size=65 * 32))
     skeleton(v1_spec(W, D, 0, input_size=65 * 32))
+
+
+def test_names_of_many_parts_cost_no_more_than_their_letters():
+    theirs = from_ours(random_state(BASE), "snap", BASE)
+    theirs |= {f"{index}{'.' * 290}": torch.ones(1) for index in range(1000)}
+    tracemalloc.start()
+    try:
+        assert infer_spec(theirs, "snap") == BASE
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()

@@ -348,6 +348,10 @@ def test_downloads_that_fail(path, message, server):
     assert time.monotonic() - start < 1.4
 
 
+def test_an_address_of_bytes_that_are_no_text_is_asked_for(server):
+    assert decode(fetch(server + "/caf\udce9.jpg")).size == (8, 6)
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_the_deadline_is_for_a_silent_server_too(scheme):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # the system connects; nothing is ever said

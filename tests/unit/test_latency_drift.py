@@ -71,6 +71,13 @@ def test_a_network_alone_has_a_latency(turns):
     assert error.tolist() == [np.inf if turns == 1 else 0.0]
 
 
+def test_the_error_of_a_network_alone_is_that_of_its_own_turns():
+    rng = np.random.default_rng(6)
+    slow = np.repeat(rng.choice((1.0, 1.5), 20), 4)
+    _, error = without_drift([0] * 80, 2.0 * slow * (1 + 0.01 * rng.standard_normal(80)))
+    assert error[0] > 0.02  # its neighbours cannot say how fast the machine was: they are its own
+
+
 def test_two_networks_are_compared_in_turns():
     rng = np.random.default_rng(5)
     networks = np.array([0, 1, 1, 0] * 20)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from efficientformer.models.attention import TokenAttention
 from efficientformer.models.layers import LayerScale, StridedDepthwise
 from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.errors import InputSizeError, UsageError
@@ -226,3 +227,23 @@ def test_layer_scales_keep_bf16_maps_in_bf16(given, expected):
     assert scale.gamma.grad is not None
     assert scale.gamma.grad.dtype == torch.float32
     assert scale.gamma.grad.tolist() == [32.0] * 3
+
+
+def test_attentions_on_one_map_share_one_index():
+    """It has an entry for every pair of positions, and a small file may ask for hundreds of attentions."""
+    spec = v1_spec((8, 8, 8, 8), (1, 1, 4, 4), (4, 4), input_size=128, num_classes=2)
+    model = EfficientFormer(spec)
+    places = [part.offset_index.data_ptr() for part in model.modules() if isinstance(part, TokenAttention)]
+    assert len(places) == 8
+    assert len(set(places)) == 2
+
+
+def test_an_index_is_the_same_whatever_was_built_before():
+    spec = v1_spec((8, 8, 8, 8), (1, 1, 1, 1), 1, input_size=64, num_classes=2)
+    with torch.inference_mode():
+        EfficientFormer(spec)
+    with torch.device("meta"):
+        EfficientFormer(spec)
+    model = EfficientFormer(spec).train()
+    model(torch.rand(2, 3, 64, 64)).sum().backward()
+    assert model.stages[3].blocks[0].token_mixer.attention_biases.grad is not None

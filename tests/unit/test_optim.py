@@ -70,6 +70,12 @@ def test_cosine_with_warmup(step, rate):
     assert learning_rate(recipe, step, 10) == pytest.approx(rate, abs=1e-3)
 
 
+@pytest.mark.parametrize(("epochs", "warmup", "steps"), [(1, 1, 1), (1, 1, 3), (4, 0.3, 5)])
+def test_a_warmup_that_ends_within_a_step_stays_below_the_peak(epochs, warmup, steps):
+    recipe = Recipe(lr=1.0, warmup_lr=0.1, warmup_epochs=warmup, epochs=epochs)
+    assert max(learning_rate(recipe, step, steps) for step in range(epochs * steps)) == 1.0
+
+
 def test_other_schedules():
     recipe = Recipe(lr=1.0, warmup_epochs=0, min_lr=0.0, epochs=10, schedule="linear")
     assert learning_rate(recipe, 25, 10) == pytest.approx(0.75)

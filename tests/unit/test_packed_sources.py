@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 
-from efficientformer.data.sources import open_source, open_splits
+from efficientformer.data.sources import find_parts, open_source, open_splits
 from efficientformer.runtime.image import decode
 from efficientformer.spec.errors import DataError, ImageError
 from tests.unit.test_sources import PICTURE, encoded, labelled, put
@@ -57,6 +57,27 @@ def test_shards_by_split(tmp_path):
     splits = open_splits(tmp_path)
     assert (len(splits.train), splits.val.labels.tolist()) == (2, [1])
     assert open_source(tmp_path, "val").name(0) == "imagenet-validation-0000.tar/2"
+
+
+@pytest.mark.parametrize("folders", [("train", "val"), ("val",)])
+def test_archives_beside_the_folders_of_a_split_are_left_out(tmp_path, folders):
+    shard = write_tar(tmp_path / "train_images.tar", [("0.png", PICTURE), ("0.cls", b"0")])
+    put(tmp_path, *(f"{part}/{name}/1.jpg" for part in folders for name in ("cat", "dog")))
+    parts = find_parts(tmp_path)
+    if "train" in folders:
+        assert list(parts) == ["train", "val"]
+        assert parts["train"]().classes == ("cat", "dog")
+        assert parts["train"]().notes == ("left out beside train, val: 'train_images.tar'",)
+        return
+    assert list(parts) == ["train"]  # what the folders lack is in the shards
+    assert parts["train"]().name(0) == f"{shard.name}/0"
+    assert parts["train"]().notes == ("left out beside train: 'val'",)
+
+
+def test_shards_are_read_where_there_is_no_pread(tmp_path, monkeypatch):
+    monkeypatch.delattr("os.pread")  # Windows
+    write_tar(tmp_path / "a.tar", [("0.png", PICTURE), ("0.cls", b"0")])
+    assert open_source(tmp_path).read(0) == PICTURE
 
 
 def test_shards_are_read_by_many_threads(tmp_path):
@@ -172,6 +193,7 @@ def test_idx_below_the_root_and_with_many_classes(tmp_path):
         (b"", "a header that begins with 0x00000803"),
         (struct.pack(">IIII", 0x801, 1, 1, 1), "a header that begins with"),
         (struct.pack(">IIII", 0x803, 1 << 31, 1 << 31, 1 << 31), "a header that claims"),
+        (struct.pack(">IIII", 0x803, 1 << 30, 1, 1), "at most 20,000,000 pictures; found .* claims 1,073,741,824"),
         (struct.pack(">IIII", 0x803, 3, 28, 28) + b"x" * 100, "2,352 bytes, as its header says; found 100"),
         (struct.pack(">IIII", 0x803, 1, 2, 2) + b"x" * 5, "4 bytes, as its header says; found more"),
         (struct.pack(">IIII", 0x803, 1, 2, 2) + b"x" * 4, "1 pictures and 3 labels"),

@@ -1,6 +1,7 @@
 """Quantised files: right in every engine, guarded, and found again by the network's name."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from onnx import numpy_helper
 from efficientformer import Classifier
 from efficientformer.export import deployable as building
 from efficientformer.export import quantize as module
+from efficientformer.export.calibration import gather_pictures
 from efficientformer.export.deployable import deployable, embedded_file, quantised_file, quantised_target
 from efficientformer.export.qdq import Quantiser
 from efficientformer.export.quantize import quantize
@@ -233,6 +235,32 @@ def test_a_folder_that_cannot_be_written_is_told_of_before_the_work(tmp_path):
         quantize("", tmp_path / "no pictures", "/proc/q")
 
 
+def within_one_folder(self, target):
+    """Rename as an output on another file system allows: a mount, a link to one."""
+    if self.parent != Path(target).parent:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+    self.rename(target)
+
+
+def test_the_output_may_be_on_another_file_system(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "replace", within_one_folder)
+    report = quantize("", pictures, tmp_path / "own", pictures=4, holdout=4, max_drop=100)
+    assert open_engine(report.path).precision == "int8"
+    assert sorted(path.name for path in report.path.parent.iterdir()) == ["model.onnx", "report.html", "report.json"]
+    assert {path.stat().st_mode & 0o777 for path in report.path.parent.iterdir()} == {0o644}
+
+
+def test_a_disk_that_fills_up_is_told_of_and_leaves_nothing(pictures, tmp_path, monkeypatch):
+    def full(path, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(ExportError, match="No space left on device"):
+        quantize("", pictures, tmp_path / "own", pictures=4, holdout=4, max_drop=100)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
 def test_a_cache_that_cannot_be_written_costs_the_copy_alone(pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("EFFICIENTFORMER_HOME", str(place(tmp_path / "file") / "below"))
     with pytest.warns(UserWarning, match="Cannot write to the cache folder"):
@@ -326,6 +354,18 @@ def test_another_folder_is_left_alone(pictures, tmp_path):
         quantize("", pictures, tmp_path)
 
 
+@pytest.mark.parametrize("names", [("train", "valid"), ("training", "dev"), ("Train", "Testing")])
+def test_parts_have_the_names_that_data_sets_give_them(tmp_path, names):
+    for part, photo in zip(names, ("cat", "dog"), strict=True):
+        (tmp_path / part / photo / "images").mkdir(parents=True)
+        for index in range(8):
+            shutil.copy(EXAMPLES / f"{photo}.jpg", tmp_path / part / photo / "images" / f"{index}.jpg")
+    manifest = open_engine(embedded_file()).manifest
+    found = gather_pictures(tmp_path, manifest, 300, 500, 0, None)
+    assert (len(found.calibration), len(found.held_out)) == (8, 8)
+    assert found.labels.tolist() == [manifest.labels.index("dog")] * 8
+
+
 def test_pictures_of_other_classes_have_no_labels(tmp_path):
     root = tmp_path / "flat"
     root.mkdir()
@@ -345,7 +385,7 @@ def test_a_missing_library_names_its_extra(pictures, tmp_path, monkeypatch):
 
 
 def test_command_prints_a_table(cli, pictures, tmp_path):
-    code, out, err = cli("quantize", "efficientformer_cifar10", "--data", pictures, "-o", tmp_path / "out")
+    code, out, err = cli("quantize", "efficientformer_cifar10", "--data", pictures, "-o", tmp_path / "out[/y]")
     assert code == 0, err
     assert "points lost" in out
     assert "broken.jpg" in err

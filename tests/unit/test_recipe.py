@@ -107,3 +107,11 @@ def test_settings_without_effect_are_named():
     assert Recipe(crop="pad", **changed).idle == ("crop_scale", "color_jitter", "distillation", "clip_value")
     assert Recipe(crop="rrc", **changed, teacher="timm:x", clip="norm").idle == ("padding",)
     assert Recipe(crop="rrc", randaugment="rand-m9", color_jitter=0.0).idle == ("color_jitter",)
+
+
+def test_settings_of_a_teacher_without_effect_are_named(tmp_path):
+    (tmp_path / "own.pth").touch()
+    settings = {"teacher_weights": "x.pth", "distill_temperature": 3.0}
+    assert Recipe(teacher="efficientformer_l1", **settings).idle == ("distill_temperature",)
+    assert Recipe(teacher=str(tmp_path / "own.pth"), distillation="soft", **settings).idle == ("teacher_weights",)
+    assert Recipe(teacher="timm:x", distillation="soft", **settings).idle == ()

@@ -19,10 +19,12 @@ from efficientformer.slimming.objective import Cost, Efficiency, Latency
 from efficientformer.slimming.plan import Options
 from efficientformer.slimming.search import PathFile, Search, first_within
 from efficientformer.slimming.space import Space
+from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.slimming.supernet import Supernet
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import SpecError, UsageError
-from efficientformer.training.task import Loss
+from efficientformer.training.recipe import Recipe
+from efficientformer.training.task import Loss, Supervised
 from tests.unit.test_slimming_search import EVEN, SPACE, WORTH, Blocks, Ledger
 from tests.unit.test_slimming_supernet import NONE, V1, V2, pictures, supernet_of
 
@@ -110,6 +112,22 @@ def test_the_loss_is_the_mean_of_the_networks():
     supernet, values = elastic(V2).train(), iter((1.0, 2.0, 3.0, 6.0))
     sandwich = Sandwich(lambda *_: Loss(torch.tensor(next(values)), torch.tensor(0)), supernet, Space(V2), seed=0)
     assert sandwich(supernet, batch_of(V2, step=0)).total == 3
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_networks_compute_in_the_recipe_s_precision_and_their_loss_in_single(precision, dtype):
+    """Accelerate's autocast is around the supernet's own forward, which is never called."""
+    supernet, seen = elastic(V2).train(), set()
+    task = SupernetSubject(Options(objective="mes")).task(supernet, Supervised(Recipe(precision=precision), 3), 10)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: seen.add(out.dtype) if isinstance(module, nn.Conv2d | nn.Linear) else None
+    )
+    with hook:
+        loss = task(supernet, batch_of(V2, step=0)).total
+    assert seen == {dtype}
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert supernet.stem.conv1.conv.weight.grad.dtype == torch.float32
 
 
 def test_which_networks_a_step_trains_is_decided_by_seed_and_step():

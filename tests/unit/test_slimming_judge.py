@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from efficientformer.data.draws import Draws
 from efficientformer.data.loader import Batch
 from efficientformer.data.sources import open_source
 from efficientformer.models.network import EfficientFormer
@@ -19,7 +20,7 @@ from efficientformer.spec.errors import DataError
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import v1_spec
 from efficientformer.training.recipe import Recipe
-from efficientformer.training.task import Supervised
+from efficientformer.training.task import Loss, Supervised
 from tests.pictures import write_folders
 
 SPEC = v1_spec((8, 8, 16, 16), (1, 1, 1, 1), 1, input_size=16, num_classes=3, stem_stride=1)
@@ -43,17 +44,61 @@ def test_unreadable_pictures_are_left_out_with_their_labels(source, tmp_path):
         Pictures.read(source, np.array(broken), PREPROCESS)
 
 
+def recover(network, task, steps=1, dtype=None, **changes):
+    """Train a network as a judge does after a cut, on batches of four pictures."""
+    draws = Draws(*np.zeros((3, 4), np.int64), step=0)
+    batch = Batch(torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]), draws, cut=False)
+    loader = SimpleNamespace(batches=lambda first, end: iter([batch] * steps))
+    recovery = Recovery(steps, 1.0, Recipe(opt="sgd", opt_args={}, **changes), task, loader)
+    PoolJudge(None, None, None, recovery, CPU, dtype)._recover(network, Space(SPEC).largest)
+
+
+class Watched:
+    """A task whose gradient is the same for any pictures, and which remembers their number and what recomputes."""
+
+    def __init__(self):
+        self.sizes, self.recompute = [], set()
+
+    def __call__(self, model, batch):
+        self.sizes.append(len(batch.labels))
+        self.recompute |= {stage.grad_checkpointing for stage in model.stages}
+        return Loss(model.head.bias.sum(), None)
+
+
+def test_a_recovery_goes_through_a_batch_in_the_recipe_s_parts():
+    moved = []
+    for parts in (1, 2):
+        network, task = EfficientFormer(SPEC), Watched()
+        recover(network, task, accumulate=parts)
+        assert task.sizes == [4 // parts] * parts
+        moved.append(network.head.bias)
+    assert moved[0].all()
+    assert torch.equal(*moved), "the loss is the mean of the parts'"
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_recovery_recomputes_blocks_where_the_recipe_does(wanted):
+    task = Watched()
+    recover(EfficientFormer(SPEC), task, grad_checkpointing=wanted)
+    assert task.recompute == {wanted}
+
+
+def test_a_recovery_in_half_precision_loses_no_small_gradients():
+    """A gradient of 1e-10 is 0 in fp16, unless the loss is scaled."""
+    network = EfficientFormer(SPEC)
+    before = network.head.bias.detach().clone()
+    recover(network, lambda model, _: Loss((model.head.bias.half() * 1e-5 * 1e-5).float().mean(), None),
+            dtype=torch.float16)  # fmt: skip
+    assert not torch.equal(before, network.head.bias)
+
+
 def test_a_recovery_leaves_alone_what_the_recipe_freezes():
     network, before = EfficientFormer(SPEC), None
-    batch = Batch(torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]), SimpleNamespace(step=0), cut=False)
-    loader = SimpleNamespace(batches=lambda first, end: iter([batch, batch]))
     task = Supervised(Recipe(), 3)
     for changes, moved in (({"norm": "frozen"}, False), ({"freeze": ("stem",)}, False), ({}, True)):
-        recovery = Recovery(2, 1.0, Recipe(opt="sgd", opt_args={}, **changes), task, loader)
-        one = PoolJudge(None, None, None, recovery, CPU)
         before = copy.deepcopy(network.stem.state_dict())
         network.requires_grad_(True)
-        one._recover(network, Space(SPEC).largest)
+        recover(network, task, 2, **changes)
         assert torch.equal(before["conv1.norm.running_mean"], network.stem.conv1.norm.running_mean) is not moved
         stem = torch.equal(before["conv1.conv.weight"], network.stem.conv1.conv.weight)
         assert stem is (changes.get("freeze") == ("stem",))

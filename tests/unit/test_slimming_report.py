@@ -84,4 +84,5 @@ def test_what_to_do_with_it_is_what_the_budget_was_for(tmp_path, precision):
     text = (tmp_path / "page.html").read_text()
     assert f"--engine openvino --precision {precision}" in text
     assert "--target-latency 0.4ms" in text
+    assert ("x.safetensors --data DIR --output slimmed-int8" in text) == (precision == "int8")
     assert ("efficientformer quantize" in text) == ("not quantised yet" in text) == (precision == "int8")

@@ -104,6 +104,26 @@ def test_classes_named_like_parts(tmp_path):
     assert open_source(tmp_path).classes == ("car", "test", "train")
 
 
+def test_pictures_beside_parts_are_no_class(tmp_path):
+    put(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", "val/cat/3.jpg", "samples/4.jpg", "test/5.jpg")
+    splits = open_splits(tmp_path)
+    assert splits.train.classes == splits.val.classes == ("cat", "dog")
+    assert all("left out beside train, val: 'samples'" in part.notes for part in (splits.train, splits.val))
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_class_or_a_part_is_not_guessed(tmp_path, part):
+    put(tmp_path, f"{part}/cat/1.jpg", f"{part}/dog/2.jpg", "samples/3.jpg")
+    with pytest.raises(DataError, match=f"{part!r}.*is a part of a data set or one of its classes.*'samples'"):
+        open_splits(tmp_path)
+
+
+def test_notes_reach_what_is_made_of_a_source(tmp_path):
+    put(tmp_path, "cat/1.jpg", "cat/2.jpg", "cat/notes.txt")
+    source, splits = open_source(tmp_path), open_splits(tmp_path)
+    assert source.notes == splits.train.notes == splits.val.notes == align(source, ("dog", "cat")).notes != ()
+
+
 def test_pictures_of_a_test_without_labels_are_left_out(tmp_path):
     put(tmp_path, "train/cat/1.jpg", "train/cat/2.jpg", "test/1.jpg")
     assert list(find_parts(tmp_path)) == ["train"]
@@ -331,6 +351,14 @@ def test_a_validation_part_alone_is_not_trained_on(tmp_path):
     write_folders(tmp_path / "val", per_class=3)
     with pytest.raises(DataError, match="no training part"):
         open_splits(tmp_path)
+
+
+def test_numbers_that_do_not_occur_need_no_label():
+    source = Listed(["a", "b", "c"], [0, 2, 4], map(str, range(5)))
+    source.unnamed = True
+    assert aligned(source, ("cat", "dog", "frog", "newt", "toad")) == [0, 2, 4]
+    with pytest.raises(DataError, match="not those of the network"):
+        aligned(source, ("cat", "dog", "frog", "newt"))
 
 
 def test_folders_named_by_numbers_are_not_taken_for_labels(tmp_path):

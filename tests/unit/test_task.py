@@ -8,7 +8,7 @@ from torch import nn
 
 from efficientformer.data.draws import Draws
 from efficientformer.data.loader import Batch
-from efficientformer.training.loop import split
+from efficientformer.training.loop import _to_device, split
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.task import Distilled, Supervised, balanced_weights, hits
 
@@ -117,3 +117,8 @@ def test_parts_of_a_batch_are_the_batch():
     assert [last for _, last in parts] == [False, False, False, True]
     assert torch.equal(torch.cat([p.images for p, _ in parts]), batch().images)
     assert np.concatenate([p.draws.indices for p, _ in parts]).tolist() == list(range(8))
+
+
+def test_only_cuda_takes_pinned_memory():
+    moved = _to_device(batch(), torch.device("meta"))  # stands for every device that is neither CUDA's nor the CPU
+    assert {moved.images.device.type, moved.labels.device.type} == {"meta"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from efficientformer.runtime.engines import ENGINES
 from efficientformer.runtime.engines import PRECISIONS as ENGINE_PRECISIONS
 from efficientformer.runtime.image import decode
 from efficientformer.runtime.timing import Timing, environment, take_turns
-from efficientformer.spec.errors import EfficientFormerError, UsageError
+from efficientformer.spec.errors import EfficientFormerError, EngineError, UsageError
 from efficientformer.spec.fields import check_choice
 from efficientformer.weights.cache import Progress as DownloadProgress
 
@@ -161,6 +162,27 @@ class _Entry:
     engine: str
     precision: str
 
+    def unavailable(self, reason: str) -> Unavailable:
+        return Unavailable(self.network.name, self.engine, self.precision, reason)
+
+
+@dataclass(slots=True)
+class _Running:
+    """An entry in its process; once that has died, ``problem`` says of what."""
+
+    entry: _Entry
+    subject: Subject
+    problem: str = ""
+
+    def turn(self, run: str, count: int) -> list[float]:
+        """Give a turn; those of a dead process take no time and give no numbers."""
+        if not self.problem:
+            try:
+                return self.subject.turn(run, count)
+            except EngineError as error:
+                self.problem = str(error)
+        return [math.nan] * count
+
 
 def benchmark(
     models: Sequence[str],
@@ -180,7 +202,7 @@ def benchmark(
     """Time networks on this machine. Each engine runs in a process of its own, and all take turns.
 
     Args:
-        models: Zoo names, weights files of any layout, exported files.
+        models: Zoo names, weights files of any layout, exported files, folders that ``quantize`` wrote.
         engine: One of ``CHOICES``; ``all`` is every engine, torch (eager) among them.
         precision: One of ``PRECISIONS``; ``all`` is fp32, bf16 and int8, ``auto`` is the fastest of each engine.
         batches: Images per run.
@@ -217,9 +239,10 @@ def benchmark(
         )
         entries = _entries(networks, engine, precision, compiled)
         rows, unavailable = _time_engines(entries, sorted(set(batches)), threads, rounds, progress)
-        pictures = _time_pictures(entries, photo, size, threads, rounds, progress)
+        pictures, lost = _time_pictures(entries, photo, size, threads, rounds, progress)
     stamp = environment(*PACKAGES)
-    return Benchmark(tuple(networks), rows, unavailable, pictures, threads, rounds, stamp)
+    unavailable += lost
+    return Benchmark(tuple(networks), tuple(rows), tuple(unavailable), tuple(pictures), threads, rounds, stamp)
 
 
 def _entries(networks: Sequence[Network], engine: str, precision: str, compiled: bool) -> list[_Entry]:
@@ -250,33 +273,35 @@ def _start(entry: _Entry, threads: int | None, **what: object) -> Subject:
 
 def _time_engines(
     entries: Sequence[_Entry], batches: Sequence[int], threads: int | None, rounds: int, progress: Progress | None
-) -> tuple[tuple[Row, ...], tuple[Unavailable, ...]]:
+) -> tuple[list[Row], list[Unavailable]]:
     unavailable = []
     with ExitStack() as stack:
-        subjects: list[tuple[_Entry, Subject]] = []
+        running: list[_Running] = []
         for index, entry in enumerate(entries):
             if progress is not None:
                 progress("opening", index, len(entries))
             try:
-                subjects.append((entry, stack.enter_context(_start(entry, threads, batches=list(batches)))))
+                subject = stack.enter_context(_start(entry, threads, batches=list(batches)))
+                running.append(_Running(entry, subject))
             except EfficientFormerError as error:
-                unavailable.append(Unavailable(entry.network.name, entry.engine, entry.precision, str(error)))
+                unavailable.append(entry.unavailable(str(error)))
         turns = {
-            f"{index} {batch}": partial(subject.turn, str(batch))
+            f"{index} {batch}": partial(each.turn, str(batch))
             for batch in batches
-            for index, (_, subject) in enumerate(subjects)
+            for index, each in enumerate(running)
         }
         told = partial(progress, "timing") if progress is not None else None
         timings = take_turns(turns, rounds=rounds, progress=told) if turns else {}
+    unavailable += [each.entry.unavailable(each.problem) for each in running if each.problem]
+    alive = [(index, each) for index, each in enumerate(running) if not each.problem]
     rows = []
     for batch in batches:
-        best = min((timings[f"{index} {batch}"].median_ms for index in range(len(subjects))), default=1.0)
+        best = min((timings[f"{index} {batch}"].median_ms for index, _ in alive), default=1.0)
         found = [
-            _row(entry, subject.facts, batch, timings[f"{index} {batch}"], best)
-            for index, (entry, subject) in enumerate(subjects)
+            _row(each.entry, each.subject.facts, batch, timings[f"{index} {batch}"], best) for index, each in alive
         ]
         rows += sorted(found, key=lambda row: row.timing.median_ms)
-    return tuple(rows), tuple(unavailable)
+    return rows, unavailable
 
 
 def _row(entry: _Entry, facts: dict[str, Any], batch: int, timing: Timing, best_ms: float) -> Row:
@@ -293,9 +318,9 @@ def _time_pictures(
     threads: int | None,
     rounds: int,
     progress: Progress | None,
-) -> tuple[PictureSteps, ...]:
-    """Time the way of one picture in each network."""
-    found = []
+) -> tuple[list[PictureSteps], list[Unavailable]]:
+    """Time the way of one picture in each network; return also those whose process died over it."""
+    found, lost = [], []
     networks = list(dict.fromkeys(entry.network.name for entry in entries))
     for index, name in enumerate(networks):
         if progress is not None:
@@ -306,10 +331,14 @@ def _time_pictures(
         except EfficientFormerError:
             continue  # what it would run in is among the unavailable, with the reason
         with subject:
-            turns = {step: partial(subject.turn, step) for step in subject.facts["runs"]}
+            running = _Running(entry, subject)
+            turns = {step: partial(running.turn, step) for step in subject.facts["runs"]}
             timings = take_turns(turns, rounds=rounds)
+        if running.problem:
+            lost.append(entry.unavailable(running.problem))
+        else:
             found.append(PictureSteps(name, subject.facts["name"], photo.name, size, timings))
-    return tuple(found)
+    return found, lost
 
 
 def _for_picture(entries: Sequence[_Entry]) -> _Entry:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientformer.export.deployable import SUFFIX, deployable
+from efficientformer.export.deployable import SUFFIX, deployable, file_of
 from efficientformer.runtime.engines import open_engine
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import missing_extra
-from efficientformer.spec.zoo import FILE_SUFFIXES, resolve
+from efficientformer.spec.zoo import resolve
 from efficientformer.weights.cache import Progress
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def open_networks(
     """Return the networks of these names and files, building what is not built yet.
 
     Args:
-        models: Zoo names, weights files, exported files.
+        models: Zoo names, weights files, exported files, folders that ``quantize`` wrote.
         scratch: Folder for networks with random weights.
         random_weights: Give zoo names random weights instead of downloading theirs; files keep what they hold.
         offline: Forbid (True) or allow (False) connections; None asks the environment.
@@ -70,21 +70,18 @@ def open_networks(
     found = []
     for model, name in zip(models, names, strict=True):
         label = name if names.count(name) == 1 else model
-        if random_weights and not _is_file(model):
+        file = file_of(model)
+        if random_weights and file is None:
             found.append(_with_random_weights(model, label, scratch))
             continue
         path = deployable(model, offline=offline, progress=progress)
-        source = None if model.endswith(SUFFIX) else model
+        source = None if (file or "").endswith(SUFFIX) else model
         found.append(Network(label, path, source, False, open_engine(path, "onnxruntime").manifest))
     return found
 
 
-def _is_file(model: str) -> bool:
-    return Path(model).is_file() or model.endswith(FILE_SUFFIXES)
-
-
 def _label(model: str) -> str:
-    return Path(model).name if _is_file(model) else resolve(model).card.name
+    return resolve(model).card.name if file_of(model) is None else Path(model).name
 
 
 def _with_random_weights(model: str, label: str, scratch: Path) -> Network:

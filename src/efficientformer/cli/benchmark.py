@@ -97,12 +97,14 @@ def _check_folder(folder: Path) -> None:
 
 def _print(found: Benchmark) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     from efficientformer.benchmarking.report import COLUMNS, HINT, STEP_COLUMNS, cells
 
     console = Console(highlight=False)
     console.width = max(console.width, _WIDTH)
-    console.print(f"[bold]{found.environment['hardware']}[/bold], {found.rounds} runs each, in turns")
+    head = Text.assemble((found.environment["hardware"], "bold"), f", {found.rounds} runs each, in turns")
+    console.print(head)  # Text: a name such as "[b].onnx" is no markup
     if any(row.is_random for row in found.rows):
         console.print("[yellow]random weights: the speed is real, the results mean nothing[/yellow]")
     console.print()
@@ -111,7 +113,7 @@ def _print(found: Benchmark) -> None:
         console.print(HINT, style="dim")
     for each in found.pictures:
         width, height = each.size
-        console.print(f"\none picture of {width}x{height}, {each.model}, {each.name}", markup=False)
+        console.print(Text(f"\none picture of {width}x{height}, {each.model}, {each.name}"))
         steps = [(k, f"{t.median_ms:.2f}", f"{t.p10_ms:.2f}-{t.p90_ms:.2f}") for k, t in each.steps.items()]
         _table(console, STEP_COLUMNS, steps, left=1)
     if found.unavailable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,8 +69,9 @@ def _check_target(output: Path) -> None:
     """Find out now, not after minutes of measuring, that the file cannot be written."""
     if output.exists():
         raise UsageError(f"{output} exists", hint="Choose another name, or remove it")
-    if not output.absolute().parent.is_dir():
-        raise UsageError(f"Cannot write {output}", expected="a file in an existing folder")
+    folder = output.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"Cannot write {output}", expected="a file in an existing folder that you may write to")
 
 
 def _space(

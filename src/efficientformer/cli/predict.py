@@ -264,7 +264,8 @@ def _gather(inputs: list[str], annotate: Path | None, offline: bool) -> Iterator
         from efficientformer.weights.download import offline_reason
 
         reason = offline_reason(offline or None)
-    return gather(inputs, stdin=sys.stdin.buffer, outside=annotate, keep=annotate is not None, offline=reason)
+    stdin = sys.stdin.buffer if sys.stdin else None  # some schedulers close it
+    return gather(inputs, stdin=stdin, outside=annotate, keep=annotate is not None, offline=reason)
 
 
 def _annotated(result: Result, folder: Path) -> Result:

@@ -61,7 +61,13 @@ def profile(
                 file = write_network(spec, Path(scratch) / "network.onnx", name=Path(model).name)
             else:
                 with terminal_progress(quiet=quiet) as downloading:
-                    file = deployable(model, checkpoint=checkpoint, offline=offline or None, progress=downloading)
+                    file = deployable(
+                        model,
+                        checkpoint=checkpoint,
+                        offline=offline or None,
+                        precision=precision,
+                        progress=downloading,
+                    )
             with step_bars(quiet) as progress:
                 result = profile_file(file, engine=engine, precision=precision, threads=threads, progress=progress)
         typer.echo(json.dumps(result.to_dict(), indent=2)) if as_json else _print_profile(result)
@@ -101,13 +107,14 @@ def _prepare(output: Path) -> None:
 
 def _print_profile(result: Profile) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
     timing = result.latency
-    console.print(f"[bold]{result.model}[/bold]  {result.engine}", soft_wrap=True)
+    console.print(f"[bold]{escape(result.model)}[/bold]  {escape(result.engine)}", soft_wrap=True)
     console.print(
-        f"  latency {timing.p10_ms:.3f} ms (10th percentile), median {timing.median_ms:.3f}, 90th {timing.p90_ms:.3f}; "
+        f"  latency {timing.ms:.3f} ms (while measured {timing.p10_ms:.3f} to {timing.p90_ms:.3f}); "
         f"operators {result.operators_ms:.3f} ms by the engine's own counters",
         soft_wrap=True,
     )
@@ -121,7 +128,7 @@ def _print_profile(result: Profile) -> None:
         table.add_column("ms", justify="right")
         table.add_column("share", justify="right")
         for name, note, ms, share in lines:
-            table.add_row(name, note, f"{ms:.4f}", f"{share:.1%}")
+            table.add_row(escape(name), escape(note), f"{ms:.4f}", f"{share:.1%}")
         console.print()
         console.print(table)
 

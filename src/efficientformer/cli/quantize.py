@@ -67,17 +67,18 @@ def quantize(
 
 def _print(report: QuantisationReport) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from efficientformer.export.quantize_page import speed_rows
 
     console = Console(highlight=False)
     before, after = (size / 1e6 for size in report.sizes)
-    console.print(f"[bold]{report.path}[/bold]: {report.kind}, {before:.2f} to {after:.2f} MB")
+    console.print(f"[bold]{escape(str(report.path))}[/bold]: {report.kind}, {before:.2f} to {after:.2f} MB")
     single = "" if report.top1 is None else f"; single precision: {report.top1:.2f} % top-1"
     console.print(f"calibrated on {report.calibrated_on} pictures, measured on {report.held_out} others{single}")
     if report.kept:
-        console.print(f"kept in float: {', '.join(report.kept)}")
+        console.print(f"kept in float: {escape(', '.join(report.kept))}")
     accuracy = Table("engine", "agreement", "top-1", "points lost", box=None, header_style="bold", pad_edge=False)
     for each in report.accuracy:
         top1 = "" if each.top1 is None else f"{each.top1:.2f} %"

@@ -177,10 +177,11 @@ _OF_EACH_PICTURE = {".jsonl": _json_lines, ".csv": _csv}  # endings of files tha
 
 def _print(evaluation: Evaluation) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(highlight=False)
     result = evaluation.result
-    console.print(f"[bold]{evaluation.model}[/bold]", soft_wrap=True)
+    console.print(Text(evaluation.model, "bold"), soft_wrap=True)  # Text: a name such as "[b].onnx" is no markup
     lines = {
         "data": evaluation.data,
         "engine": evaluation.engine,
@@ -196,7 +197,7 @@ def _print(evaluation: Evaluation) -> None:
     }
     for name, text in lines.items():
         if text:
-            console.print(f"  {name:<12} {text}", soft_wrap=True, markup=False)
+            console.print(Text(f"  {name:<12} {text}"), soft_wrap=True)
     if len(evaluation.classes) <= _MAX_CLASS_ROWS:
         _print_classes(console, evaluation)
 

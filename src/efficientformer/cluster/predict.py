@@ -124,11 +124,11 @@ class Worker:
         self._source, self._target, self._format = source, target, format_
         self._attempts, self._options = attempts, options
         self._readers = ThreadPoolExecutor(READERS)
-        with tempfile.NamedTemporaryFile(suffix=".onnx") as file:  # engines read it once and keep it in memory
-            file.write(ray.get(model))
-            file.flush()
+        with tempfile.TemporaryDirectory() as folder:  # engines read the file once and keep it in memory
+            file = Path(folder) / "model.onnx"
+            file.write_bytes(ray.get(model))
             self._classify = FileClassifier(
-                file.name, engine=options.engine, precision=options.precision, threads=options.threads
+                file, engine=options.engine, precision=options.precision, threads=options.threads
             )
             self._classify.open_for_many()  # while the file is there
 
@@ -220,8 +220,8 @@ def predict_on_cluster(
         The summary, which also stands in ``_SUCCESS.json`` in the output; a folder without that file is not complete.
 
     Raises:
-        UsageError: If the output is not empty, a place cannot be opened, there is no cluster at ``RAY_ADDRESS``, or no
-            node of it has the CPUs of a worker.
+        UsageError: If a number is not positive, the output is not empty, a place cannot be opened, there is no cluster
+            at ``RAY_ADDRESS``, or no node of it has the CPUs of a worker.
         DataError: If there is no picture.
         EngineError: If a worker fails for another reason than its death, or rows are missing.
         MissingExtraError: If the ray extra is not installed.
@@ -233,6 +233,9 @@ def predict_on_cluster(
     except ImportError as error:
         raise missing_extra("ray", "Prediction on a cluster", error) from error
     check_choice("format", format_, FORMATS)
+    check_count("part size", part_size)
+    if workers is not None:
+        check_count("number of workers", workers)
     options = options or Options()
     place, target = Place.of(source), Place.of(output)
     paths = place.pictures()

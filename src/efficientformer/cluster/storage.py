@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from efficientformer.runtime.image import MAX_BYTES, SUFFIXES
+from efficientformer.runtime.inputs import gather
 from efficientformer.spec.errors import DataError, ImageError, UsageError
 
 
@@ -40,7 +41,7 @@ class Place:
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
             expected = "a folder, or a URI such as s3://bucket/folder"
             raise UsageError(f"Cannot open {name!r}", expected=expected, found=str(error)) from error
-        return cls(name, fs.LocalFileSystem(), str(Path(name).absolute()))
+        return cls(name, fs.LocalFileSystem(), Path(name).absolute().as_posix())
 
     def pictures(self) -> list[str]:
         """Return the paths of the pictures below the folder, sorted, hidden ones left out.
@@ -51,9 +52,8 @@ class Place:
         from pyarrow import fs
 
         try:
-            found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=True))
-            files = [PurePosixPath(info.path) for info in found if info.type == fs.FileType.File]
-        except UnicodeDecodeError as error:
+            found = self._here() if isinstance(self.filesystem, fs.LocalFileSystem) else self._listed()
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
             hint = "Rename it, or leave out --ray: one machine reads it"
             raise DataError(
                 f"Cannot list {self.name!r}", expected="names in UTF-8", found=repr(error.object), hint=hint
@@ -62,10 +62,26 @@ class Place:
             raise DataError(
                 f"Cannot list {self.name!r}", expected="a folder with pictures", found=str(error)
             ) from error
-        wanted = [p for p in files if p.suffix.lower() in SUFFIXES and not self._hides(p)]
-        if not wanted:
+        if not found:
             raise DataError(f"No pictures in {self.name!r}", expected=f"files ending in {', '.join(sorted(SUFFIXES))}")
-        return sorted(map(str, wanted))
+        return sorted(found)
+
+    def _here(self) -> list[str]:
+        """List a local folder as one machine does, which ends circles of links; pyarrow follows them."""
+        root = Path(self.path)
+        next(root.iterdir(), None)  # raises what keeps it from being listed
+        named = [Path(each.name) for each in gather([root])]
+        found = [path.as_posix() for path in named if path != root]  # which stands for a folder without pictures
+        for path in found:
+            path.encode()  # raises if pyarrow cannot hold it
+        return found
+
+    def _listed(self) -> list[str]:
+        from pyarrow import fs
+
+        found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=True))
+        files = [PurePosixPath(info.path) for info in found if info.type == fs.FileType.File]
+        return [str(path) for path in files if path.suffix.lower() in SUFFIXES and not self._hides(path)]
 
     def _hides(self, path: PurePosixPath) -> bool:
         """Return whether a name below the folder starts with a dot; those above it are the user's choice."""

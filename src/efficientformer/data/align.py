@@ -26,7 +26,7 @@ class Relabelled(ImageSource):
     """
 
     def __init__(self, source: ImageSource, classes: Sequence[str], label_of: Sequence[int]) -> None:
-        self.source, self.classes = source, tuple(classes)
+        self.source, self.classes, self.notes = source, tuple(classes), source.notes
         self.labels = np.asarray(label_of, np.int64)[source.labels]
 
     def name(self, index: int) -> str:
@@ -62,7 +62,7 @@ def align(source: ImageSource, labels: tuple[str, ...]) -> ImageSource:
     strangers = [source.classes[label] for label in used if found[label] < 0]
     if not strangers:
         return Relabelled(source, labels, found)
-    if len(strangers) == len(source.classes) <= len(labels) and source.unnamed:
+    if source.unnamed and len(strangers) == len(used) and len(source.classes) <= len(labels):
         return Relabelled(source, labels, range(len(source.classes)))
     hint = "Rename the class folders to the network's class names, or train a network on these classes"
     if len(source.classes) == len(labels):

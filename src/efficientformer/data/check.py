@@ -219,7 +219,7 @@ def check(path: str | os.PathLike[str], near: bool = True, progress: Progress | 
     table = _Table(sources)
     prints, corrupt, forms = _read_all(table, progress)
     groups, complete = _groups(table, prints, near)
-    notes = [f"{name}: {note}" for name, source in sources.items() for note in getattr(source, "notes", ())]
+    notes = [f"{name}: {note}" for name, source in sources.items() for note in source.notes]
     if not complete:
         notes.append("some pictures have so many look-alikes that not all of these were compared")
     read = prints[prints["read"]]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from io import BytesIO
 from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from efficientformer.runtime.image import FORMATS, decode
+from efficientformer.runtime.image import MAX_PIXELS, MAX_SIDE, _open, _pillow_guard, decode
+from efficientformer.spec.errors import ImageError
 
 # 256 bits of look in 16 bands: two pictures that differ in at most 14 bits agree in two bands at least.
 NEAR_BITS = 14
@@ -52,9 +52,12 @@ def take(data: bytes | Image.Image, name: str, out: npt.NDArray[np.void]) -> str
         Its format and mode, such as ``JPEG RGB``.
 
     Raises:
-        ImageError: If it cannot be decoded.
+        ImageError: If it cannot be decoded, or no network could resize it.
     """
     image = decode(data, name=name)
+    if max(image.size) > MAX_SIDE:  # its look takes memory in proportion to this side
+        expected, found = f"no side above {MAX_SIDE:,}", f"{image.width} x {image.height}"
+        raise ImageError(f"{name} is too elongated", expected=expected, found=found, hint="Cut it into parts")
     pixels = image.tobytes()
     out["pixels"] = _hash(repr(image.size).encode() + pixels)
     out["file"] = _hash(data) if isinstance(data, bytes) else out["pixels"]
@@ -72,7 +75,7 @@ def _hash(data: bytes) -> int:
 def _form(data: bytes | Image.Image) -> str:
     if isinstance(data, Image.Image):
         return f"array {data.mode}"
-    with Image.open(BytesIO(data), formats=tuple(FORMATS)) as header:  # decoded once already: safe
+    with _pillow_guard(MAX_PIXELS), _open(data, "a picture") as header:  # decoded once already: safe
         return f"{header.format} {header.mode}"
 
 

@@ -17,6 +17,7 @@ from efficientformer.spec.errors import DataError
 
 PARTS = {"train": "train", "test": "t10k"}
 MAX_BYTES = 1 << 30  # of one file, unpacked; MNIST has 47 MB
+MAX_PICTURES = 20_000_000  # each needs a name and a label, however small it is; MNIST has 60,000
 DIGITS = tuple(map(str, range(10)))
 FASHION = (
     "T-shirt/top",
@@ -104,6 +105,8 @@ def _read(path: Path, magic: int) -> npt.NDArray[np.uint8]:
             size = int(np.prod([1, *fields[1:]], dtype=object))
             if size > MAX_BYTES:
                 raise _damaged(path, f"at most {MAX_BYTES:,} bytes", f"a header that claims {size:,}")
+            if fields[1] > MAX_PICTURES:
+                raise _damaged(path, f"at most {MAX_PICTURES:,} pictures", f"a header that claims {fields[1]:,}")
             data = bytearray()
             while len(data) <= size and (block := file.read(1 << 20)):
                 data += block

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -79,8 +78,9 @@ class ShardSource(ListedSource):
         """
         number, offset, size = self._places[index].tolist()
         try:
-            with self._shards[number].open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), size, offset)
+            with self._shards[number].open("rb") as file:
+                file.seek(offset)
+                data: bytes = file.read(size)
         except OSError as error:
             raise ImageError(f"Cannot read {self.name(index)!r}", found=error.strerror or str(error)) from error
         if len(data) != size:

@@ -23,9 +23,11 @@ class ImageSource(ABC):
         classes: Class names in order of their labels.
         labels: Label of every picture, (N,) int64.
         unnamed: Whether the classes have no names but their numbers.
+        notes: What a user should know about the listing: what was left out.
     """
 
     unnamed: bool = False
+    notes: tuple[str, ...] = ()
     classes: tuple[str, ...]
     labels: npt.NDArray[np.int64]
 
@@ -72,7 +74,7 @@ class Subset(ImageSource):
 
     def __init__(self, source: ImageSource, indices: Sequence[int] | npt.NDArray[np.int64]) -> None:
         self.source, self.indices = source, np.asarray(indices, np.int64)
-        self.classes, self.labels = source.classes, source.labels[self.indices]
+        self.classes, self.labels, self.notes = source.classes, source.labels[self.indices], source.notes
 
     def name(self, index: int) -> str:
         """Return what people call a picture."""

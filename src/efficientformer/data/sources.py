@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from efficientformer.data.folders import (
 )
 from efficientformer.data.idx import idx_parts, open_idx
 from efficientformer.data.imagenet import is_validation, open_validation
-from efficientformer.data.listing import counted
+from efficientformer.data.listing import counted, some
 from efficientformer.data.shards import open_shards
 from efficientformer.data.source import ImageSource, Subset
 from efficientformer.spec.errors import DataError, UsageError
@@ -193,7 +193,10 @@ def _parts(folder: Folder) -> dict[str, Opener]:
     idx = idx_parts(folder)
     if idx:
         return {name: partial(open_idx, folder, name) for name in idx}
-    return _split_shards(folder) or _split_folders(folder)
+    shards, folders = _split_shards(folder), _split_folders(folder)
+    if not folders or ("train" in shards and "train" not in folders):
+        return _noted(shards, [name for name in folder.folders if is_part_name(name)])
+    return _noted(folders, [name for name in folder.files if _SHARD.fullmatch(name)])
 
 
 def _split_shards(folder: Folder) -> dict[str, Opener]:
@@ -202,7 +205,7 @@ def _split_shards(folder: Folder) -> dict[str, Opener]:
     for name in folder.files:
         match = _SHARD.fullmatch(name)
         if match:
-            groups.setdefault(_part_of(match[1].lower()), []).append(folder.path / name)
+            groups.setdefault(part_of(match[1].lower()), []).append(folder.path / name)
     return {part: partial(open_shards, groups[part]) for part in _ALIASES if part in groups}
 
 
@@ -210,11 +213,15 @@ def _split_folders(folder: Folder) -> dict[str, Opener]:
     """Return the parts that subfolders named train, val or test hold.
 
     A class may have such a name too: then its folder, or a folder beside it, holds pictures.
+
+    Raises:
+        DataError: If that leaves it open whether they are parts or classes.
     """
     if not any(is_part_name(name) for name in folder.folders):
         return {}
     listed = {name: list_folder(folder.path / name) for name in folder.folders}
-    if any(each.pictures for name, each in listed.items() if not is_part_name(name)):
+    beside = [name for name, each in listed.items() if each.pictures and not is_part_name(name)]
+    if beside and not _is_split(folder, listed, beside):
         return {}
     inner = {name.lower(): each for name, each in listed.items()}
     parts: dict[str, Opener] = {}
@@ -224,7 +231,42 @@ def _split_folders(folder: Folder) -> dict[str, Opener]:
             mistaken = alias in inner and part == "val" and "train" in parts and bool(inner[alias].pictures)
             if part not in parts and alias in inner and (mistaken or _can_be_set(inner[alias])):
                 parts[part] = partial(_open_whole, inner[alias])
-    return parts
+    return _noted(parts, beside)
+
+
+def _is_split(folder: Folder, listed: Mapping[str, Folder], beside: Sequence[str]) -> bool:
+    """Tell whether subfolders named as parts are parts, although there are pictures in folders beside them.
+
+    Raises:
+        DataError: If they may be parts as well as classes.
+    """
+    named = {name: each for name, each in listed.items() if is_part_name(name)}
+    sets = [name for name, each in named.items() if _can_be_set(each)]
+    parts = {part_of(name.lower()) for name in sets}
+    if "train" not in parts and any(each.pictures for each in named.values()):
+        return False
+    if sets and not ("train" in parts and len(parts) > 1):
+        raise DataError(
+            f"It is open whether {sets[0]!r} in {str(folder.path)!r} is a part of a data set or one of its classes",
+            expected=LAYOUTS,
+            found=f"pictures beside it in {some(beside)}",
+            hint="Move one of them elsewhere, or rename it if it is a class",
+        )
+    return bool(sets)
+
+
+def _noted(parts: Mapping[str, Opener], beside: Sequence[str]) -> dict[str, Opener]:
+    """Return parts whose sources note what lies beside them and is left out."""
+    if not beside:
+        return dict(parts)
+    note = f"left out beside {', '.join(parts)}: {some(beside)}"
+    return {name: partial(_open_noted, opener, note) for name, opener in parts.items()}
+
+
+def _open_noted(opener: Opener, note: str) -> ImageSource:
+    source = opener()
+    source.notes += (note,)
+    return source
 
 
 def is_part_name(name: str) -> bool:
@@ -232,7 +274,8 @@ def is_part_name(name: str) -> bool:
     return any(name.lower() in aliases for aliases in _ALIASES.values())
 
 
-def _part_of(alias: str) -> str:
+def part_of(alias: str) -> str:
+    """Return the part, ``train``, ``val`` or ``test``, that a folder's name means."""
     return next(part for part, aliases in _ALIASES.items() if alias in aliases)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from efficientformer.data.align import match_classes
+from efficientformer.data.folders import list_folder
+from efficientformer.data.sources import is_part_name, part_of
 from efficientformer.export.qdq import Progress
 from efficientformer.runtime.image import decode, preprocess
 from efficientformer.runtime.inputs import Input, gather
@@ -43,7 +45,8 @@ def gather_pictures(
 
     Args:
         data: The folder; pictures in folders named after the network's classes are labelled. If it has ``train/`` and
-            ``val/`` (or ``test/``), scales are set on the one and figures measured on the other.
+            ``val/`` (or ``test/``, or other words for these), scales are set on the one and figures measured on the
+            other.
         manifest: The network's preprocessing and classes.
         count: Most pictures to calibrate on; of a folder without parts, no more than half.
         holdout: Most pictures to measure on.
@@ -54,7 +57,8 @@ def gather_pictures(
         DataError: If there are fewer than ``LEAST`` pictures.
     """
     rng = np.random.default_rng(seed)
-    parts = [list(gather([str(part)])) for part in _parts(Path(data))]
+    roots = _parts(Path(data))
+    parts = [list(gather([root])) for root in roots]
     orders = [rng.permutation(len(part)) for part in parts]
     if len(parts) == 1:  # nothing is both calibrated and measured on
         first = min(count, len(parts[0]) // 2)
@@ -79,13 +83,16 @@ def gather_pictures(
     if min(map(len, read)) < LEAST // 2:
         found = f"{sum(map(len, read))} that can be read" + (f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else "")
         raise DataError("Too few pictures to quantise on", expected=f"at least {LEAST}, better 800", found=found)
-    return Pictures(np.stack(read[0]), np.stack(read[1]), _labels(kept[1], manifest), tuple(skipped))
+    labels = _labels(kept[1], roots[-1], manifest)
+    return Pictures(np.stack(read[0]), np.stack(read[1]), labels, tuple(skipped))
 
 
 def _parts(data: Path) -> list[Path]:
     """Return a data set's training folder and the one to measure on, if it has both; else the whole."""
-    held_out = next((data / name for name in ("val", "validation", "test") if (data / name).is_dir()), None)
-    return [data / "train", held_out] if held_out is not None and (data / "train").is_dir() else [data]
+    folders = list_folder(data).folders if data.is_dir() else ()
+    parts = {part_of(name.lower()): data / name for name in reversed(folders) if is_part_name(name)}
+    held_out = parts.get("val", parts.get("test"))
+    return [parts["train"], held_out] if held_out is not None and "train" in parts else [data]
 
 
 def _read(picture: Input, manifest: Manifest) -> npt.NDArray[np.float32]:
@@ -93,9 +100,15 @@ def _read(picture: Input, manifest: Manifest) -> npt.NDArray[np.float32]:
     return preprocess(decode(picture.read(), mode=spec.mode, exif=spec.exif, name=picture.name), spec)
 
 
-def _labels(pictures: Sequence[Input], manifest: Manifest) -> npt.NDArray[np.int64] | None:
+def _labels(pictures: Sequence[Input], root: Path, manifest: Manifest) -> npt.NDArray[np.int64] | None:
     """Return the labels that the pictures' folders name, if all are classes of the network's."""
-    names = [Path(picture.name).parent.name for picture in pictures]
+    names = [_class_of(Path(picture.name), root) for picture in pictures]
     classes = sorted(set(names))
     index = dict(zip(classes, match_classes(classes, manifest.labels), strict=True))
     return None if min(index.values()) < 0 else np.array([index[name] for name in names], np.int64)
+
+
+def _class_of(picture: Path, root: Path) -> str:
+    """Return the name of the folder in ``root`` that a picture lies in, at any depth; or the root's own."""
+    below = picture.relative_to(root).parts[:-1] if picture.is_relative_to(root) else (picture.parent.name,)
+    return (root.name, *below)[:2][-1]

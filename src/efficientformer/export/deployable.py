@@ -127,7 +127,7 @@ def check_weights(model: str, checkpoint: str | Path | None) -> None:
     """
     if checkpoint is None or not model:
         return
-    if _is_file(model) or _inside(model).is_file():
+    if file_of(model) is not None:
         raise UsageError("Two weights files", expected="a name and a weights file", found=f"{model} and {checkpoint}")
     resolve(model)
 
@@ -135,9 +135,19 @@ def check_weights(model: str, checkpoint: str | Path | None) -> None:
 def _told_apart(model: str, checkpoint: str | Path | None) -> tuple[str, str | Path | None]:
     """Return name and weights file, also if the name is a file: one, or the folder that ``quantize`` wrote."""
     check_weights(model, checkpoint)
-    if checkpoint is None and _is_file(model):
-        return "", model
-    return ("", _inside(model)) if checkpoint is None and model and _inside(model).is_file() else (model, checkpoint)
+    file = file_of(model)
+    return ("", file) if checkpoint is None and file is not None else (model, checkpoint)
+
+
+def file_of(model: str) -> str | None:
+    """Return the file that a model's name is, or that is in the folder of that name, as ``quantize`` leaves it.
+
+    Returns:
+        The file, which need not exist if the name is plainly meant as a path; None for a name of the zoo.
+    """
+    if _is_file(model):
+        return model
+    return str(_inside(model)) if model and _inside(model).is_file() else None
 
 
 def _inside(folder: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import os
@@ -30,7 +31,8 @@ def export_onnx(
     """Fold a network, write it as ONNX, run the file with ONNX Runtime on photographs, and compare.
 
     Args:
-        model: The network in train form; its evaluation behaviour is exported. Any batch size works on the result.
+        model: The network in train form, which is left untouched; its evaluation behaviour is exported. Any batch size
+            works on the result.
         manifest: Its architecture, preprocessing, labels and provenance; stored in the file.
         path: The file to write. It appears only once it has been verified.
         half_storage: Store weights in half precision (half the size); they are widened to single when loaded.
@@ -43,6 +45,7 @@ def export_onnx(
         ExportError: If the file's logits are not the network's.
     """
     path = Path(path)
+    model = copy.deepcopy(model).float().cpu().eval()
     proto = _to_proto(model)
     if half_storage:
         halve_weights(proto)
@@ -69,7 +72,7 @@ def _to_proto(model: EfficientFormer) -> Any:  # noqa: ANN401 (an onnx.ModelProt
         import onnxscript  # noqa: F401 (torch's exporter needs it, and its own error does not say which extra brings it)
     except ImportError as error:
         raise missing_extra("torch", "Building a deployable file", error) from error
-    deployed = fold(model).float().cpu()
+    deployed = fold(model)
     example = torch.zeros(2, model.spec.in_chans, *model.spec.input_size)
     batch = torch.export.Dim("batch")
     with _silence():

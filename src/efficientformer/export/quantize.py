@@ -158,7 +158,7 @@ def quantize(
     kept = None if weights_only else quantised_target(model, checkpoint=checkpoint)
     reference = open_engine(source, "onnxruntime", precision="fp32")
     batches = gather_pictures(data, reference.manifest, pictures, holdout, seed, progress)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         work = _Work(source, reference, batches, max_drop, Path(scratch) / MODEL_FILE, progress)
         if weights_only:
             work.store_weights(weights_only)
@@ -326,24 +326,27 @@ def _checked_folder(folder: Path) -> Path:
         raise UsageError(f"{folder} holds something else", expected="a new folder, or an earlier quantisation's")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for place in (folder.parent, folder) if folder.exists() else (folder.parent,):
-            tempfile.TemporaryFile(dir=place).close()  # now, not when the work is done
+        place = folder if folder.exists() else folder.parent
+        tempfile.TemporaryFile(dir=place).close()  # now, not when the work is done
     except OSError as error:
         raise UsageError(f"Cannot write to {folder}", found=str(error)) from error
     return folder
 
 
 def _put(target: Path, report: QuantisationReport, output: Path) -> None:
-    """Write the reports beside the file, then give the whole its name."""
+    """Write the reports beside the file, then copy all to the output, which may be on another file system."""
     from efficientformer.export.quantize_page import write_page
 
     folder = target.parent
     (folder / REPORT_FILE).write_text(report.to_json())
     write_page(report, folder / PAGE_FILE)
-    output.mkdir(exist_ok=True)
-    for name in (PAGE_FILE, REPORT_FILE, MODEL_FILE):
-        (folder / name).chmod(0o644)
-        (folder / name).replace(output / name)
+    try:
+        for name in (MODEL_FILE, REPORT_FILE, PAGE_FILE):  # the largest first: a disk that is full has no room for it
+            _copy(folder / name, output / name)
+    except OSError as error:
+        raise ExportError(
+            f"Cannot write to {output}", found=str(error), hint="Make room there and try again"
+        ) from error
 
 
 def _remember(path: Path, kept: Path) -> None:

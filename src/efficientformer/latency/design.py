@@ -26,6 +26,7 @@ Size = tuple[int, int]
 WIDTHS = tuple(range(16, 257, 16))
 DEPTHS = (3, 3, 6, 4)
 ATTENTION = AttentionSpec()  # the published networks'
+EMBEDDINGS = {"v1": ("stem", "conv", "conv", "conv"), "v2": ("stem", "conv", "conv", "attn")}  # theirs, too
 SORTED_SHARE = 0.85  # of the sampled networks; the rest has widths in any order, as a slimmed network may
 SHALLOW_SHARE = 0.25  # of the networks measured for a table: no more than one block in a stage
 MAX_TRIES = 20_000
@@ -47,6 +48,7 @@ class TableSpace:
         num_classes: Classes.
         attention: Sizes of the attentions.
         stage3_stride: For V2: stride of the attention in stage 3.
+        embeddings: What leads into each stage; empty for what does in the family's published networks.
 
     Raises:
         SpecError: If a value is illegal.
@@ -63,6 +65,7 @@ class TableSpace:
     attention: AttentionSpec = ATTENTION
     stage3_stride: int = 2
     max_widths: tuple[int, ...] = ()
+    embeddings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("family", self.family, tuple(BLOCK_KINDS))
@@ -73,8 +76,11 @@ class TableSpace:
             object.__setattr__(self, name, tuple(values))
         for width in self.widths:
             check_int("width", width, 2, 8192)
-        if len(self.depths) != NUM_STAGES:
-            raise SpecError("Illegal depths", expected=f"{NUM_STAGES} numbers", found=f"{len(self.depths)}")
+        embeddings = as_list("embeddings", self.embeddings, NUM_STAGES) or EMBEDDINGS[self.family]
+        object.__setattr__(self, "embeddings", tuple(embeddings))
+        for name in ("depths", "embeddings"):
+            if len(values := getattr(self, name)) != NUM_STAGES:
+                raise SpecError(f"Illegal {name}", expected=f"one for each of {NUM_STAGES} stages", found=repr(values))
         for depth in self.depths:
             check_int("depth", depth, 0, 256)
         limits = as_list("max_widths", self.max_widths, NUM_STAGES)
@@ -101,8 +107,7 @@ class TableSpace:
 def _network(
     space: TableSpace, widths: Sequence[int], blocks: Sequence[tuple[BlockSpec, ...]], size: Size, stride: int
 ) -> ArchSpec:
-    embeddings = ("stem", "conv", "conv", "attn" if space.family == "v2" else "conv")
-    stages = tuple(StageSpec(*stage) for stage in zip(widths, blocks, embeddings, strict=True))
+    stages = tuple(StageSpec(*stage) for stage in zip(widths, blocks, space.embeddings, strict=True))
     return ArchSpec(space.family, stages, size, space.in_chans, space.num_classes, False, stride, space.attention)
 
 

@@ -28,14 +28,17 @@ def without_drift(networks: npt.ArrayLike, ms: npt.ArrayLike) -> tuple[Array, Ar
 
     Returns:
         Latencies and standard errors in milliseconds, each (networks,). An error is infinite if its network had one
-        turn only.
+        turn only. A single network is compared with nothing: its error is that of the median of its turns.
     """
     turn_of = np.asarray(networks, np.intp)
     logs = np.log(np.asarray(ms, np.float64))
     turns = [np.flatnonzero(turn_of == network) for network in range(int(turn_of.max()) + 1)]
+    level = _medians(logs, turns)
+    if len(turns) == 1:
+        latency = np.exp([np.quantile(logs, QUIET)])
+        return latency, latency * _errors(logs - level, turns)
     around = _around(len(logs))
-    speed, level = np.zeros(len(logs)), _medians(logs, turns)
-    for _ in range(ROUNDS if around.shape[1] else 0):
+    for _ in range(ROUNDS):
         speed = np.median((logs - level[turn_of])[around], axis=1)
         level = _medians(logs - speed, turns)
     latency = np.exp(level + np.quantile(speed, QUIET))

@@ -157,7 +157,10 @@ def _terms(part: Part, knots: Sequence[float]) -> dict[Term, float]:
     else:  # the width it puts out is the dim of the next embedding or of the head: together one linear term
         terms = {"dim": dim, "dim width": dim * width}
         for knot in knots:  # engines do less in a second with few channels
-            terms |= {f"dim to {knot:g}": min(dim, knot / UNIT) * width, f"width to {knot:g}": dim * min(width, knot / UNIT)}
+            terms |= {
+                f"dim to {knot:g}": min(dim, knot / UNIT) * width,
+                f"width to {knot:g}": dim * min(width, knot / UNIT),
+            }
     return {(*group, name): value for name, value in terms.items()}
 
 

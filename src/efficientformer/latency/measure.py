@@ -3,16 +3,17 @@
 Networks are timed together in passes, every pass in another order, with many short turns rather than few long ones:
 what disturbs a shared machine lasts longer than a turn, so that one turn tells little more if it is longer. Small
 networks, which it disturbs most, have more turns. What the turns around one say of the machine's speed is taken out of
-it (see ``latency.drift``), and passes are added until latencies are known well enough. What is reported as a network's
-latency is the 10th percentile of a turn's runs: of the figures one could report it repeats best from session to
-session, and on a quiet machine the median is little higher.
+it (see ``latency.drift``), and passes are added until latencies are known well enough. A turn counts with its median,
+which means the same of two runs of a large network and of a hundred of a small one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,9 +30,10 @@ from efficientformer.latency.fit import fit_parts
 from efficientformer.latency.graph import write_network
 from efficientformer.latency.table import Cost, LatencyTable
 from efficientformer.runtime.engines import open_engine
-from efficientformer.runtime.timing import Timing, environment, time_turn
+from efficientformer.runtime.timing import environment, time_turn
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import UsageError
+from efficientformer.spec.fields import check_number
 
 if TYPE_CHECKING:
     from efficientformer.runtime.engines import Engine
@@ -42,20 +44,38 @@ NETWORKS = 160
 TURN_RUNS, TURN_S = 2, 0.010  # a turn has so many runs and lasts so long at least
 SHORT_MS, MOST_TURNS = 2.0, 3  # a network below it has as many turns in a pass as go into it, at most so many
 MIN_PASSES, MAX_PASSES = 8, 48
+LEAST_S = 2.0  # a measurement lasts so long at least: one of few networks, too, should meet quiet moments and others
 MAX_SPREAD = 0.01
 PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime",)}
 
 
 @dataclass(frozen=True, slots=True)
-class Latency(Timing):
-    """How long a network took; all but ``p10_ms`` is what the runs took, whatever the machine did beside them.
+class Latency:
+    """How long a network takes, in milliseconds.
 
     Attributes:
-        p10_ms: 10th percentile of the runs, where the machine is as fast as in the fastest quarter of the measurement.
+        ms: Median of its runs, where the machine is as fast as in the fastest quarter of the measurement.
         error_ms: Its standard error, relative to networks measured together with it.
+        p10_ms: 10th percentile of its turns as they were, whatever the machine did beside them.
+        p90_ms: 90th percentile.
+        runs: How many runs were timed.
     """
 
+    ms: float
     error_ms: float
+    p10_ms: float
+    p90_ms: float
+    runs: int
+
+    @classmethod
+    def of(cls, turns: Sequence[Sequence[float]], ms: float, error_ms: float) -> Latency:
+        """Return one figure for a network from the durations of the runs of its turns, in seconds."""
+        p10, p90 = (float(value) for value in np.percentile([1000 * np.median(turn) for turn in turns], (10, 90)))
+        return cls(ms, error_ms, p10, p90, sum(map(len, turns)))
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain numbers, rounded to a tenth of a microsecond."""
+        return {name: round(value, 4) for name, value in dataclasses.asdict(self).items()}
 
 
 def measure_specs(
@@ -75,16 +95,17 @@ def measure_specs(
         engine: As for ``open_engine``.
         precision: As for ``open_engine``; for ``int8`` the networks are quantised on random pictures.
         threads: As for ``open_engine``.
-        passes: Passes over the networks at least, each of two runs or more.
-        max_spread: Passes are added, up to six times ``passes``, until the relative standard error of a latency is
-            at most this for half of the networks.
+        passes: Passes over the networks at least, each of two runs or more; two are the least.
+        max_spread: Passes are added, up to 48 or six times ``passes``, until the relative standard error of a latency
+            is at most this for half of the networks.
         progress: Told how it goes.
 
     Returns:
-        A timing for each network; ``p10_ms`` is what a latency table predicts.
+        The latency of each network; ``ms`` is what a latency table predicts.
 
     Raises:
         UsageError: If there is nothing to measure.
+        SpecError: If ``max_spread`` is no share.
         EngineError: If the engine cannot run a network.
         MissingExtraError: If a library is not installed.
     """
@@ -120,23 +141,23 @@ def build_table(
     """
     specs = design(space, networks, seed=seed)
     with opened(specs, engine, precision, threads, progress) as engines:
-        timings = time_engines(engines, max_spread=max_spread, progress=progress)
-        return table_of(space, specs, timings, engines[0], threads=threads)
+        latencies = time_engines(engines, max_spread=max_spread, progress=progress)
+        return table_of(space, specs, [latency.ms for latency in latencies], engines[0], threads=threads)
 
 
 def table_of(
-    space: TableSpace, specs: Sequence[ArchSpec], timings: Sequence[Timing], engine: Engine, *, threads: int | None
+    space: TableSpace, specs: Sequence[ArchSpec], ms: Sequence[float], engine: Engine, *, threads: int | None
 ) -> LatencyTable:
     """Fit a table to measured networks.
 
     Args:
         space: The networks the table is for.
         specs: The networks that were measured.
-        timings: Their timings.
+        ms: Their latencies in milliseconds.
         engine: What ran them.
         threads: Its threads; None if it chose.
     """
-    fit = fit_parts(specs, [timing.p10_ms for timing in timings], all_parts(space))
+    fit = fit_parts(specs, ms, all_parts(space))
     return LatencyTable(
         engine=engine.key,
         precision=engine.precision,
@@ -189,6 +210,7 @@ def time_engines(
         max_spread: See ``measure_specs``.
         progress: Told how it goes.
     """
+    check_number("spread of latencies", max_spread, 1e-6, 10)
     rng = np.random.default_rng(0)
     subjects = []
     for each in engines:
@@ -198,15 +220,17 @@ def time_engines(
     numbers = [number for number, subject in enumerate(subjects) for _ in range(subject.turns)]
     shuffle = random.Random(0).shuffle
     order: list[int] = []  # the network of each turn
-    timings: list[Timing] = []
+    turns: list[list[float]] = []  # how long its runs took, in seconds
     most = max(MAX_PASSES, 6 * min_passes)
+    start = time.perf_counter()
     for done in range(1, most + 1):
         shuffle(numbers)
         order += numbers
-        timings += [subjects[number].turn() for number in numbers]
-        latencies, errors = without_drift(order, [timing.p10_ms for timing in timings])
+        turns += [subjects[number].turn() for number in numbers]
+        latencies, errors = without_drift(order, [1000 * float(np.median(turn)) for turn in turns])
         spread = float(np.median(errors / latencies))
-        missing = _passes_missing(done, spread / max_spread, min_passes, most)
+        least = max(2, min_passes, math.ceil(done * LEAST_S / (time.perf_counter() - start)))
+        missing = _passes_missing(done, spread / max_spread, min(least, most), most)
         if progress is not None:
             progress("timing", done, done + missing)
         if not missing:
@@ -215,7 +239,7 @@ def time_engines(
         found = f"latencies repeat within {spread:.2%}, {max_spread:.2%} wanted"
         warnings.warn(f"This machine is busy: {found}", stacklevel=2)
     return [
-        _merged([timing for each, timing in zip(order, timings, strict=True) if each == number], *values)
+        Latency.of([turn for each, turn in zip(order, turns, strict=True) if each == number], *values)
         for number, values in enumerate(zip(latencies.tolist(), errors.tolist(), strict=True))
     ]
 
@@ -241,17 +265,5 @@ class _Subject:
         ms = 1000 * min(time_turn(run, 3))
         return cls(run, max(TURN_RUNS, math.ceil(1000 * TURN_S / ms)), min(MOST_TURNS, math.ceil(SHORT_MS / ms)))
 
-    def turn(self) -> Timing:
-        return Timing.of(time_turn(self.run, self.runs))
-
-
-def _merged(turns: Sequence[Timing], p10_ms: float, error_ms: float) -> Latency:
-    """Return one figure for a network from its turns."""
-    return Latency(
-        median_ms=float(np.median([turn.median_ms for turn in turns])),
-        p10_ms=p10_ms,
-        p90_ms=float(np.median([turn.p90_ms for turn in turns])),
-        min_ms=min(turn.min_ms for turn in turns),
-        runs=sum(turn.runs for turn in turns),
-        error_ms=error_ms,
-    )
+    def turn(self) -> list[float]:
+        return time_turn(self.run, self.runs)

@@ -41,7 +41,7 @@ class Variant:
     Attributes:
         name: What it is.
         ms: Its latency, or that of one of its blocks, in milliseconds.
-        error_ms: How far its quickest run lies below: undisturbed runs differ by so much.
+        error_ms: Two standard errors: what it may be off, beside the others here.
     """
 
     name: str
@@ -256,7 +256,7 @@ def _variant(timings: dict[str, Latency], label: str, name: str, *, blocks: int 
     """Return the figure of a subject, or of one of its blocks: it less the subject without blocks."""
     timing, base = timings[name], timings["none"] if blocks else None
     error = 2 * math.hypot(timing.error_ms, base.error_ms if base else 0.0)
-    ms = timing.p10_ms - (base.p10_ms if base else 0.0)
+    ms = timing.ms - (base.ms if base else 0.0)
     return Variant(label, max(0.0, ms) / max(1, blocks), error / max(1, blocks))
 
 
@@ -267,7 +267,7 @@ def _slower(first: Variant, second: Variant) -> bool:
 
 
 def _ratio(first: Variant, second: Variant) -> str:
-    return f"{first.ms / max(second.ms, 1e-9):.2f} times"
+    return f"{first.ms / second.ms:.2f} times" if second.ms else "the second is too short to be measured"
 
 
 def _figure(variant: Variant) -> str:

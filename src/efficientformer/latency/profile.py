@@ -22,6 +22,7 @@ from efficientformer.runtime.processor import available_cores
 from efficientformer.runtime.timing import environment
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.count import count_parts
+from efficientformer.spec.fields import check_int
 
 RUNS, WARMUP, PASSES = 200, 8, 5
 OTHER = "other"
@@ -150,10 +151,12 @@ def profile_file(
 
     Raises:
         EngineError: If it is no exported file, or the engine cannot run it.
+        SpecError: If ``runs`` is below 5.
         MissingExtraError: If a library is not installed.
     """
     path = Path(path)
     opened = open_engine(path, engine, precision=precision, threads=threads)
+    check_int("runs", runs, 5, 100_000)
     latency = time_engines([opened], progress=progress)[0]
     with tempfile.TemporaryDirectory(prefix="efficientformer-", ignore_cleanup_errors=True) as folder:
         named = Path(folder) / "named.onnx"

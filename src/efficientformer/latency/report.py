@@ -34,9 +34,8 @@ def write_profile(profile: Profile, folder: Path) -> tuple[Path, Path]:
     timing = profile.latency
     page.facts(
         [
-            ("latency (10th percentile)", f"{timing.p10_ms:.3f} ms"),
-            ("median", f"{timing.median_ms:.3f} ms"),
-            ("90th percentile", f"{timing.p90_ms:.3f} ms"),
+            ("latency", f"{timing.ms:.3f} ms"),
+            ("while measured", f"{timing.p10_ms:.3f} to {timing.p90_ms:.3f} ms"),
             ("all operators", f"{profile.operators_ms:.3f} ms"),
         ]
     )
@@ -71,7 +70,7 @@ def write_observations(found: Observations, folder: Path) -> tuple[Path, Path]:
         page.heading(each.title)
         page.text(f"The paper (arXiv 2206.01191, section 3.1): {each.claim}")
         page.text(each.verdict)
-        page.figure(draw_observation(each), "Latency with the distance to the quickest run")
+        page.figure(draw_observation(each), "Latency, and two standard errors")
         rows = [(variant.name, f"{variant.ms:.4f}", f"{variant.error_ms:.4f}") for variant in each.variants]
         page.table(("what", "ms", "within"), rows)
     return _write(page, found.to_dict(), folder, "observations")

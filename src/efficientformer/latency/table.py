@@ -68,7 +68,7 @@ class LatencyTable:
 
     A network's latency is ``base`` plus the cost of each of its parts plus what its weights cost in all, which grows
     once they outgrow a cache. What was measured are whole networks; the costs were fitted to them, so a part costs what
-    it adds to a network, not what it takes alone. All latencies are of one picture, 10th percentiles of many runs.
+    it adds to a network, not what it takes alone. All latencies are of one picture, medians of many runs.
 
     Attributes:
         engine: The engine, as in ``runtime.engines.ENGINES``.
@@ -346,6 +346,8 @@ def write_json(path: Path, data: object) -> None:
         temporary = Path(name)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(json.dumps(data, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp's files are for their owner only
         temporary.replace(path)
     except OSError as error:

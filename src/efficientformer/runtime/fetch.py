@@ -43,7 +43,7 @@ def fetch(
         hint = "Name a local file by its path, without a scheme"
         raise ImageError("Cannot read this kind of address", expected="http:// or https://", found=repr(url), hint=hint)
     # Addresses pasted from a browser's bar hold spaces and accents.
-    address = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+    address = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]", errors="surrogateescape")
     with _Deadline(deadline) as limit:
         try:
             request = urllib.request.Request(address, headers={"User-Agent": "efficientformer"})

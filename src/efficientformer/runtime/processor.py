@@ -24,7 +24,7 @@ def hardware(cpuinfo: Path = CPUINFO) -> str:
     Args:
         cpuinfo: Where Linux describes it.
     """
-    name = _entry("model name", cpuinfo) or platform.processor() or platform.machine()
+    name = _entry("model name", cpuinfo) or _arm(cpuinfo) or _apple() or platform.processor() or platform.machine()
     flags = f"{_entry(X86, cpuinfo)} {_entry(ARM, cpuinfo)}".split()
     units = dict.fromkeys(UNITS[flag] for flag in UNITS if flag in flags)  # each once
     return f"{name}{' with ' if units else ''}{', '.join(units)}, {available_cores()} cores"
@@ -43,6 +43,25 @@ def overflows(cpuinfo: Path = CPUINFO) -> bool:
     """
     flags = _entry(X86, cpuinfo).split()
     return bool(flags) and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags)
+
+
+def _arm(cpuinfo: Path) -> str:
+    """Return what Linux says of an Arm core, which has no name there: its maker's number and its own."""
+    maker, part = _entry("CPU implementer", cpuinfo), _entry("CPU part", cpuinfo)
+    return f"Arm {maker} {part}" if maker and part else ""
+
+
+def _apple() -> str:
+    """Return the chip's name on macOS, where ``platform.processor()`` says ``arm`` for all of them."""
+    if platform.system() != "Darwin":
+        return ""
+    import subprocess
+
+    command = ("/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _entry(name: str, cpuinfo: Path) -> str:

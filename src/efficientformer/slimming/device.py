@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from efficientformer.latency.design import TableSpace
 from efficientformer.latency.table import HERE, LatencyTable, likeness, table_command
 from efficientformer.slimming.plan import Plan
 from efficientformer.slimming.space import Space, table_space
 from efficientformer.slimming.watch import table_progress
 from efficientformer.spec.arch import ArchSpec
-from efficientformer.spec.errors import UsageError
+from efficientformer.spec.errors import SpecError, UsageError
+from efficientformer.spec.zoo import resolve
 
 TABLE = "table.json"
 
@@ -43,19 +45,30 @@ def open_table(plan: Plan, space: Space, folder: Path, given: Path | None, *, qu
 
     Raises:
         UsageError: If the table is of another engine than the plan.
+        SpecError: If it is none, or of an older version; or if none can cover the space.
         EngineError: If the engine is not on this machine.
     """
     kept = folder / TABLE
+    if given is None and kept.exists():
+        return _kept_table(plan, kept)
     if given is not None:
         table = LatencyTable.load(given)
         _check_engine(plan, table, given)
-    elif kept.exists():
-        table = LatencyTable.load(kept)
-        _check_engine(plan, table, kept)
     else:
         table = measure_table(plan, space, quiet=quiet)
     table.save(kept)
     return LatencyTable.load(kept)  # rounded as a resumed run reads it, whose search is to be the same
+
+
+def _kept_table(plan: Plan, path: Path) -> LatencyTable:
+    """Read the table of a run's own folder; what rests on one that cannot be read is of no use with another."""
+    try:
+        table = LatencyTable.load(path)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error.problem}", expected=error.expected, found=error.found,
+                        hint="Start a new run in another folder") from error  # fmt: skip
+    _check_engine(plan, table, path)
+    return table
 
 
 def check_table(plan: Plan, space: Space, table: LatencyTable) -> None:
@@ -93,7 +106,7 @@ def _command(table: LatencyTable, space: Space) -> str:
         engine=table.engine,
         precision=table.precision,
         threads=table.threads,
-        like=likeness(wanted.family, wanted.attention),
+        like=_like(wanted),
         widths=",".join(map(str, wanted.widths)),
         depths=",".join(map(str, wanted.depths)),
         expansions=",".join(f"{ratio:g}" for ratio in wanted.expansions),
@@ -101,6 +114,16 @@ def _command(table: LatencyTable, space: Space) -> str:
         stem_stride=",".join(map(str, wanted.stem_strides)),
         classes=wanted.num_classes,
     )
+
+
+def _like(wanted: TableSpace) -> str:
+    """Return a zoo network that has all of a space that no option of the command gives; or a word for a spec's file."""
+    name = likeness(wanted.family, wanted.attention)
+    if not name.endswith(".json"):
+        zoo = table_space(Space(resolve(name).card.spec))
+        if any(getattr(zoo, field) != getattr(wanted, field) for field in ("in_chans", "stage3_stride", "embeddings")):
+            return "START_NETWORK.json"
+    return name
 
 
 def measure_table(plan: Plan, space: Space, *, quiet: bool) -> LatencyTable:
@@ -124,7 +147,7 @@ def measured(table: LatencyTable, specs: Sequence[ArchSpec], start: ArchSpec) ->
     from efficientformer.latency.measure import measure_specs
 
     timings = measure_specs([*specs, start], engine=table.engine, precision=table.precision, threads=table.threads)
-    *found, reference = [timing.p10_ms for timing in timings]  # what the table predicts
+    *found, reference = [timing.ms for timing in timings]  # what the table predicts
     # a network the table knows as well as its start deviates by two standard errors at most; what is more, is load
     usual = table.predict(start).ms * (1 + 2 * table.spread)
     busy = max(1.0, reference / usual)

@@ -12,7 +12,7 @@ import random
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 
 from efficientformer.data.loader import Batch
@@ -34,13 +34,14 @@ class Sliced(nn.Module):
     Args:
         supernet: Holds the weights.
         candidate: The network.
+        dtype: What it computes in, by autocast; None for single precision.
     """
 
-    def __init__(self, supernet: Supernet, candidate: Candidate) -> None:
+    def __init__(self, supernet: Supernet, candidate: Candidate, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         state = supernet.state_dict(keep_vars=True)
-        device = next(supernet.parameters()).device
-        with torch.device(device):
+        self._device, self._dtype = next(supernet.parameters()).device, dtype
+        with self._device:
             self.network = EfficientFormer(candidate.spec, **supernet.rates)
         cut = plan_cut(state, supernet.spec, candidate.full, by_position)
         names = pool_names(candidate, self.network)
@@ -49,10 +50,11 @@ class Sliced(nn.Module):
             statistics = {name for name, _ in self.network.named_buffers()}
             self._weights |= {name: self._weights[name].clone() for name in statistics & self._weights.keys()}
 
-    def forward(self, *args: Any, **options: Any) -> Tensor:  # noqa: ANN401 (as the network)
-        """Run the network: images (B, C, H, W) to logits (B, K)."""
-        logits: Tensor = functional_call(self.network, self._weights, args, options)
-        return logits
+    def forward(self, *args: Any, **options: Any) -> Any:  # noqa: ANN401 (as the network)
+        """Run the network as Accelerate runs what it prepared: images (B, C, H, W) to logits (B, K), in single."""
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
+            said = functional_call(self.network, self._weights, args, options)
+        return tuple(head.float() for head in said) if isinstance(said, tuple) else said.float()
 
 
 class Sandwich:
@@ -63,16 +65,19 @@ class Sandwich:
         supernet: Holds the weights.
         space: The networks.
         seed: With a step's number it decides which networks are drawn.
+        dtype: What the networks compute in, by autocast; None for single precision.
     """
 
-    def __init__(self, task: Task, supernet: Supernet, space: Space, seed: int) -> None:
-        self._task, self._supernet, self._space, self._seed = task, supernet, space, seed
+    def __init__(
+        self, task: Task, supernet: Supernet, space: Space, seed: int, dtype: torch.dtype | None = None
+    ) -> None:
+        self._task, self._supernet, self._space, self._seed, self._dtype = task, supernet, space, seed, dtype
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the mean loss of the step's networks, and what the largest got right."""
         rng = random.Random(f"{self._seed}-{batch.draws.step}")
         networks = [self._space.largest, self._space.smallest, *(drawn(self._space, rng) for _ in range(DRAWN))]
-        losses = [self._task(Sliced(self._supernet, candidate), batch) for candidate in networks]
+        losses = [self._task(Sliced(self._supernet, candidate, self._dtype), batch) for candidate in networks]
         return Loss(torch.stack([loss.total for loss in losses]).mean(), losses[0].correct)
 
 

@@ -24,7 +24,7 @@ from efficientformer.slimming.extract import Pool, frozen_parts
 from efficientformer.slimming.space import Candidate
 from efficientformer.spec.errors import DataError, ImageError, TrainingError
 from efficientformer.spec.preprocess import PreprocessSpec
-from efficientformer.training.loop import seed_everything
+from efficientformer.training.loop import seed_everything, split
 from efficientformer.training.optim import BATCH_NORM, build_optimizer, clip_gradients, hold_still, set_learning_rate
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.task import Task
@@ -177,16 +177,21 @@ class PoolJudge:
         frozen = frozen_parts(recipe.freeze, candidate, network)
         for module in hold_still(network, recipe.with_changes(freeze=frozen)):
             module.eval()
+        network.set_grad_checkpointing(recipe.grad_checkpointing)
         optimizer = build_optimizer(network, recipe)
         set_learning_rate(optimizer, self._recovery.rate * recipe.scaled_lr)
+        scaler = torch.amp.GradScaler(self._device.type, enabled=self._dtype is torch.float16)
         for number, batch in enumerate(islice(self._batches, self._recovery.steps)):
             seed_everything(recipe.seed, first + number, 0)
             images, labels = batch.images.to(self._device), batch.labels.to(self._device)
-            with self._autocast():
-                loss = self._recovery.task(network, Batch(images, labels, batch.draws, batch.cut)).total
-            loss.backward()  # type: ignore[no-untyped-call]
+            for part, _ in split(Batch(images, labels, batch.draws, batch.cut), recipe.accumulate):
+                with self._autocast():
+                    loss = self._recovery.task(network, part).total
+                scaler.scale(loss / recipe.accumulate).backward()  # type: ignore[no-untyped-call]
+            scaler.unscale_(optimizer)
             clip_gradients(network, recipe)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
         if not all(bool(p.isfinite().all()) for p in network.parameters()):
             hint = "Lower it with --set search.recover_lr=0.03, or go without: --set search.recover_steps=0"

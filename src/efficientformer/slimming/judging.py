@@ -21,7 +21,7 @@ from efficientformer.slimming.judge import Pictures, PoolJudge, Recovery
 from efficientformer.slimming.plan import Plan
 from efficientformer.slimming.search import EVERY, Device, PathFile, Search, Step
 from efficientformer.slimming.space import Space
-from efficientformer.slimming.subject import SupernetSubject
+from efficientformer.slimming.subject import AUTOCAST, SupernetSubject
 from efficientformer.slimming.supernet import Supernet, load_supernet
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.manifest import Manifest
@@ -139,8 +139,7 @@ class Bench:
     def _judge(self) -> PoolJudge:
         options, recipe = self.plan.options, self.prepared.recipe
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        names = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = names.get(mixed_precision(recipe, "auto"))
+        dtype = AUTOCAST.get(mixed_precision(recipe, "auto"))
         task = build_task(recipe, self.manifest, self.prepared.source, device, dtype)
         recovery = Recovery(options.recover_steps, options.recover_lr, recipe, task, self.prepared.loader)
         if options.joint:

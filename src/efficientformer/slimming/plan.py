@@ -91,7 +91,8 @@ class Options:
         check_int("max_params", self.max_params, 0, 10**12)
 
     def check(self) -> None:
-        """Raise SpecError if an option would have no effect."""
+        """Raise SpecError if an option would have no effect, whatever the start network, or is illegal."""
+        self._below(small_start())  # checks the bounds
         if self.joint and not self.size_weight and not self.latency_weight:
             raise SpecError("A mobile efficiency score of nothing", expected="size_weight or latency_weight above 0")
         for name in _LATENCY_ONLY if self.joint else _JOINT_ONLY:
@@ -111,6 +112,9 @@ class Options:
         if start.family == "v1" and self.min_expansion != Options.__dataclass_fields__["min_expansion"].default:
             raise SpecError("search.min_expansion means nothing for V1, whose expansions are not cut",
                             hint="Leave search.min_expansion out")  # fmt: skip
+        return self._below(start)
+
+    def _below(self, start: ArchSpec) -> Space:
         return Space(start, self.width_step, self.min_width, self.min_expansion, self.min_depth)
 
     @property
@@ -284,6 +288,5 @@ def apply_settings(
     check_keys("the search's options", changes, Options)
     options = dataclasses.replace(options, **changes)
     options.check()
-    options.space(small_start())  # checks the bounds
     final = override(final, parts["final"]).with_changes(**FOUND)
     return override(supernet, parts["supernet"]), final, options

@@ -260,13 +260,15 @@ def _add_use(page: Page, networks: Sequence[Finished], table: LatencyTable) -> N
     engine = f"--engine {table.engine} --precision {table.precision}"
     folder, smaller = networks[0].weights.parent, 0.8 * min(each.target_ms for each in networks)
     page.heading("What to do with it")
+    quantise = []
     if table.precision == "int8":
+        quantise = [("quantise it", f"efficientformer quantize {file} --data DIR --output slimmed-int8")]
         page.text("The budgets are of int8; the networks here, and their top-1, are not quantised yet. The first "
                   "command does that, and says what int8 costs in accuracy.")  # fmt: skip
     page.table(
         ("to", "command"),
         [
-            *([("quantise it", f"efficientformer quantize {file} --data DIR")] if table.precision == "int8" else []),
+            *quantise,
             ("classify pictures", f"efficientformer predict PICTURE --model {file} {engine}"),
             ("measure it on other pictures", f"efficientformer test {file} --data DIR"),
             ("train it further", f"efficientformer train --model {file} --data DIR"),

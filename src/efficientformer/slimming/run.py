@@ -7,6 +7,7 @@ targets/2ms/           choice.json: which step; sliced-2ms.safetensors: with inh
                        weights; train/: the final training
 slimmed-2ms.safetensors  the network: an ordinary checkpoint
 path.csv, path.json, accuracy_latency.png, report.html
+run.lock               while a process is at work here: which one
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from efficientformer.latency.table import LatencyTable
 from efficientformer.models.network import EfficientFormer
@@ -40,6 +45,7 @@ from efficientformer.spec.arch import load_json
 from efficientformer.spec.errors import EfficientFormerError, TrainingError, UsageError
 from efficientformer.spec.fields import check_int, check_keys, check_number
 from efficientformer.training.allocator import freed_memory_kept
+from efficientformer.training.lock import LOCK, alone_in
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import Outcome, train
 from efficientformer.training.setup import PlainNetwork
@@ -48,6 +54,7 @@ from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from efficientformer.weights.files import atomic_write
 
 PATH, MEASURED, CHOICE = "search/path.json", "search/measured.json", "choice.json"
+TOGETHER = 10  # networks that are measured at once: each is held in memory
 REPEATS = 0.01  # share of a budget left for what a latency may differ by when it is measured again
 
 
@@ -91,7 +98,8 @@ def slim(
         The run folder and, of a finished run, the networks.
 
     Raises:
-        UsageError: If the arguments do not go together, or a target cannot be reached; the range is named.
+        UsageError: If the arguments do not go together, a target cannot be reached (the range is named), or another
+            process is at work in the folder.
         DataError: If the data set is missing or does not fit.
         TrainingError: If training cannot go on; the last good checkpoint stands.
         EngineError: If the engine cannot be used here.
@@ -104,14 +112,15 @@ def slim(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         hint = "Slim in one process; its sliced network can be trained by many: torchrun ... train --model FILE"
         raise UsageError("Slimming is no job for torchrun", hint=hint)
-    if resume is not None:
-        run = _resumed(Path(resume), targets, data, quiet=quiet)
-    else:
-        assert plan is not None
-        if output is None:
-            raise UsageError("Where to?", hint="Name a run folder: --output FOLDER")
-        run = _begun(plan, Path(output), None if table is None else Path(table), quiet=quiet)
-    return run.go()
+    with ExitStack() as held:
+        if resume is not None:
+            run = _resumed(Path(resume), targets, data, held, quiet=quiet)
+        else:
+            assert plan is not None
+            if output is None:
+                raise UsageError("Where to?", hint="Name a run folder: --output FOLDER")
+            run = _begun(plan, Path(output), None if table is None else Path(table), held, quiet=quiet)
+        return run.go()
 
 
 @dataclass
@@ -129,7 +138,8 @@ class _SlimRun:
         if not self._train_supernet():
             return SlimOutcome(self.folder, False, ())
         if not all((self._target(target) / CHOICE).exists() for target in self.plan.targets):
-            self._search()
+            with self._naming_memory():
+                self._search()
         steps = PathFile(self.folder / PATH, self.space).read()
         if not steps:
             raise UsageError(f"{self.folder / PATH} is gone", hint="Remove the folder targets, too, to search anew")
@@ -153,6 +163,17 @@ class _SlimRun:
             for target in self.plan.targets:
                 if not (self._target(target) / CHOICE).exists():
                     self._choose(search, bench, target)
+
+    @contextmanager
+    def _naming_memory(self) -> Iterator[None]:
+        """Turn what a device that is too small raises into an error that says what to do."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            hint = (f"Is something else using it? Go on when it is not: {self._command}; else start a new run with a "
+                    "lower batch_size, with accumulate raised, or with grad_checkpointing")  # fmt: skip
+            found = str(error)[:200]
+            raise TrainingError("The device has not enough memory for the search", found=found, hint=hint) from error
 
     @property
     def _command(self) -> str:
@@ -233,12 +254,13 @@ class _SlimRun:
     def _measure(self, wanted: list[Step]) -> list[Measured | None]:
         """Return the measured latencies of some steps; each network is measured once, and its latency kept."""
         known = self._measured()
-        missing = {digest: step for step in wanted if (digest := _digest(step)) not in known}
-        if missing:
-            found = device.measured(self.table, [step.candidate.spec for step in missing.values()], self.space.start)
+        specs = {digest: step.candidate.spec for step in wanted if (digest := _digest(step)) not in known}
+        for first in range(0, len(specs), TOGETHER):
+            chunk = dict(islice(specs.items(), first, first + TOGETHER))
+            found = device.measured(self.table, list(chunk.values()), self.space.start)
             if found is None:
                 return [None for _ in wanted]
-            known |= {digest: vars(each) for digest, each in zip(missing, found, strict=True)}
+            known |= {digest: vars(each) for digest, each in zip(chunk, found, strict=True)}
             _write(self.folder / MEASURED, known)
         return [Measured(**known[_digest(step)]) for step in wanted]
 
@@ -287,13 +309,13 @@ class _SlimRun:
         _write(folder / "result.json", {"top1": float(manifest.metrics["top1"]), **measured})
 
 
-def _begun(plan: Plan, folder: Path, table: Path | None, *, quiet: bool) -> _SlimRun:
+def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, quiet: bool) -> _SlimRun:
     """Start a run: everything that can be refused is refused before anything is trained."""
     if (folder / PLAN).exists():
         hint = f"Go on with: efficientformer slim --resume {shlex.quote(str(folder))}; or choose another --output"
         raise UsageError(f"{folder} holds a run already", hint=hint)
     kept = folder / device.TABLE  # of a run that was refused after it had measured one
-    allowed = {kept.name} if table is None else set()
+    allowed = {LOCK, kept.name} if table is None else {LOCK}
     if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - allowed)):
         hint = "Choose another --output: nothing is overwritten"
         raise UsageError(f"{folder} is not empty", found=", ".join(others[:5]), hint=hint)
@@ -301,34 +323,50 @@ def _begun(plan: Plan, folder: Path, table: Path | None, *, quiet: bool) -> _Sli
     plan = decide(dataclasses.replace(plan, data=str(Path(plan.data).absolute())))
     space = plan.options.space(start_network(plan))
     make_folder(folder)
+    held.enter_context(alone_in(folder))
     found = kept.exists()
-    try:
+    # not a run, if it is refused: the folder can be used again, and its own table too
+    with _removing_if_refused(folder / PLAN, *(() if table is None else (kept,))):
         if table is None:
             plan.save(folder)  # a run that is killed while it measures can be resumed; a given table is quickly kept
         latencies = device.open_table(plan, space, folder, table, quiet=quiet)
         plan.save(folder)
         device.check_table(plan, space, latencies)
         check_targets(space, latencies, plan.targets, plan.options.max_params)
-    except EfficientFormerError:
-        (folder / PLAN).unlink(missing_ok=True)  # not a run: the folder can be used again, and its own table too
-        if table is not None:
-            kept.unlink(missing_ok=True)
-        raise
     if found and not quiet:
         sys.stderr.write(f"The latency table is the one found in {folder}, {latencies.origin}\n")
     return _SlimRun(folder, plan, space, latencies, quiet)
 
 
-def _resumed(folder: Path, targets: Iterable[float], data: str | Path | None, *, quiet: bool) -> _SlimRun:
+def _resumed(
+    folder: Path, targets: Iterable[float], data: str | Path | None, held: ExitStack, *, quiet: bool
+) -> _SlimRun:
+    """Go on with a run; one that was killed while its table was measured is refused as a new one is."""
     plan = Plan.load(folder)
+    held.enter_context(alone_in(folder))
     if data is not None:
         plan = dataclasses.replace(plan, data=str(Path(data).absolute()))
     wanted = plan.with_targets(targets)
     space = wanted.options.space(start_network(wanted))
-    table = device.open_table(wanted, space, folder, None, quiet=quiet)
-    check_targets(space, table, wanted.targets, wanted.options.max_params)
+    new = not (folder / "supernet").exists()
+    doomed = (folder / PLAN,) if new and wanted.targets == plan.targets else ()
+    with _removing_if_refused(*doomed, refusal=UsageError):  # what is missing on this machine can be installed
+        table = device.open_table(wanted, space, folder, None, quiet=quiet)
+        if new:
+            device.check_table(wanted, space, table)
+        check_targets(space, table, wanted.targets, wanted.options.max_params)
     wanted.save(folder)
     return _SlimRun(folder, wanted, space, table, quiet)
+
+
+@contextmanager
+def _removing_if_refused(*paths: Path, refusal: type[Exception] = EfficientFormerError) -> Iterator[None]:
+    try:
+        yield
+    except refusal:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _digest(step: Step) -> str:

@@ -238,7 +238,11 @@ class Space:
 
 
 def table_space(space: Space) -> TableSpace:
-    """Return what a latency table must cover to predict every network of a space."""
+    """Return what a latency table must cover to predict every network of a space.
+
+    Raises:
+        SpecError: If no table can: of several strides of attention in one stage, or of another than 1 in stage 4.
+    """
     start = space.start
     stages = range(len(start.stages))
     ratios = {
@@ -257,9 +261,24 @@ def table_space(space: Space) -> TableSpace:
         in_chans=start.in_chans,
         num_classes=start.num_classes,
         attention=start.attention,
-        stage3_stride=max((block.stride for block in start.stages[2].blocks), default=1),
+        stage3_stride=_stage3_stride(start),
         max_widths=tuple(stage.width for stage in start.stages),
+        embeddings=tuple(stage.embedding for stage in start.stages),
     )
+
+
+def _stage3_stride(start: ArchSpec) -> int:
+    """Return the one stride of the attention in stage 3."""
+    third, fourth = ({b.stride for b in stage.blocks if b.has_attention} or {1} for stage in start.stages[2:])
+    for number, strides, legal in ((3, third, ({1}, {2})), (4, fourth, ({1},))):
+        if strides not in legal:
+            raise SpecError(
+                f"No latency table covers the attention of stage {number}",
+                expected="one stride" if len(legal) > 1 else "stride 1",
+                found=f"stride {' and '.join(map(str, sorted(strides)))}",
+                hint="Choose another start network",
+            )
+    return third.pop()
 
 
 def _at(values: Sequence[T], index: int) -> T:

@@ -19,8 +19,9 @@ from efficientformer.spec.manifest import Manifest
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.setup import build_network
 from efficientformer.training.subject import Note
-from efficientformer.training.task import Task
+from efficientformer.training.task import Supervised, Task
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_HELD_OUT = 0.2  # of the training pictures
 
 
@@ -79,7 +80,9 @@ class SupernetSubject:
         """Return the recipe's task with the temperature's schedule, or by the sandwich rule."""
         assert isinstance(model, Supernet)
         if self.options.joint:
-            return Sandwich(task, model, self.options.space(model.spec), self.seed)
+            assert isinstance(task, Supervised)
+            dtype = AUTOCAST.get(task.recipe.precision)  # by now it is decided
+            return Sandwich(task, model, self.options.space(model.spec), self.seed, dtype)
         return Annealed(task, model, steps)
 
     def save(self, path: Path, model: EfficientFormer, manifest: Manifest) -> None:

@@ -153,7 +153,7 @@ class Run:
             raise TrainingError(
                 f"No batch for step {self.progress.step}: {error.problem}",
                 found=error.found,
-                hint=f"{error.hint.rstrip('.')}. The last checkpoint stands: {self.folder.resume_command}",
+                hint=f"{error.hint.rstrip('.')}. {self.folder.way_on}",
             ) from error
 
     def no_memory(self, purpose: str, error: Exception) -> TrainingError:
@@ -321,5 +321,8 @@ def split(batch: Batch, parts: int) -> Iterator[tuple[Batch, bool]]:
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
-    images, labels = (tensor.pin_memory().to(device, non_blocking=True) for tensor in (batch.images, batch.labels))
+    tensors = batch.images, batch.labels
+    if device.type == "cuda":  # no other device takes pinned memory
+        tensors = tensors[0].pin_memory(), tensors[1].pin_memory()
+    images, labels = (tensor.to(device, non_blocking=True) for tensor in tensors)
     return Batch(images, labels, batch.draws, batch.cut)

@@ -98,7 +98,7 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     warmup = min(recipe.warmup_epochs * steps_per_epoch, total / 2)
     if step < warmup:
         start = min(recipe.warmup_lr, peak)
-        return start + (peak - start) * (step + 1) / warmup
+        return start + (peak - start) * min(1.0, (step + 1) / warmup)  # it may end within this step
     done = (step - warmup) / max(1, total - warmup)
     if recipe.schedule == "constant":
         return peak

@@ -75,7 +75,7 @@ class Recipe:
         ema_decay: Decay of the averaged weights; 0 keeps none.
         ema_epochs: Last epochs over which weights are averaged; 0 means all.
         teacher: Teacher for distillation: ``timm:NAME``, a zoo name, or a weights file; empty is none.
-        teacher_weights: File with the weights of a ``timm:`` teacher; empty downloads timm's.
+        teacher_weights: File with the weights of a teacher given by its name; empty takes the published ones.
         distillation: ``hard`` (the teacher's decision, as the papers) or ``soft`` (its probabilities).
         distill_alpha: Weight of the teacher's loss; the labels' has the rest.
         distill_temperature: Temperature of soft distillation.
@@ -207,6 +207,8 @@ class Recipe:
         for unused, others in (
             (bool(self.randaugment), ("color_jitter",)),
             (not self.teacher, ("distillation", "distill_alpha", "distill_temperature", "teacher_weights")),
+            (Path(self.teacher).is_file(), ("teacher_weights",)),
+            (self.distillation == "hard", ("distill_temperature",)),
             (not self.mixing, ("mix_prob",)),
             (self.clip == "none", ("clip_value",)),
             (not self.ema_decay, ("ema_epochs",)),

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from efficientformer.spec.errors import EfficientFormerError, EngineError, Train
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
 from efficientformer.training.allocator import freed_memory_kept
+from efficientformer.training.lock import alone_in
 from efficientformer.training.loop import Run, Shell
 from efficientformer.training.norms import synchronise_norms
 from efficientformer.training.optim import build_optimizer, hold_still
@@ -121,17 +122,14 @@ def _go(
     accelerator = _accelerator(recipe, device)
     # noted: a resumed run goes on in the precision it began in, whatever the hardware it goes on with
     recipe = recipe.with_changes(precision=accelerator.mixed_precision.replace("no", "fp32"))
-    manifest = Manifest.from_json(note["manifest"]) if note else None
+    manifest = None if resumed is None or resumed.fresh else Manifest.from_json(note["manifest"])
     rank, world = accelerator.process_index, accelerator.num_processes
     prepared = prepare(recipe, path, rank, world, manifest, subject)
     if resumed is not None and note["digest"] != prepared.digest:
         raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
     run = _assemble(prepared, resumed or _new_folder(output, prepared, path, accelerator), accelerator, stop)
-    _take_up(run, prepared, path, new=resumed is None, quiet=quiet)
-    try:
+    with _taken_up(run, prepared, path, new=resumed is None, quiet=quiet):
         return _train(run, prepared, path)
-    finally:
-        run.watch.close()
 
 
 def _check_call(
@@ -203,6 +201,21 @@ def _assemble(prepared: Prepared, folder: RunFolder, accelerator: Accelerator, s
     return Run(recipe, model, shell, stepper, average, prepared.loader, task, accelerator, still, folder, stop)
 
 
+@contextmanager
+def _taken_up(run: Run, prepared: Prepared, path: Path, *, new: bool, quiet: bool) -> Iterator[None]:
+    """Keep other processes out of a run's folder, made if it is new, and bring the run to the step it stands at."""
+    folder, is_main = run.folder.path, run.accelerator.is_main_process
+    there = folder.is_dir()
+    with ExitStack() as held:
+        if is_main and there:
+            held.enter_context(alone_in(folder))
+        _take_up(run, prepared, path, new=new, quiet=quiet)
+        if is_main and not there:
+            held.enter_context(alone_in(folder))
+        held.callback(run.watch.close)
+        yield
+
+
 def _take_up(run: Run, prepared: Prepared, path: Path, *, new: bool, quiet: bool) -> None:
     """Bring a run to the step it stands at, make its folder if it is new, and open what tells how it goes."""
     accelerator, folder = run.accelerator, run.folder
@@ -227,6 +240,8 @@ def _take_up(run: Run, prepared: Prepared, path: Path, *, new: bool, quiet: bool
     total, first = run.recipe.epochs * run.steps_per_epoch, run.progress.step
     run.watch = Watch(folder.path if is_main else None, total, first, run.recipe.batch_size, quiet=quiet)
     run.evaluate = lambda network: _evaluate(run, network, prepared)
+    if not new and folder.fresh:
+        run.watch.note("There is no checkpoint yet: the run begins again")
     for note in prepared.notes if new else ():
         run.watch.note(note)
 

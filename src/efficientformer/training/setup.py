@@ -128,7 +128,7 @@ def prepare(
         path: The data set.
         rank: This process.
         world: Processes.
-        resumed: What a resumed run's network is; its weights come from the run's own state.
+        resumed: What the network of a run with a checkpoint is; its weights come from the run's own state.
         subject: What is trained; by default the recipe's network.
 
     Raises:
@@ -140,7 +140,7 @@ def prepare(
     splits = subject.splits(recipe, path)
     _check_classes(splits.train.classes)
     recipe = _decide(recipe, splits.train)
-    notes = [splits.note, *getattr(splits.train, "notes", ()), *getattr(splits.val, "notes", ())]
+    notes = list(dict.fromkeys((splits.note, *splits.train.notes, *splits.val.notes)))
     if resumed is not None:
         model, manifest = subject.rebuild(recipe, resumed.spec), resumed
     else:

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 
 from efficientformer.spec.errors import CheckpointError, TrainingError, UsageError
+from efficientformer.training.lock import LOCK
 from efficientformer.training.recipe import Recipe, load_recipe
 from efficientformer.weights.files import atomic_write
 
 STATE = "state.pt"
 BEFORE_FIRST_STEP = {
+    LOCK,
     "recipe.json",
     "data.json",
     "metrics.jsonl",
@@ -98,6 +100,22 @@ class RunFolder:
         """The command that goes on with this run."""
         return self.command or f"efficientformer train --resume {shlex.quote(str(self.path))}"
 
+    @property
+    def fresh(self) -> bool:
+        """Whether no checkpoint was written yet: the run begins again from the weights of its recipe."""
+        return not (self.path / STATE).exists() and not self.weights("last").exists()
+
+    @property
+    def way_on(self) -> str:
+        """What there is of a run that broke off, and how to go on."""
+        if self.fresh:
+            return f"There is no checkpoint yet, so this begins again: {self.resume_command}"
+        return f"The last checkpoint stands: {self.resume_command}" if (self.path / STATE).exists() else self._new_run
+
+    @property
+    def _new_run(self) -> str:
+        return f"Start a new run, from its weights with --model {shlex.quote(str(self.weights('last')))}"
+
     def recipe(self) -> Recipe:
         """Return the recipe the run began with."""
         return load_recipe(self.path)
@@ -134,29 +152,27 @@ class RunFolder:
             torch.save({"parts": states, "progress": vars(progress), "recipe": self.recipe().to_json()}, file)
 
     def load_state(self, parts: Mapping[str, Any]) -> Progress:
-        """Bring every part to where the run stood.
+        """Bring every part to where the run stood; a run without a checkpoint stands at its beginning.
 
         Raises:
             TrainingError: If the state is missing, damaged or of another recipe.
         """
-        path, hint = (
-            self.path / STATE,
-            f"Start a new run, from its weights with --model {self.path / 'last.safetensors'}",
-        )
-        if not path.exists():
-            if (self.path / "last.safetensors").exists():
-                raise TrainingError(f"{path} is missing: there is nothing to go on from", hint=hint)
+        if self.fresh:
             return Progress()
+        path, hint = self.path / STATE, self._new_run
+        if not path.exists():
+            raise TrainingError(f"{path} is missing: there is nothing to go on from", hint=hint)
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
-            recipe, progress = data["recipe"], Progress(**data["progress"])
+            recipe, progress = Recipe.from_dict(json.loads(data["recipe"])), Progress(**data["progress"])
+            same = recipe == self.recipe()  # not their texts: a newer version knows settings that an older one did not
             for name, part in parts.items():
-                if part is not None and recipe == self.recipe().to_json():
+                if part is not None and same:
                     part.load_state_dict(data["parts"][name])
         except Exception as error:  # whatever a damaged file makes torch raise; its advice is about trusted files
             found = f"{path.stat().st_size:,} bytes that are no complete state ({type(error).__name__})"
             raise TrainingError(f"{path} cannot be resumed from", found=found, hint=hint) from error
-        if recipe != self.recipe().to_json():
+        if not same:
             raise TrainingError(f"{self.path / 'recipe.json'} is not the recipe this run began with", hint=hint)
         if progress.best_epoch >= 0 and not (self.path / "best.safetensors").exists():
             raise TrainingError(f"{self.path / 'best.safetensors'} is missing: the best weights so far", hint=hint)
@@ -175,7 +191,7 @@ class RunFolder:
             raise TrainingError(
                 f"The checkpoint of step {step} could not be written",
                 found=error.found or str(error),
-                hint=f"The one before it stands. Once that is mended: {self.resume_command}",
+                hint=f"Mend that first. {self.way_on}",
             ) from error
 
     def log_metrics(self, values: Mapping[str, Any]) -> None:

@@ -172,7 +172,7 @@ def open_teacher(
 
 def _open_ours(recipe: Recipe, student: Manifest, dtype: torch.dtype | None) -> Teacher:
     name = recipe.teacher
-    checkpoint, manifest = load_named(name, True)
+    checkpoint, manifest = load_named(name, recipe.teacher_weights or True)
     _check_classes(name, len(student.labels) or student.spec.num_classes, manifest.spec.num_classes)
     order = None
     if student.labels and manifest.labels and student.labels != manifest.labels:

@@ -226,10 +226,14 @@ class Cache:
         digest = sha256_of(file)
         check_file(file, expected, digest)
         copy = final.with_name(f"{final.name}.copy")
-        with writing_to(final.parent):
-            # Not a hard link: whoever overwrites our file in place would change the other cache with it.
-            shutil.copyfile(file, copy)
-        return self.store(copy, final, digest)
+        try:
+            with writing_to(final.parent):
+                # Not a hard link: whoever overwrites our file in place would change the other cache with it.
+                shutil.copyfile(file, copy)
+            return self.store(copy, final, digest)
+        finally:
+            with suppress(OSError):
+                copy.unlink()
 
     @contextmanager
     def lock(self, path: Path, progress: Progress) -> Iterator[None]:

@@ -182,16 +182,17 @@ class _Job:
             fetched, digest = Path(path), sha256_of(Path(path))
             published = "".join(re.findall(r"^[0-9a-f]{64}$", facts.etag or ""))  # the hub's tag of a large file
             check_file(fetched, self.source.sha256 or published, digest)
-            return self.cache.store(fetched, final, digest)
+            stored = self.cache.store(fetched, final, digest)
         except DownloadError:
+            shutil.rmtree(folder, ignore_errors=True)
             raise
         except Exception as error:  # of whatever library it stands on: httpx, requests, xet
             if isinstance(error, OSError) and error.errno:  # the disk; what comes from a connection has no number
                 with writing_to(folder):
                     raise
             raise SourceFailedError("huggingface_hub gave up", found=_say(error)) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # after a stop or a lost connection it stays, for the next try
+        return stored
 
 
 def _hub_bar(report: Callable[[int, int | None], None]) -> Any:  # noqa: ANN401 (a class of tqdm's kind)

@@ -37,8 +37,8 @@ class OnnxRuntimeEngine:
         if streams > 1:
             # a session has one pool of threads: of one thread each it is the callers' own threads that compute
             options.intra_op_num_threads = 1
-        elif threads is not None:
-            options.intra_op_num_threads = threads
+        else:  # left to itself it counts the machine's cores, not those it may use, and pins a thread to each
+            options.intra_op_num_threads = threads or available_cores()
         self._stamp = file_stamp(path)
         try:
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

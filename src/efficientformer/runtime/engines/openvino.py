@@ -85,6 +85,7 @@ class OpenVinoEngine:
         self.streams, self._path, self._threads = streams, path, threads
         self._lock = threading.Lock()
         self._compiled: OrderedDict[int, queue.SimpleQueue[Any]] = OrderedDict()
+        self.exact = False  # whether each batch size runs as it is, for those who time it: all are compiled and kept
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return logits (N, num_classes) for preprocessed images (N, C, H, W).
@@ -115,11 +116,13 @@ class OpenVinoEngine:
         One picture never runs as a batch of many, and many never one by one.
         """
         with self._lock:
-            size = min((size for size in self._compiled if size >= count and (size == 1) == (count == 1)), default=0)
+            most = count if self.exact else max(self._compiled, default=0)
+            fit = (size for size in self._compiled if count <= size <= most and (size == 1) == (count == 1))
+            size = min(fit, default=0)
             if not size:
                 size = count
                 self._compiled[size] = self._compile(size)
-                if len(self._compiled) > MAX_COMPILED:
+                if len(self._compiled) > MAX_COMPILED and not self.exact:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(size)
             return size, self._compiled[size]

@@ -7,7 +7,7 @@ the length of the attention-bias tables as far as grids are square; the stem's s
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -55,7 +55,7 @@ def infer_spec(state: Mapping[str, Tensor], layout: str) -> ArchSpec:
         _input_side(names, attentions),  # type: ignore[arg-type]  # one number is made a pair by the spec
         in_chans=names.shape(_Part(0, names.layout.stem, "stem"), "conv1.conv.weight", 4)[1],
         num_classes=names.shape(_Part(3, names.layout.head, "head"), "weight", 2)[0],
-        distilled=names.layout.head_dist in names.below,
+        distilled=bool(names.below(names.layout.head_dist)),
         stem_stride=STEM_STRIDE,
         attention=_attention(names, attentions),
     )
@@ -75,11 +75,12 @@ class _Names:
 
     def __init__(self, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.layout, self.shapes = layout, shapes
-        self.below: dict[str, list[str]] = defaultdict(list)  # every dotted prefix to the names under it, relative
-        for name in shapes:
-            for position, letter in enumerate(name):
-                if letter == ".":
-                    self.below[name[:position]].append(name[position + 1 :])
+        self._sorted = sorted(shapes)
+
+    def below(self, prefix: str) -> list[str]:
+        """Return the names under a dotted prefix, relative to it."""
+        start, end = (bisect_left(self._sorted, f"{prefix}{letter}") for letter in "./")  # "/" comes next after "."
+        return [name[len(prefix) + 1 :] for name in self._sorted[start:end]]
 
     def shape(self, part: _Part, name: str, ndim: int) -> tuple[int, ...]:
         """Return the shape of our tensor ``name`` of a part, after checking that it has ``ndim`` sides, none 0."""
@@ -93,7 +94,7 @@ class _Names:
 
     def part(self, stage: int, prefix: str, kinds: Sequence[str]) -> _Part:
         """Return a part as the one of ``kinds`` whose layer names fit best what is there."""
-        present = self.below.get(prefix, [])
+        present = self.below(prefix)
         return _Part(stage, prefix, min(kinds, key=lambda kind: _misfits(self.layout.tables[kind], present)))
 
     def blocks(self, stage: int) -> list[_Part]:
@@ -104,7 +105,7 @@ class _Names:
 
     def _walk(self, stage: int, first: int, num_map: int) -> list[str]:
         prefixes = (self.layout.block(stage, index, num_map) for index in range(first, MAX_DEPTH))
-        return list(takewhile(self.below.__contains__, prefixes))
+        return list(takewhile(self.below, prefixes))
 
 
 def _misfits(rules: Rules, present: Sequence[str]) -> int:
@@ -144,7 +145,7 @@ def _block(names: _Names, part: _Part, width: int) -> BlockSpec:
 
 
 def _stride(names: _Names, part: _Part) -> int:
-    strided = any(name.startswith("token_mixer.stride_conv.") for name in names.below[part.prefix])
+    strided = any(name.startswith("token_mixer.stride_conv.") for name in names.below(part.prefix))
     return 2 if part.kind == "attn_ffn" and strided else 1
 
 
