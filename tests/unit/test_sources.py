@@ -9,6 +9,7 @@ from PIL import Image
 
 from efficientformer.data.align import align
 from efficientformer.data.listing import ListedSource, Names
+from efficientformer.data.source import Subset
 from efficientformer.data.sources import find_parts, open_source, open_splits, split_indices
 from efficientformer.spec.errors import DataError, ImageError, MissingExtraError, UsageError
 from efficientformer.spec.labels import label_names, synsets
@@ -357,6 +358,7 @@ def test_numbers_that_do_not_occur_need_no_label():
     source = Listed(["a", "b", "c"], [0, 2, 4], map(str, range(5)))
     source.unnamed = True
     assert aligned(source, ("cat", "dog", "frog", "newt", "toad")) == [0, 2, 4]
+    assert aligned(Subset(source, [1, 2]), ("cat", "dog", "frog", "newt", "toad")) == [2, 4]
     with pytest.raises(DataError, match="not those of the network"):
         aligned(source, ("cat", "dog", "frog", "newt"))
 

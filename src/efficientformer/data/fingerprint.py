@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from efficientformer.runtime.image import MAX_PIXELS, MAX_SIDE, _open, _pillow_guard, decode
+from efficientformer.runtime.image import MAX_SIDE, decode, form
 from efficientformer.spec.errors import ImageError
 
 # 256 bits of look in 16 bands: two pictures that differ in at most 14 bits agree in two bands at least.
@@ -64,19 +64,12 @@ def take(data: bytes | Image.Image, name: str, out: npt.NDArray[np.void]) -> str
     out["look"], out["colours"] = _look(image), _colours(image)
     out["width"], out["height"] = image.size
     out["read"] = True
-    return _form(data)
+    return f"array {data.mode}" if isinstance(data, Image.Image) else form(data)
 
 
 def _hash(data: bytes) -> int:
     """Return 64 bits: among ten million pictures two different ones agree with a probability of 3e-6."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def _form(data: bytes | Image.Image) -> str:
-    if isinstance(data, Image.Image):
-        return f"array {data.mode}"
-    with _pillow_guard(MAX_PIXELS), _open(data, "a picture") as header:  # decoded once already: safe
-        return f"{header.format} {header.mode}"
 
 
 def _look(image: Image.Image) -> npt.NDArray[np.uint16]:

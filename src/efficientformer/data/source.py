@@ -74,7 +74,8 @@ class Subset(ImageSource):
 
     def __init__(self, source: ImageSource, indices: Sequence[int] | npt.NDArray[np.int64]) -> None:
         self.source, self.indices = source, np.asarray(indices, np.int64)
-        self.classes, self.labels, self.notes = source.classes, source.labels[self.indices], source.notes
+        self.classes, self.labels = source.classes, source.labels[self.indices]
+        self.notes, self.unnamed = source.notes, source.unnamed
 
     def name(self, index: int) -> str:
         """Return what people call a picture."""

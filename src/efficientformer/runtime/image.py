@@ -294,6 +294,16 @@ def _from_array(array: npt.NDArray[Any], name: str) -> Image.Image:
     )
 
 
+def form(data: bytes) -> str:
+    """Return a picture's format and mode, such as ``JPEG RGB``, from its header.
+
+    Raises:
+        ImageError: If it is none.
+    """
+    with _pillow_guard(MAX_PIXELS), _open(data, "a picture") as header:
+        return f"{header.format} {header.mode}"
+
+
 def _open(data: Encoded, name: str) -> Image.Image:
     """Read the header with the one reviewed plugin that recognises it; no pixel is decoded."""
     if not len(data):
