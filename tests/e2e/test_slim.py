@@ -49,8 +49,9 @@ def place(tmp_path_factory):
     write_folders(root / "data", per_class=20)
     (root / "start.json").write_text(START.to_json())
     space = TableSpace("v1", (8, 16, 24, 32), (1, 1, 1, 1), (4.0,), ((16, 16),), (1,), num_classes=3)
+    by_kind = {"mb3d": 12e-3, "mb4d": 4e-3, "first mb3d": 0.0, "first mb4d": 0.0}  # ms a channel
     costs = {
-        part.key: Cost(part.width * (3 if part.kind == "mb3d" else 1) * 4e-3 if part.is_block else 1e-2, 1e-3)
+        part.key: Cost(part.width * by_kind[part.kind] if part.kind in by_kind else 1e-2, 1e-3)
         for part in all_parts(space)
     }
     LatencyTable(

@@ -40,9 +40,9 @@ def made_up(space=SPACE, **changes):
 def test_keys_name_every_part_and_are_read_back():
     keys = [part.key for part in parts_of(SPEC)]
     assert keys == [
-        "stem 3-8 stride 2 at 16x16", "mb4d 8 x4 at 16x16", "embedding conv 8-16 at 8x8", "embedding conv 16-16 at 4x4",
-        "mb4d 16 x4 at 4x4", "embedding conv 16-24 at 2x2", "mb4d 24 x4 at 2x2", "mb3d 24 x4 at 2x2",
-        "head 24-10 at 2x2",
+        "stem 3-8 stride 2 at 16x16", "first mb4d 8 at 16x16", "mb4d 8 x4 at 16x16", "embedding conv 8-16 at 8x8",
+        "embedding conv 16-16 at 4x4", "first mb4d 16 at 4x4", "mb4d 16 x4 at 4x4", "embedding conv 16-24 at 2x2",
+        "first mb4d 24 at 2x2", "first mb3d 24 at 2x2", "mb4d 24 x4 at 2x2", "mb3d 24 x4 at 2x2", "head 24-10 at 2x2",
     ]  # fmt: skip
     for spec in (SPEC, *VARIANTS.values()):
         assert tuple(Part.parse(part.key) for part in parts_of(spec)) == parts_of(spec)
@@ -52,6 +52,19 @@ def test_keys_name_every_part_and_are_read_back():
 def test_other_keys_are_refused(key):
     with pytest.raises(SpecError):
         Part.parse(key)
+
+
+def test_what_first_blocks_add_is_told_from_blocks():
+    """Attention on tokens changes the layout once in a stage, however many blocks of it there are."""
+    specs = design(TableSpace(), 160)
+
+    def truth(spec):
+        return sum((0.3 if part.kind == "first mb3d" else 0.1) * part.width / 64 for part in parts_of(spec))
+
+    fit = fit_parts(specs, [truth(spec) for spec in specs], all_parts(TableSpace()))
+    first, block = (fit.parts[Part.parse(key)][0] for key in ("first mb3d 128 at 4x4", "mb3d 128 x4 at 4x4"))
+    assert first == pytest.approx(0.6, rel=0.1)
+    assert block == pytest.approx(0.2, rel=0.1)
 
 
 def test_a_prediction_adds_up():
@@ -222,7 +235,8 @@ def test_error_bars_of_a_small_space_are_as_wide_as_its_errors(noise):
     rng = np.random.default_rng(0)
 
     def truth(spec):
-        return 0.1 + sum(0.01 + (part.width / 64) ** 2 * (1 + part.grid[0] / 8) / 9 for part in parts_of(spec))
+        parts = [part for part in parts_of(spec) if not part.kind.startswith("first")]
+        return 0.1 + sum(0.01 + (part.width / 64) ** 2 * (1 + part.grid[0] / 8) / 9 for part in parts)
 
     specs = design(space, 160)
     measured = [truth(spec) * (1 + noise * rng.standard_normal()) for spec in specs]

@@ -150,6 +150,8 @@ def _terms(part: Part, knots: Sequence[float]) -> dict[Term, float]:
     if part.is_block:
         terms = {"1": 1.0, "width": width, "width2": width * width, "hidden2": part.expansion * width * width}
         terms |= {f"bend {knot:g}": max(0.0, width - knot / UNIT) for knot in knots}
+    elif part.kind.startswith("first "):
+        terms = {"width": width}
     elif part.kind == "head":
         terms = {"dim": dim, "dim width": dim * width}
     elif part.kind == "stem":

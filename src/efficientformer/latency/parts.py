@@ -2,6 +2,8 @@
 
 A part is named by all its latency depends on and by nothing else, so that the same block in another network, stage or
 position has the same key: ``mb4d 64 x4 at 16x16``, ``embedding conv 32-64 at 8x8``, ``stem 3-32 stride 2 at 16x16``.
+What the first block of its kind in a stage costs beyond the others, such as a change of layout for attention, is a part
+of its own: ``first mb3d 64 at 8x8``.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ Grid = tuple[int, int]
 
 BLOCKS = sum(BLOCK_KINDS.values(), ())
 _KEY = re.compile(
-    r"(?P<kind>stem|embedding conv|embedding attn|head|[a-z0-9_]+) "
+    r"(?P<kind>stem|embedding conv|embedding attn|head|(?:first )?[a-z0-9_]+) "
     r"(?:(?P<dim>\d{1,5})-)?(?P<width>\d{1,5})"
     r"(?: x(?P<expansion>\d{1,2}(?:\.\d{1,6})?))?"
     r"(?: stride (?P<stride>[124]))?"
@@ -33,8 +35,9 @@ class Part:
     """One part of a network.
 
     Attributes:
-        kind: ``stem``, ``embedding conv``, ``embedding attn``, a block kind, or ``head`` (final norm, mean and head).
-        dim: Input channels: of the picture, of the embedding's input; of a head, its input; 0 for blocks.
+        kind: ``stem``, ``embedding conv``, ``embedding attn``, a block kind, ``first`` and a block kind, or ``head``
+            (final norm, mean and head).
+        dim: Input channels: of the picture, of the embedding's input; of a head, its input; 0 for all else.
         width: Output channels: of a head, the classes.
         grid: Height and width of its map: the output's, except for a head.
         expansion: For blocks: hidden width of the MLP over ``width``.
@@ -50,13 +53,13 @@ class Part:
 
     @property
     def is_block(self) -> bool:
-        """Whether it is a block, as opposed to stem, embedding and head."""
+        """Whether it is a block, as opposed to stem, embedding, head and what first blocks add."""
         return self.kind in BLOCKS
 
     @property
     def key(self) -> str:
         """Its name in a table; ``parse`` gives the equal part back."""
-        size = str(self.width) if self.is_block else f"{self.dim}-{self.width}"
+        size = f"{self.dim}-{self.width}" if self.dim else str(self.width)
         ratio = f" x{self.expansion:g}" if self.is_block else ""
         stride = f" stride {self.stride}" if self.kind in ("stem", "attn_ffn") else ""
         return f"{self.kind} {size}{ratio}{stride} at {self.grid[0]}x{self.grid[1]}"
@@ -93,6 +96,7 @@ def parts_of(spec: ArchSpec) -> tuple[Part, ...]:
         if stage.embedding != "stem":
             parts.append(Part(f"embedding {stage.embedding}", width, stage.width, grid))
         width = stage.width
+        parts += [Part(f"first {kind}", 0, width, grid) for kind in dict.fromkeys(b.kind for b in stage.blocks)]
         parts += [Part(b.kind, 0, width, grid, b.expansion, b.stride) for b in stage.blocks]
     parts.append(Part("head", width, spec.num_classes, spec.grids[-1]))
     return tuple(parts)
