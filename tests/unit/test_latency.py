@@ -26,6 +26,12 @@ SPEC = dataclasses.replace(
 )
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Measure no longer than it takes: what is tested here is not how well latencies are known."""
+    monkeypatch.setattr("efficientformer.latency.measure.LEAST_S", 0.01)
+
+
 def made_up(space=SPACE, **changes):
     """Return a table in which part number i costs i microseconds."""
     costs = {part.key: Cost(index / 1000, 0.0001) for index, part in enumerate(all_parts(space))}
@@ -316,6 +322,7 @@ def test_passes_differ_in_their_order(monkeypatch):
 
 def test_a_measurement_lasts_long_enough_to_meet_more_than_one_moment(monkeypatch):
     moments = iter(range(10_000))
+    monkeypatch.setattr("efficientformer.latency.measure.LEAST_S", 2.0)
     monkeypatch.setattr("efficientformer.latency.measure.time_turn", lambda run, runs: [1.0] * runs)
     monkeypatch.setattr("efficientformer.latency.measure.time.perf_counter", lambda: 0.1 * next(moments))
     (latency,) = measure_specs([SPEC], engine="onnxruntime", threads=1)
