@@ -206,5 +206,5 @@ def test_random_networks_at_a_latency(monkeypatch):
     assert len({candidate.key for candidate in found}) == 5
     assert all(0.97 * target <= Macs().predict(candidate.spec).ms <= target for candidate in found)
     monkeypatch.setattr("efficientformer.slimming.baselines.MAX_DRAWS", 500)
-    with pytest.raises(UsageError, match="Chance finds no 1 networks of 0.01 ms; found 0 in 500"):
+    with pytest.raises(UsageError, match=r"Chance finds no 1 networks of 0\.01 ms; found 0 in 500"):
         drawn_at(space, Macs(), 0.01, 1, seed=1)
