@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from efficientformer.evaluation.evaluate import Progress
     from efficientformer.evaluation.result import Evaluation
     from efficientformer.models.network import EfficientFormer
+    from efficientformer.spec.manifest import Manifest
     from efficientformer.weights.cache import Progress as DownloadProgress
 
 _UNNAMED = "these weights do not name their classes: the data set's order of classes is taken for theirs"
@@ -212,17 +213,17 @@ def evaluate_model(
     Processes started by torchrun share the pictures; each returns the figures of the whole.
 
     Args:
-        model: A zoo name or alias, mmpretrain's config (its name or path), a weights file of any layout, or an
-            exported file; empty for the network in the package.
+        model: A zoo name or alias, mmpretrain's config (its name or path), a weights file of any layout, an exported
+            file, or the folder that ``quantize`` wrote; empty for the network in the package.
         data: A data set in any layout that ``efficientformer.data.sources.open_source`` knows, such as a folder with a
             folder of pictures for each class.
         checkpoint: A weights file to use instead of the zoo's weights.
-        split: Which part of the data: ``train``, ``val`` or ``test``; None takes val or test, whichever there is, or
-            else the whole. ``val`` of a data set without one is what the network's training set aside of it.
+        split: Which part of the data: ``train``, ``val`` or ``test``; None takes val, test or train, the first there
+            is, or else the whole. ``val`` of a data set without one is what the network's training set aside of it.
         engine: ``torch``, or the name of an engine for exported files; ``auto`` runs an exported file by its engine and
             all else in torch, or without torch as an exported file too.
-        precision: ``fp32``, ``bf16`` or ``fp16``, where torch or the engine has it; ``auto`` is single precision, or
-            ``int8`` for a quantised file.
+        precision: ``fp32``, ``bf16`` or ``fp16``, where torch or the engine has it; ``int8`` runs the file that
+            ``quantize`` made of the network; ``auto`` is single precision, or ``int8`` for a quantised file.
         device: ``auto``, ``cpu``, ``cuda``, ..., in torch.
         batch_size: Pictures per run of the network.
         workers: Threads that decode; None takes one per CPU.
@@ -244,7 +245,6 @@ def evaluate_model(
         >>> evaluation.top1, evaluation.published.agrees
         (80.5, True)
     """
-    from efficientformer.data.align import align
     from efficientformer.evaluation.distributed import join
     from efficientformer.evaluation.evaluate import evaluate
 
@@ -253,16 +253,10 @@ def evaluate_model(
     with join() as team:
         with team.first_alone():
             predictor = _predictor(name, checkpoint, engine, precision, device, offline, download_progress)
-        manifest = predictor.manifest
-        if source is None:
-            source, note = _set_aside(data, manifest.provenance)
-        else:
-            seen = part in _WHY_SEEN and manifest.provenance.get("source") in _TRAINED_HERE
-            note = f"{_WHY_SEEN[part]}: {_SEEN}" if seen else ""
-        notes = (*source.notes, "" if manifest.labels else _UNNAMED, note)
+        source, notes = _for_network(predictor.manifest, data, part, source)
         share = evaluate(
             predictor,
-            align(source, manifest.labels) if manifest.labels else source,
+            source,
             batch_size=batch_size,
             workers=workers,
             rank=team.rank,
@@ -271,7 +265,7 @@ def evaluate_model(
             keep_outcomes=keep_outcomes,
             model=_called(name, checkpoint),
             data=f"{data} ({part})" if part else str(data),
-            notes=filter(None, notes),
+            notes=notes,
         )
         return team.merged(share)
 
@@ -288,6 +282,21 @@ def _pictures(data: str | Path, split: str | None) -> tuple[str | None, ImageSou
     choice = {"val": ("val", "test"), "test": ("test", "val"), None: ("val", "test", "train")}.get(split, ())
     part = next((name for name in choice if name in parts), split)
     return part, None if part == "val" and part not in parts else open_source(data, part)
+
+
+def _for_network(
+    manifest: Manifest, data: str | Path, part: str | None, source: ImageSource | None
+) -> tuple[ImageSource, list[str]]:
+    """Return the pictures with a network's labels, and what a reader of its figures should know of them."""
+    from efficientformer.data.align import align
+
+    if source is None:
+        source, note = _set_aside(data, manifest.provenance)
+    else:
+        seen = part in _WHY_SEEN and manifest.provenance.get("source") in _TRAINED_HERE
+        note = f"{_WHY_SEEN[part]}: {_SEEN}" if seen else ""
+    notes = (*source.notes, "" if manifest.labels else _UNNAMED, note)
+    return align(source, manifest.labels) if manifest.labels else source, [each for each in notes if each]
 
 
 def _set_aside(data: str | Path, provenance: Mapping[str, str]) -> tuple[ImageSource, str]:

@@ -70,6 +70,12 @@ def test_a_run_is_the_work_of_one_process_at_a_time(finished, data, tmp_path):
         train(TINY, data, tmp_path / "new")
 
 
+def test_a_lock_that_was_removed_meanwhile_holds_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("efficientformer.training.lock.try_lock", lambda file: Path(file.name).unlink() or True)
+    with pytest.raises(UsageError, match="Another process"), alone_in(tmp_path):
+        pass
+
+
 def losses(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

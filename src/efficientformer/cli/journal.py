@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from efficientformer.cli.results import WRITERS, json_line, whole_file
+from efficientformer.runtime.lock import try_lock
 from efficientformer.runtime.records import Record
 from efficientformer.spec.errors import UsageError
 
@@ -48,7 +49,8 @@ class Journal:
             hint = "Choose a file in a writable folder"
             raise UsageError(f"Cannot write {output}", found=str(error), hint=hint) from error
         try:
-            _lock(self._file, self.path)
+            if try_lock(self._file) is False:
+                raise UsageError(f"Another process is writing {self.path}", hint="Wait for it, or name another output")
             self._take_up()
         except BaseException:
             self._file.close()
@@ -173,15 +175,3 @@ def _difference(there: dict[str, Any] | None, here: dict[str, Any]) -> str:
     if there is None or "efficientformer" not in there:
         return "a file that is no journal"
     return ", ".join(name for name in {**there, **here} if there.get(name) != here.get(name)) + " differ"
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    """Keep a second process from writing the same journal, where the system has such locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows keeps open files to itself
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UsageError(f"Another process is writing {path}", hint="Wait for it, or name another output") from error

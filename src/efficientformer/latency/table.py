@@ -23,12 +23,14 @@ from efficientformer.latency.parts import Part, parts_of, steps, weights_of
 from efficientformer.spec.arch import BLOCK_KINDS, ArchSpec, AttentionSpec, load_json
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.fields import check_choice, check_int, check_keys, check_number
+from efficientformer.spec.variants import VARIANTS
 
-SCHEMA = 2  # 1 had other costs of weights
+SCHEMA = 2  # 1 had other costs of weights, and no parts for first blocks
 MAX_PARTS = 200_000
 MAX_MS = 1e6
 ENGINE_KEYS = ("onnxruntime", "openvino")
 TABLE_PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+_LIKES = ("efficientformer_l1", "efficientformerv2_s0")
 HERE, ELSEWHERE = "measured here", "from elsewhere"
 
 
@@ -221,7 +223,7 @@ class LatencyTable:
             engine=self.engine,
             precision=self.precision,
             threads=self.threads,
-            like=likeness(spec.family, spec.attention),
+            like=likeness(spec),
             widths=widths,
             depths=",".join(str(max(1, len(stage.blocks))) for stage in spec.stages),
             expansions=",".join(f"{ratio:g}" for ratio in ratios),
@@ -295,10 +297,15 @@ class LatencyTable:
         return cls.from_dict(load_json(f"the latency table {path}", text))
 
 
-def likeness(family: str, attention: AttentionSpec) -> str:
-    """Return a zoo network of a family and attention; or a word for the spec's file that has them."""
-    likes = {("v1", AttentionSpec()): "efficientformer_l1", ("v2", AttentionSpec()): "efficientformerv2_s0"}
-    return likes.get((family, attention), "START_NETWORK.json")
+def likeness(spec: ArchSpec) -> str:
+    """Return a zoo network that has all of a network's kind that no option gives; or a word for the spec's own file."""
+    alike = (name for name in _LIKES if _kind(VARIANTS[name]) == _kind(spec))
+    return next(alike, "START_NETWORK.json")
+
+
+def _kind(spec: ArchSpec) -> tuple[object, ...]:
+    strides = {block.stride for block in spec.stages[2].blocks if block.has_attention} or {1}
+    return spec.family, spec.in_chans, spec.attention, strides, [stage.embedding for stage in spec.stages]
 
 
 def table_command(**options: object) -> str:

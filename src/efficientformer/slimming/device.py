@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from efficientformer.latency.design import TableSpace
 from efficientformer.latency.table import HERE, LatencyTable, likeness, table_command
 from efficientformer.slimming.plan import Plan
 from efficientformer.slimming.space import Space, table_space
 from efficientformer.slimming.watch import table_progress
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import SpecError, UsageError
-from efficientformer.spec.zoo import resolve
 
 TABLE = "table.json"
 
@@ -106,7 +104,7 @@ def _command(table: LatencyTable, space: Space) -> str:
         engine=table.engine,
         precision=table.precision,
         threads=table.threads,
-        like=_like(wanted),
+        like=likeness(space.start),
         widths=",".join(map(str, wanted.widths)),
         depths=",".join(map(str, wanted.depths)),
         expansions=",".join(f"{ratio:g}" for ratio in wanted.expansions),
@@ -114,16 +112,6 @@ def _command(table: LatencyTable, space: Space) -> str:
         stem_stride=",".join(map(str, wanted.stem_strides)),
         classes=wanted.num_classes,
     )
-
-
-def _like(wanted: TableSpace) -> str:
-    """Return a zoo network that has all of a space that no option of the command gives; or a word for a spec's file."""
-    name = likeness(wanted.family, wanted.attention)
-    if not name.endswith(".json"):
-        zoo = table_space(Space(resolve(name).card.spec))
-        if any(getattr(zoo, field) != getattr(wanted, field) for field in ("in_chans", "stage3_stride", "embeddings")):
-            return "START_NETWORK.json"
-    return name
 
 
 def measure_table(plan: Plan, space: Space, *, quiet: bool) -> LatencyTable:

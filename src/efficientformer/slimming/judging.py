@@ -21,7 +21,7 @@ from efficientformer.slimming.judge import Pictures, PoolJudge, Recovery
 from efficientformer.slimming.plan import Plan
 from efficientformer.slimming.search import EVERY, Device, PathFile, Search, Step
 from efficientformer.slimming.space import Space
-from efficientformer.slimming.subject import AUTOCAST, SupernetSubject
+from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.slimming.supernet import Supernet, load_supernet
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.manifest import Manifest
@@ -29,6 +29,7 @@ from efficientformer.training.recipe import load_recipe
 from efficientformer.training.run import mixed_precision
 from efficientformer.training.setup import Prepared, build_task, prepare
 from efficientformer.training.state import RunFolder
+from efficientformer.training.task import AUTOCAST
 from efficientformer.weights.checkpoint import save_native
 from efficientformer.weights.files import atomic_write
 

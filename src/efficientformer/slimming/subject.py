@@ -19,9 +19,8 @@ from efficientformer.spec.manifest import Manifest
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.setup import build_network
 from efficientformer.training.subject import Note
-from efficientformer.training.task import Supervised, Task
+from efficientformer.training.task import AUTOCAST, Supervised, Task
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_HELD_OUT = 0.2  # of the training pictures
 
 

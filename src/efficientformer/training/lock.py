@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from efficientformer.runtime.lock import try_lock
 from efficientformer.spec.errors import UsageError
 
 LOCK = "run.lock"
@@ -21,27 +22,29 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: If another process is there, or the folder cannot be written.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with _opened(folder / LOCK) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    path = folder / LOCK
+    with _opened(path) as file:
+        held = try_lock(file)
+        # whoever held it may have removed it just now: then it is another file by that name which counts
+        if held is False or (held and not _is_at(file, path)):
             file.seek(0)
             hint = "Wait for it, or end it: what it has done so far is kept"
-            raise UsageError(f"Another process is at work in {folder}", found=file.read(), hint=hint) from error
-        except OSError:  # a file system without locks
-            pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
+            raise UsageError(f"Another process is at work in {folder}", found=file.read(), hint=hint)
+        if held:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+    path.unlink(missing_ok=True)
+    yield
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def _opened(path: Path) -> TextIO:

@@ -37,6 +37,7 @@ from efficientformer.training.report import write_report
 from efficientformer.training.setup import PlainNetwork, Prepared, build_task, prepare
 from efficientformer.training.state import RunFolder
 from efficientformer.training.subject import Subject
+from efficientformer.training.task import AUTOCAST
 from efficientformer.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _assemble(prepared: Prepared, folder: RunFolder, accelerator: Accelerator, s
     average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
     inner: Any = torch.compile(model) if recipe.compile else model
     shell, stepper = accelerator.prepare(Shell(inner), optimizer)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    dtype = AUTOCAST.get(accelerator.mixed_precision)
     task = build_task(recipe, prepared.manifest, prepared.source, device, dtype)
     task = prepared.subject.task(model, task, recipe.epochs * prepared.loader.plan.steps_per_epoch)
     return Run(recipe, model, shell, stepper, average, prepared.loader, task, accelerator, still, folder, stop)

@@ -17,6 +17,8 @@ from efficientformer.data.loader import Batch
 from efficientformer.spec.errors import missing_extra
 from efficientformer.training.recipe import Recipe
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what a precision computes in; fp32 needs none
+
 
 @dataclass(frozen=True)
 class Loss:

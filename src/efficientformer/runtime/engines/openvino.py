@@ -116,8 +116,7 @@ class OpenVinoEngine:
         One picture never runs as a batch of many, and many never one by one.
         """
         with self._lock:
-            most = count if self.exact else max(self._compiled, default=0)
-            fit = (size for size in self._compiled if count <= size <= most and (size == 1) == (count == 1))
+            fit = (size for size in self._compiled if size == count or (size > count > 1 and not self.exact))
             size = min(fit, default=0)
             if not size:
                 size = count
