@@ -50,7 +50,7 @@ class Ours:
             model=options.model, pretrained=False, epochs=100_000, batch_size=options.batch, lr=LR, layer_decay=1.0,
             weight_decay=DECAY, label_smoothing=SMOOTHING, randaugment=RANDAUGMENT, crop="rrc", crop_scale=(0.08, 1.0),
             interpolation="bicubic", ema_decay=EMA, precision=options.precision, compile=options.compile,
-            workers=WORKERS,
+            opt=options.opt, workers=WORKERS,
         )  # fmt: skip
         prepared = prepare(recipe, options.data, 0, 1)
         self._run = _assemble(prepared, RunFolder(options.scratch), _accelerator(recipe, "auto"), lambda: False)
@@ -84,7 +84,7 @@ class Timm:
         classes = len(dataset.reader.class_to_idx)
         model: Any = create_model(options.model, num_classes=classes)
         model = model.to(self._device, memory_format=torch.channels_last).train()
-        self._optimizer = create_optimizer_v2(model, opt="adamw", lr=LR, weight_decay=DECAY)
+        self._optimizer = create_optimizer_v2(model, opt=options.opt, lr=LR, weight_decay=DECAY)
         self._ema = ModelEmaV3(model, decay=EMA)
         self._raw, self._model = model, torch.compile(model) if options.compile else model
         self._loss = LabelSmoothingCrossEntropy(SMOOTHING)
@@ -164,6 +164,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="efficientformer_l1")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--opt", default="adamw")
     parser.add_argument("--steps", type=int, default=2, help="per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
@@ -196,7 +197,8 @@ def main() -> None:
             figures[job] = {**{name: spread(values) for name, values in found.items()}, "ratio": spread(ratios)}
             medians = ", ".join(f"{name} {spread(values)['median']:.1f}" for name, values in found.items())
             print(f"{job}: {medians} images/s; ratio {spread(ratios)['median']:.2f}", flush=True)
-    kind = f"{options.model}_b{options.batch}_{options.precision}{'_compiled' if options.compile else ''}"
+    kind = f"{options.model}_b{options.batch}_{options.precision}"
+    kind += ("" if options.opt == "adamw" else f"_{options.opt}") + ("_compiled" if options.compile else "")
     print(save(f"train-throughput_{kind}", figures, ("torch", "timm", "accelerate", "pillow", "efficientformer")))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.optim import muon
 
 from efficientformer import get_model
 from efficientformer.slimming.supernet import ALPHA_LR, Supernet
@@ -41,6 +42,27 @@ def test_every_parameter_is_in_one_group(spec):
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_muon_orthogonalises_in_the_precision_of_the_run(precision, dtype, monkeypatch):
+    """timm's own is bf16, which most processors emulate; it is timm's again between two steps."""
+    found = []
+    theirs = muon.zeropower_via_newtonschulz
+
+    def spied(*arguments, **options):
+        result = theirs(*arguments, **options)
+        found.append(result.dtype)
+        return result
+
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", spied)
+    model = get_model(V1)
+    optimizer = build_optimizer(model, Recipe(opt="muon", precision=precision))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert set(found) == {dtype}
+    assert muon.zeropower_via_newtonschulz is spied
 
 
 def test_layer_decay_falls_from_the_head_to_the_stem():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ BIASES, INDEX = "attention_biases", "attention_bias_idxs"
 MAX_TOKENS = 64 * 64  # the bias index has one entry per pair of tokens: a file must not make us allocate any amount
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """How one source names the tensors of one family.
 
@@ -98,7 +99,8 @@ def rename(rules: Rules, name: str) -> str | None:
     return None
 
 
-def entries(layout: Layout, spec: ArchSpec) -> list[Entry]:
+@lru_cache(maxsize=2)  # a training writes checkpoints of one network again and again; bias indices can be large
+def entries(layout: Layout, spec: ArchSpec) -> tuple[Entry, ...]:
     """Return every tensor that ``layout`` can hold of the network ``spec``, in the order of that layout.
 
     Raises:
@@ -128,7 +130,7 @@ def entries(layout: Layout, spec: ArchSpec) -> list[Entry]:
                     index_name = their_name.replace(BIASES, INDEX)
                     result.append(Entry(index_name, tuple(index.shape), index=index, floating=False))
     assert {entry.ours for entry in result if entry.ours} == set(state), f"the {layout.name} tables have a hole"
-    return result
+    return tuple(result)
 
 
 def skeleton(spec: ArchSpec) -> EfficientFormer:

@@ -113,5 +113,5 @@ def from_ours(state: Mapping[str, Tensor], layout: str, spec: ArchSpec) -> dict[
         if entry.index is None:
             theirs[entry.theirs] = state[entry.ours].reshape(entry.shape)
         elif target.saves_index:
-            theirs[entry.theirs] = entry.index
+            theirs[entry.theirs] = entry.index.clone()
     return theirs
