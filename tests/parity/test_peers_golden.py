@@ -20,9 +20,12 @@ def golden():
     return np.load(GOLDEN)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+# three seeds of L1; of the large networks, which take their time, the first
+CASES = [(name, seed) for name in NAMES for seed in (SEEDS if name == "efficientformer_l1" else SEEDS[:1])]
+
+
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "seed"), CASES)
 def test_outputs_equal_both_peers(golden, name, regime, seed):
     model = EfficientFormer(VARIANTS[name])
     model.load_state_dict(random_state(VARIANTS[name], seed, regime))

@@ -16,11 +16,12 @@ from tests.parity.outputs import outputs
 from tests.parity.regimes import REGIMES, random_state
 
 PUBLISHED = [f"efficientformer_l{n}" for n in (1, 3, 7)] + [f"efficientformerv2_{n}" for n in ("s0", "s1", "s2", "l")]
+SEEDS = {"efficientformer_l3": (0,), "efficientformer_l7": (0,), "efficientformerv2_l": (0,)}  # others have three
 # Equal arithmetic in equal order: what is left is summation order. A wrong port is off by 1e-3 or more.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
 
-@pytest.fixture(scope="module", params=PUBLISHED)
+@pytest.fixture(scope="module")
 def pair(request):
     """One variant's name, and its network in timm and here; tests load the weights."""
     theirs = timm.create_model(request.param, pretrained=False)
@@ -39,8 +40,13 @@ def fill_timm(model, name, seed, regime):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(
+    ("pair", "seed"),
+    [(name, seed) for name in PUBLISHED for seed in SEEDS.get(name, (0, 1, 2))],
+    indirect=["pair"],
+    scope="module",
+)
 def test_a_file_of_timm_gives_timms_numbers(pair, tmp_path, seed, regime):
     name, theirs, ours = pair
     fill_timm(theirs, name, seed, regime)

@@ -1,5 +1,6 @@
 """Preprocessing: the same bytes as torchvision, timm and transformers give, and the limits of our own."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -30,6 +31,7 @@ def photo(width, height, seed=0):
     return np.clip(np.asarray(small).astype(int) + rng.integers(-40, 41, (height, width, 3)), 0, 255).astype(np.uint8)
 
 
+@functools.cache
 def encoded(width, height, fmt):
     out = BytesIO()
     Image.fromarray(photo(width, height)).save(out, fmt)
