@@ -9,9 +9,11 @@ import warnings
 import numpy as np
 import pytest
 
+from efficientformer.latency import groups
 from efficientformer.latency.design import TableSpace, all_parts, design, sample
 from efficientformer.latency.fit import fit_parts
-from efficientformer.latency.measure import _passes_missing, build_table, measure_specs
+from efficientformer.latency.groups import TIES, divide, scale_to_first
+from efficientformer.latency.measure import Latency, _passes_missing, build_table, measure_specs
 from efficientformer.latency.parts import Part, parts_of, weights_of
 from efficientformer.latency.table import ELSEWHERE, HERE, Cost, LatencyTable
 from efficientformer.runtime.timing import environment
@@ -327,6 +329,60 @@ def test_a_measurement_lasts_long_enough_to_meet_more_than_one_moment(monkeypatc
     monkeypatch.setattr("efficientformer.latency.measure.time.perf_counter", lambda: 0.1 * next(moments))
     (latency,) = measure_specs([SPEC], engine="onnxruntime", threads=1)
     assert latency.runs == 20 * 2  # a pass takes 0.1 s here
+
+
+def test_all_are_one_group_where_they_fit():
+    assert divide([1.0] * 20, 20) == [list(range(20))]
+
+
+def test_groups_fit_into_memory_and_share_their_first_networks():
+    sizes = [float(size) for size in random.Random(0).sample(range(1, 101), 100)]
+    found = divide(sizes, 1200)
+    ties = found[0][:TIES]
+    assert len(found) > 4
+    assert all(group[:TIES] == ties for group in found)
+    assert max(sizes[tie] for tie in ties) <= 50
+    assert sorted(number for group in found for number in group[TIES:]) == sorted(set(range(100)) - set(ties))
+    assert max(sum(sizes[number] for number in group) for group in found) < 1300
+    assert all(len(group) == TIES + 1 for group in divide(sizes, 10))  # one at a time if that is all there is
+
+
+def test_groups_are_brought_to_the_time_of_the_first():
+    rng = np.random.default_rng(0)
+    true = rng.uniform(0.2, 5.0, TIES)
+    measured = [true, [*(2 * true * np.exp(0.01 * rng.standard_normal(TIES))), 3.0]]  # everything took twice as long
+    (one, nothing), (factor, error) = scale_to_first(measured)
+    assert (one, nothing) == (1.0, 0.0)
+    assert factor == pytest.approx(0.5, rel=0.02)
+    assert 0.001 < error < 0.02
+
+
+def test_networks_beyond_the_memory_are_measured_in_groups(monkeypatch):
+    specs = [sample(SPACE, random.Random(seed)) for seed in range(TIES + 4)]
+    monkeypatch.setattr("efficientformer.latency.measure.free_memory", lambda: 1)
+    steps, most = [], []
+    monkeypatch.setattr(
+        "efficientformer.latency.measure.time_engines",
+        lambda engines, **_: (
+            most.append(len(engines)) or [Latency(2.0 + len(most), 0.1, 1.0, 9.0, 10) for _ in engines]
+        ),
+    )
+    found = measure_specs(specs, engine="onnxruntime", threads=1, progress=lambda *step: steps.append(step))
+    assert most == [TIES + 1] * 4
+    assert steps[-1] == ("opening networks (group 4 of 4)", TIES + 1, TIES + 1)
+    assert [latency.ms for latency in found] == pytest.approx([3.0] * len(specs))  # as in the first group
+    assert {latency.runs for latency in found} == {10}
+
+
+def test_free_memory_is_that_of_the_container(monkeypatch, tmp_path):
+    monkeypatch.setattr(groups, "CGROUP", tmp_path)
+    whole = groups.free_memory()
+    assert whole > 1 << 20
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert groups.free_memory() > 1 << 20
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert groups.free_memory() == 4000
 
 
 def test_nothing_to_measure_is_an_error():

@@ -28,10 +28,12 @@ from efficientformer.latency.design import TableSpace, all_parts, design
 from efficientformer.latency.drift import without_drift
 from efficientformer.latency.fit import fit_parts
 from efficientformer.latency.graph import write_network
+from efficientformer.latency.groups import COPIES, SHARE, divide, free_memory, scale_to_first
 from efficientformer.latency.table import Cost, LatencyTable
 from efficientformer.runtime.engines import open_engine
 from efficientformer.runtime.timing import environment, time_turn
 from efficientformer.spec.arch import ArchSpec
+from efficientformer.spec.count import count
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.fields import check_number
 
@@ -73,6 +75,11 @@ class Latency:
         p10, p90 = (float(value) for value in np.percentile([1000 * np.median(turn) for turn in turns], (10, 90)))
         return cls(ms, error_ms, p10, p90, sum(map(len, turns)))
 
+    def scaled(self, factor: float, error: float) -> Latency:
+        """Return it times a factor of a relative standard error; the percentiles stay as they were seen."""
+        ms = self.ms * factor
+        return dataclasses.replace(self, ms=ms, error_ms=math.hypot(self.error_ms * factor, ms * error))
+
     def to_dict(self) -> dict[str, float]:
         """Return plain numbers, rounded to a tenth of a microsecond."""
         return {name: round(value, 4) for name, value in dataclasses.asdict(self).items()}
@@ -109,8 +116,37 @@ def measure_specs(
         EngineError: If the engine cannot run a network.
         MissingExtraError: If a library is not installed.
     """
-    with opened(specs, engine, precision, threads, progress) as engines:
-        return time_engines(engines, min_passes=passes, max_spread=max_spread, progress=progress)
+    return _time_specs(specs, engine, precision, threads, passes, max_spread, progress)[0]
+
+
+def _time_specs(
+    specs: Sequence[ArchSpec],
+    engine: str,
+    precision: str,
+    threads: int | None,
+    passes: int,
+    max_spread: float,
+    progress: Progress | None,
+) -> tuple[list[Latency], Engine]:
+    """Time networks in as many groups as memory asks for; return their latencies, and one of the engines."""
+    groups = divide([4 * COPIES * count(spec).params for spec in specs], SHARE * free_memory())
+    found: list[list[Latency]] = []
+    for number, group in enumerate(groups, 1):
+        told = progress if len(groups) == 1 else _of_group(progress, f"group {number} of {len(groups)}")
+        with opened([specs[each] for each in group], engine, precision, threads, told) as engines:
+            found.append(time_engines(engines, min_passes=passes, max_spread=max_spread, progress=told))
+            one = engines[0]
+            engines.clear()  # before the next group is opened
+    latencies: dict[int, Latency] = {}
+    scales = scale_to_first([[latency.ms for latency in each] for each in found])
+    for group, measured, (factor, error) in zip(groups, found, scales, strict=True):
+        for each, latency in zip(group, measured, strict=True):
+            latencies.setdefault(each, latency.scaled(factor, error))
+    return [latencies[number] for number in range(len(specs))], one
+
+
+def _of_group(progress: Progress | None, group: str) -> Progress | None:
+    return progress and (lambda what, done, total: progress(f"{what} ({group})", done, total))
 
 
 def build_table(
@@ -140,9 +176,8 @@ def build_table(
         As ``measure_specs`` does.
     """
     specs = design(space, networks, seed=seed)
-    with opened(specs, engine, precision, threads, progress) as engines:
-        latencies = time_engines(engines, max_spread=max_spread, progress=progress)
-        return table_of(space, specs, [latency.ms for latency in latencies], engines[0], threads=threads)
+    latencies, opened_one = _time_specs(specs, engine, precision, threads, MIN_PASSES, max_spread, progress)
+    return table_of(space, specs, [latency.ms for latency in latencies], opened_one, threads=threads)
 
 
 def table_of(

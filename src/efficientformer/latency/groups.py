@@ -1,0 +1,76 @@
+"""Networks that do not fit into memory together are timed in groups, tied together by a few that are in all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+TIES = 8
+COPIES = 3  # memory of an opened network by that of its weights: 3.0 in OpenVINO, 1.5 in ONNX Runtime (L1's space)
+SHARE = 0.5  # of the free memory that is used
+UNKNOWN = 4 << 30  # bytes; taken for free where the system does not tell
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def divide(sizes: Sequence[float], room: float) -> list[list[int]]:
+    """Divide networks into groups that fit into memory.
+
+    Args:
+        sizes: Bytes that each network takes.
+        room: Bytes there are.
+
+    Returns:
+        The numbers of the networks of each group: one group of all if they fit. Otherwise ``TIES`` of the smaller half
+        come first in every group, and every other network is in one of them.
+    """
+    if sum(sizes) <= room:
+        return [list(range(len(sizes)))]
+    smaller = sorted(range(len(sizes)), key=lambda number: sizes[number])[: max(TIES, len(sizes) // 2)]
+    ties = smaller[:: max(1, len(smaller) // TIES)][:TIES]
+    others = [number for number in range(len(sizes)) if number not in ties]
+    left, wanted = room - sum(sizes[number] for number in ties), sum(sizes[number] for number in others)
+    share = wanted / math.ceil(wanted / left) if left > 0 else 0.0  # groups of about the same size
+    groups, filled = [list(ties)], 0.0
+    for number in others:
+        if len(groups[-1]) > len(ties) and filled + sizes[number] / 2 > share:
+            groups.append(list(ties))
+            filled = 0.0
+        groups[-1].append(number)
+        filled += sizes[number]
+    return groups
+
+
+def scale_to_first(groups: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """Return by what each group's latencies are to be multiplied to be those of the first group's time.
+
+    Args:
+        groups: Latencies of the networks of each group, the ties first.
+
+    Returns:
+        For each group the factor, which is the median over the ties, and its relative standard error.
+    """
+    first = np.log(groups[0][:TIES])
+    found = [(1.0, 0.0)]
+    for group in groups[1:]:
+        shifts = first - np.log(group[:TIES])
+        middle = float(np.median(shifts))
+        deviation = float(np.median(np.abs(shifts - middle)))
+        # as of any median: see latency/drift.py
+        found.append((math.exp(middle), 1.2533 * 1.4826 * deviation / math.sqrt(len(shifts))))
+    return found
+
+
+def free_memory() -> int:
+    """Return the bytes that a process can still have without swapping, within its container's limit."""
+    found = UNKNOWN
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        limit = int((CGROUP / "memory.max").read_text())
+        found = min(found, max(0, limit - int((CGROUP / "memory.current").read_text())))
+    return found
