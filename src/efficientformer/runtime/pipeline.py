@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from itertools import islice
 from typing import TypeVar
 
@@ -45,7 +46,10 @@ def in_order(items: Iterable[T], work: Callable[[list[T]], list[R]], *, workers:
                 waiting.append(pool.submit(work, taken))
             if not waiting:
                 return
-            yield from waiting.popleft().result()
+            first = waiting.popleft()
+            while not first.done():  # a signal that comes just before Python blocks is seen when it wakes
+                wait_for((first,), timeout=1)
+            yield from first.result()
     except (GeneratorExit, KeyboardInterrupt):
         wait = False
         raise
