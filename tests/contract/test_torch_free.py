@@ -6,41 +6,50 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
-# Runs the command line with every module of the training side made unimportable.
+# Runs command lines, one after the other, with every module of the training side made unimportable.
 BLOCKED = """
-import sys
+import io, json, sys
+from contextlib import redirect_stderr, redirect_stdout
 for name in ("torch", "torchvision", "timm", "onnx", "onnxscript"):
     sys.modules[name] = None
 from efficientformer.cli.app import main
-sys.argv = ["efficientformer", *sys.argv[1:]]
-main()
+results = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, code = ["efficientformer", *arguments], 0
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    results.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(results))
 """
 
 
-def run_without_torch(*arguments):
-    """Run the command line in a process that cannot import torch, with this process's environment."""
-    command = [sys.executable, "-c", BLOCKED, *map(str, arguments)]
+def run_without_torch(*lines):
+    """Run command lines in a process that cannot import torch; return each one's exit code, output and errors."""
+    command = [sys.executable, "-c", BLOCKED, json.dumps([[*map(str, line)] for line in lines])]
     env = {**os.environ, "COLUMNS": "160"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_help_of_every_verb():
-    for verb in ("predict", "test", "list", "info", "convert", "download", "profile", "latency-table"):
-        result = run_without_torch(verb, "--help")
-        assert result.returncode == 0, result.stderr
-        assert "Usage" in result.stdout
+    verbs = ("predict", "test", "list", "info", "convert", "download", "profile", "latency-table")
+    for code, out, err in run_without_torch(*((verb, "--help") for verb in verbs)):
+        assert code == 0, err
+        assert "Usage" in out
 
 
 def test_a_real_prediction():
     photo = sorted(EXAMPLES.glob("*.jpg"))[0]
-    result = run_without_torch("predict", str(photo), "--format", "json")
-    assert result.returncode == 0, result.stderr
-    line = json.loads(result.stdout)
+    ((code, out, err),) = run_without_torch(("predict", photo, "--format", "json"))
+    assert code == 0, err
+    line = json.loads(out)
     assert line["path"] == str(photo)
     assert 0 < line["pred_score"] <= 1
     assert line["top_k"][0]["class"] == line["pred_class"]
@@ -51,33 +60,31 @@ def test_an_exported_file_is_measured(tmp_path):
         (tmp_path / photo.stem).mkdir()
         (tmp_path / photo.stem / photo.name).write_bytes(photo.read_bytes())
     exported = ROOT / "src" / "efficientformer" / "assets" / "efficientformer_cifar10.onnx"
-    for model in (exported, "efficientformer_cifar10"):
-        result = run_without_torch("test", model, "--data", tmp_path, "--json", "--report", tmp_path / "report.html")
-        assert result.returncode == 0, result.stderr
-        found = json.loads(result.stdout)
+    options = ("--data", tmp_path, "--json", "--report", tmp_path / "report.html")
+    for code, out, err in run_without_torch(*(("test", model, *options) for model in (exported, exported.stem))):
+        assert code == 0, err
+        found = json.loads(out)
         assert found["images"] == 8
         assert found["engine"].endswith("(fp32)")
     assert "Worst" in (tmp_path / "report.html").read_text() or found["top1"] == 100
 
 
 def test_list_and_info():
-    assert "efficientformerv2_s0" in run_without_torch("list").stdout
-    assert json.loads(run_without_torch("info", "L1", "--json").stdout)["params"] == 12_289_928
+    (_, listed, _), (_, told, _) = run_without_torch(("list",), ("info", "L1", "--json"))
+    assert "efficientformerv2_s0" in listed
+    assert json.loads(told)["params"] == 12_289_928
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_what_needs_torch_names_the_extra():
+    lines = [
         ("predict", "x.jpg", "--model", "l1"),
         ("convert", "l1", "out.onnx"),
         ("latency-table", "--like", "l1", "--output", "absent.json"),
-    ],
-)
-def test_what_needs_torch_names_the_extra(arguments):
-    result = run_without_torch(*arguments)
-    assert result.returncode == 1
-    assert "pip install 'efficientformer[torch]'" in result.stderr
-    assert "Traceback" not in result.stderr
+    ]
+    for line, (code, _, err) in zip(lines, run_without_torch(*lines), strict=True):
+        assert code == 1, line
+        assert "pip install 'efficientformer[torch]'" in err, line
+        assert "Traceback" not in err
 
 
 def test_importing_the_package_imports_no_library():

@@ -70,20 +70,26 @@ def test_every_format_says_the_same(cli, folder, undisturbed, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.csv", "labels.parquet"]
 
 
-@pytest.mark.parametrize("after", [0, 1, 25, 60])
-def test_killed_and_run_again_it_goes_on(folder, undisturbed, tmp_path, after):
+def test_killed_and_run_again_it_goes_on(folder, undisturbed, tmp_path):
+    """Killed four times, at four moments."""
     output = tmp_path / "labels.jsonl"
     part = tmp_path / "labels.jsonl.part"
-    process = run(folder, output)
-    while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") <= after):
-        time.sleep(0.002)
-    if process.poll() is None:
-        os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    if not output.exists():
-        done = part.read_bytes().count(b"\n") - 1
+    done = 0
+    for after in (0, 1, 25, 60):
+        process = run(folder, output)
+        while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") <= after):
+            time.sleep(0.002)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        if output.exists():
+            break
+        now = part.read_bytes().count(b"\n") - 1
+        assert now >= done
+        done = now
         with part.open("ab") as file:  # a line that was being written
             file.write(b'{"path": "torn')
+    if not output.exists():
         again = run(folder, output)
         _, err = again.communicate()
         assert again.returncode == 1, err
@@ -92,46 +98,43 @@ def test_killed_and_run_again_it_goes_on(folder, undisturbed, tmp_path, after):
     assert not part.exists()
 
 
-def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(folder, tmp_path):
+def test_ctrl_c_keeps_what_is_done_says_how_to_go_on_and_waits_for_no_slow_server(folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("EFFICIENTFORMER_OFFLINE")
+    monkeypatch.setenv("no_proxy", "*")
     many = tmp_path / "many"
     many.mkdir()
     picture = next(folder.rglob("*.png"))
-    for number in range(4000):  # seconds of work: the signal must reach a run that is not through
+    for number in range(300):
         os.link(picture, many / f"{number:04}.png")
     output, part = tmp_path / "labels.jsonl", tmp_path / "labels.jsonl.part"
-    process = run(many, output)
-    while not part.exists() or part.read_bytes().count(b"\n") <= 2:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130, err
-    kept, told = part.read_bytes().count(b"\n") - 1, re.search(rf"(\d+) pictures are kept in {part}", err)
-    assert told, err
-    assert int(told[1]) in (kept - 1, kept)  # a line can be written and not yet counted
-    assert "Traceback" not in err
-    again = run(many, output)
-    assert "Going on after" in again.communicate()[1]
-    found = [json.loads(line)["path"] for line in output.read_text().splitlines()]
-    assert found == [str(many / f"{number:04}.png") for number in range(4000)]
 
-
-def test_ctrl_c_waits_for_no_slow_server(folder, tmp_path, monkeypatch):
-    monkeypatch.delenv("EFFICIENTFORMER_OFFLINE")
-    monkeypatch.setenv("no_proxy", "*")
-    output, part = tmp_path / "labels.jsonl", tmp_path / "labels.jsonl.part"
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        process = run(folder / "red", output, f"http://127.0.0.1:{silent.getsockname()[1]}/cat.jpg")
-        while not part.exists() or part.read_bytes().count(b"\n") < 41:
+    def interrupted(*inputs, lines, pause=0.0):
+        """Run until so many lines are written, and press Ctrl-C; return what it said, and the seconds it took."""
+        process = run(inputs[0], output, *inputs[1:])
+        while not part.exists() or part.read_bytes().count(b"\n") < lines:
             assert process.poll() is None
-            time.sleep(0.01)
+            time.sleep(0.002)
+        time.sleep(pause)
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate()
-        assert time.monotonic() - start < 5
-    assert process.returncode == 130, err
-    assert "40 pictures are kept" in err
-    assert "Traceback" not in err
+        err = process.communicate()[1]
+        assert process.returncode == 130, err
+        assert "Traceback" not in err
+        return err, time.monotonic() - start
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # so that no run is through before the signal reaches it
+        slow = f"http://127.0.0.1:{silent.getsockname()[1]}/cat.jpg"
+        err, _ = interrupted(many, slow, lines=3)
+        kept, told = part.read_bytes().count(b"\n") - 1, re.search(rf"(\d+) pictures are kept in {part}", err)
+        assert told, err
+        assert int(told[1]) in (kept - 1, kept)  # a line can be written and not yet counted
+        assert kept < 300, "the signal came too late"
+        err, seconds = interrupted(many, slow, lines=301, pause=0.5)  # it waits for nothing but the server
+    assert seconds < 5
+    assert "Going on after" in err
+    assert "300 pictures are kept" in err
+    found = [json.loads(line)["path"] for line in part.read_text().splitlines()[1:]]
+    assert found == [str(many / f"{number:04}.png") for number in range(300)]
 
 
 def test_another_command_never_goes_on(cli, folder, tmp_path):

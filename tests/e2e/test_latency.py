@@ -1,12 +1,14 @@
 """``efficientformer profile`` and ``latency-table`` as a user runs them, with tiny networks."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from efficientformer.cli.latency_table import _space
 from efficientformer.export.deployable import embedded_file
+from efficientformer.latency import profile
 from efficientformer.latency.design import all_parts
 from efficientformer.latency.graph import write_network
 from efficientformer.latency.int8 import quantise
@@ -21,6 +23,15 @@ SMALL = {
     "v1": v1_spec((8, 16, 16, 24), (1, 1, 1, 2), 1, input_size=32, num_classes=10, stem_stride=2),
     "v2": v2_spec((8, 16, 16, 24), ((2,), (2,), (2, 2), (2,)), 1, input_size=64, num_classes=5, stem_stride=2),
 }
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch):
+    """No test here depends on how well latencies are known."""
+    monkeypatch.setattr("efficientformer.latency.measure.LEAST_S", 0.01)
+    monkeypatch.setattr(profile, "PASSES", 3)
+    monkeypatch.setattr(profile, "time_engines", partial(profile.time_engines, min_passes=2, max_spread=10))
+    monkeypatch.setattr(profile, "profile_file", partial(profile.profile_file, runs=60))
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
@@ -47,7 +58,8 @@ def test_a_profile_names_every_part(cli, tmp_path, engine, kind):
 
 
 def test_a_profile_is_shown_and_written(cli, tmp_path):
-    code, out, err = cli("profile", "efficientformer_cifar10", "--engine", "onnxruntime", "--output", tmp_path / "p")
+    options = ("--engine", "onnxruntime", "--threads", 1, "--output", tmp_path / "p")
+    code, out, err = cli("profile", "efficientformer_cifar10", *options)
     assert code == 0, err
     assert "stages.1.blocks.0" in out
     assert "Conv" in out

@@ -1,5 +1,6 @@
 """Slimming as a user meets it: one command to a network within a budget, gone on with after a kill at any stage."""
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -159,54 +160,74 @@ class Killed(BaseException):
     """Ends a run where it stands, as a kill does: nothing catches it."""
 
 
+def before_the_search(finished, folder):
+    """Copy a finished run as it was when its search had not begun."""
+    ours = ("search", "targets", "tensorboard", "path.*", "slimmed-*", "*.png", "report.html")
+    return shutil.copytree(finished, folder, ignore=shutil.ignore_patterns(*ours))
+
+
 @pytest.mark.parametrize(
-    ("owner", "name", "call"),
+    ("begun", "stages"),
     [
-        (run, "check_targets", 1),
-        (loop.Run, "_save", 1),
-        (loop.Run, "_step", 7),
-        (judge.PoolJudge, "accuracy", 9),
-        (judging.Bench, "save", 1),
-        (run._SlimRun, "_deliver", 1),
+        pytest.param(
+            False,
+            [
+                (run, "check_targets", 1),  # the table is there
+                (loop.Run, "_step", 3),
+                (loop.Run, "_save", 1),  # of the supernet
+                (judge.PoolJudge, "accuracy", 9),
+            ],
+            id="up to the search",
+        ),
+        pytest.param(
+            True,
+            [
+                (judging.Bench, "save", 1),  # a network is chosen
+                (loop.Run, "_step", 3),
+                (run._SlimRun, "_deliver", 1),
+            ],
+            id="after the search",  # a death here has the choice made anew, which would hide what one above does to it
+        ),
     ],
-    ids=["table", "supernet", "final training", "search", "choice", "delivery"],
 )
 @pytest.mark.usefixtures("no_training_report")
-def test_a_run_that_dies_anywhere_ends_with_the_same_network(place, finished, tmp_path, monkeypatch, owner, name, call):
-    original, calls, folder = getattr(owner, name), [], tmp_path / "run"
+def test_a_run_that_dies_at_every_stage_ends_with_the_same_network(
+    place, finished, tmp_path, monkeypatch, begun, stages
+):
+    folder, resume = tmp_path / "run", ["slim", "--resume", tmp_path / "run", "--quiet"]
+    if begun:
+        before_the_search(finished[0], folder)
+    line = resume if begun else command(place, "--target-latency", f"{BUDGET}ms", "--output", folder, "--quiet")
+    for owner, name, call in stages:
+        original, calls = getattr(owner, name), []
 
-    def deadly(*arguments, **options):
-        calls.append(1)
-        if len(calls) == call:
-            raise Killed
-        return original(*arguments, **options)
+        def deadly(*arguments, _original=original, _calls=calls, _last=call, **options):
+            _calls.append(1)
+            if len(_calls) == _last:
+                raise Killed
+            return _original(*arguments, **options)
 
-    monkeypatch.setattr(owner, name, deadly)
-    with pytest.raises(Killed):
-        in_process(command(place, "--target-latency", f"{BUDGET}ms", "--output", folder, "--quiet"))
-    assert not (folder / "report.html").exists()
-    in_process(["slim", "--resume", folder, "--quiet"])
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, deadly)
+            with pytest.raises(Killed):
+                in_process(line)
+        assert not (folder / "report.html").exists()
+        line = resume
+    in_process(line)
     assert_same(folder, finished[0])
 
 
-def searching(place, folder):
-    """Start a run as a process of its own, and return it once its search has begun."""
-    line = command(place, "--target-latency", f"{BUDGET}ms", "--output", folder, "--quiet")
-    code = "from efficientformer.cli.app import main; main()"
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, line)], stderr=subprocess.PIPE)
+@pytest.mark.usefixtures("no_training_report")
+def test_a_killed_process_ends_with_the_same_network(finished, tmp_path):
+    """SIGKILL once the search has begun."""
+    folder = before_the_search(finished[0], tmp_path / "run")
+    line = [sys.executable, "-m", "efficientformer", "slim", "--resume", str(folder), "--quiet"]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE)
     while not (folder / "search" / "path.json").exists():
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.005)
-    return process
-
-
-@pytest.mark.usefixtures("no_training_report")
-def test_a_killed_process_ends_with_the_same_network(place, finished, tmp_path):
-    """SIGKILL once the search has begun."""
-    folder = tmp_path / "run"
-    killed = searching(place, folder)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     assert not (folder / "report.html").exists()
     in_process(["slim", "--resume", folder, "--quiet"])
     assert_same(folder, finished[0])
@@ -231,13 +252,20 @@ def test_a_frozen_part_the_search_has_cut_away_is_no_obstacle(place, tmp_path):
     assert not spec.stages[0].blocks
 
 
-@pytest.mark.usefixtures("no_training_report")
-def test_sigterm_in_the_search_says_how_to_go_on(place, tmp_path):
-    folder = tmp_path / "run"
-    ended = searching(place, folder)
-    ended.send_signal(signal.SIGTERM)
-    said = ended.communicate()[1].decode()
-    assert ended.returncode == 130, said
+def test_sigterm_in_the_search_says_how_to_go_on(finished, tmp_path, cli, monkeypatch):
+    folder, original = before_the_search(finished[0], tmp_path / "run"), judge.PoolJudge.accuracy
+
+    def ended(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(judge.PoolJudge, "accuracy", ended)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM as it comes would end the process"))
+    try:
+        code, _, said = cli("slim", "--resume", folder, "--quiet")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 130, said
     assert f"slim --resume {folder}" in said
     assert "Traceback" not in said
 
@@ -346,6 +374,17 @@ def test_a_table_that_was_measured_before_is_used_and_said(place, tmp_path, cli,
     assert "from elsewhere" in err
 
 
+@pytest.fixture(scope="module")
+def shuffled(place):
+    """A run whose supernet is trained: a search in random order is next, and a final training with a teacher."""
+    plan, folder = planned(place, place / "shuffled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run._SlimRun, "_search", lambda self: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run.slim(plan, folder, table=place / "phone.json")
+    return folder
+
+
 JOINT = ("search.objective=mes", "search.min_depth=1", "search.max_params=25000")
 
 
@@ -369,16 +408,17 @@ def test_size_and_latency_are_searched_together(place, tmp_path, monkeypatch):
             raise Killed
         return original(self, candidate)
 
+    before_the_search(tmp_path / "whole", tmp_path / "run")
     monkeypatch.setattr(judge.PoolJudge, "accuracy", deadly)
-    with pytest.raises(Killed):
-        in_process([*line, "--output", tmp_path / "run"])
-    in_process(["slim", "--resume", tmp_path / "run", "--quiet"])
+    for _ in range(2):
+        with pytest.raises(Killed) if not calls else contextlib.nullcontext():
+            in_process(["slim", "--resume", tmp_path / "run", "--quiet"])
     found, expected = (load_file(tmp_path / each / "slimmed-0.7ms.safetensors") for each in ("run", "whole"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.mark.usefixtures("no_training_report")
-def test_a_network_that_takes_longer_than_predicted_is_cut_further(place, monkeypatch, tmp_path):
+def test_a_network_that_takes_longer_than_predicted_is_cut_further(place, shuffled, monkeypatch, tmp_path):
     """The engine here takes a tenth longer than the table says; the budget must hold in what is measured."""
     table = LatencyTable.load(place / "phone.json")
 
@@ -386,8 +426,8 @@ def test_a_network_that_takes_longer_than_predicted_is_cut_further(place, monkey
         return [Measured(1.1 * table.predict(spec).ms, 1.1 * table.predict(spec).ms) for spec in specs]
 
     monkeypatch.setattr(device, "measured", slower)
-    outcome = run.slim(*planned(place, tmp_path / "run"), table=place / "phone.json")
-    network = outcome.networks[0]
+    before_the_search(shuffled, tmp_path / "run")
+    network = run.slim(resume=tmp_path / "run").networks[0]
     assert network.holds
     assert network.step.predicted_ms <= BUDGET / 1.1
     rows = list(csv.DictReader((tmp_path / "run" / "path.csv").open()))
@@ -397,8 +437,9 @@ def test_a_network_that_takes_longer_than_predicted_is_cut_further(place, monkey
     known = json.loads((tmp_path / "run" / run.MEASURED).read_text())
     digests = [hashlib.sha256(ArchSpec.from_dict(step["spec"]).to_json().encode()).hexdigest()[:16] for step in steps]
     assert set(known) == set(digests), "latencies belong to networks, whose numbers may change"
+    before_the_search(tmp_path / "run", tmp_path / "other")
     with pytest.raises(TrainingError, match="measured within"):
-        run.slim(*planned(place, tmp_path / "other"), table=place / "phone.json")
+        run.slim(resume=tmp_path / "other")
     monkeypatch.setattr(device, "measured", slower)  # the machine is no longer busy
     assert run.slim(resume=tmp_path / "other").networks[0].step == network.step
     monkeypatch.setattr(device, "measured", lambda _, specs, start: [Measured(9.0, 9.0) for _ in specs])
@@ -409,7 +450,7 @@ def test_a_network_that_takes_longer_than_predicted_is_cut_further(place, monkey
 
 
 @pytest.mark.usefixtures("no_training_report")
-def test_a_network_that_scarcely_holds_its_budget_is_cut_further(place, monkeypatch, tmp_path):
+def test_a_network_that_scarcely_holds_its_budget_is_cut_further(place, shuffled, monkeypatch, tmp_path):
     """Measured again after its training it may take longer than the budget."""
     table = LatencyTable.load(place / "phone.json")
     seen = []
@@ -420,20 +461,26 @@ def test_a_network_that_scarcely_holds_its_budget_is_cut_further(place, monkeypa
         return [Measured(ms, ms) for ms in times]
 
     monkeypatch.setattr(device, "measured", measured)
-    network = run.slim(*planned(place, tmp_path / "run"), table=place / "phone.json").networks[0]
+    before_the_search(shuffled, tmp_path / "run")
+    network = run.slim(resume=tmp_path / "run").networks[0]
     assert table.predict(network.step.candidate.spec).ms < table.predict(seen[0]).ms <= BUDGET
 
 
-@pytest.mark.usefixtures("no_training_report")
-def test_blocks_and_channels_are_shuffled_by_the_shuffle_seed(place, monkeypatch, tmp_path):
-    plan, folder = planned(place, tmp_path / "run")
-    plan = dataclasses.replace(plan, options=dataclasses.replace(plan.options, shuffle_seed=3))
-    seeds, shuffled, by_chance = [], Importances.shuffled, judging.by_chance
-    monkeypatch.setattr(Importances, "shuffled", lambda self, seed: seeds.append(seed) or shuffled(self, seed))
-    monkeypatch.setattr(judging, "by_chance", lambda seed: seeds.append(seed) or by_chance(seed))
-    run.slim(plan, folder, table=place / "phone.json")
-    assert len(seeds) >= 2
-    assert set(seeds) == {plan.supernet.seed + 3}
+def test_blocks_and_channels_are_shuffled_by_the_shuffle_seed(shuffled, monkeypatch, tmp_path):
+    before_the_search(shuffled, tmp_path / "run")
+    plan = Plan.load(tmp_path / "run")
+    dataclasses.replace(plan, options=dataclasses.replace(plan.options, shuffle_seed=3)).save(tmp_path / "run")
+    blocks, channels, original, by_chance = [], [], Importances.shuffled, judging.by_chance
+
+    def killed(*_):
+        raise Killed
+
+    monkeypatch.setattr(Importances, "shuffled", lambda self, seed: blocks.append(seed) or original(self, seed))
+    monkeypatch.setattr(judging, "by_chance", lambda seed: channels.append(seed) or by_chance(seed))
+    monkeypatch.setattr(run._SlimRun, "_choose", killed)  # the search is set up by then
+    with pytest.raises(Killed):
+        run.slim(resume=tmp_path / "run")
+    assert set(blocks) == set(channels) == {plan.supernet.seed + 3}
 
 
 def test_the_path_is_measured_in_chunks_each_kept_once_it_is_known(place, monkeypatch, tmp_path):

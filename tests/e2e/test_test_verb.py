@@ -5,8 +5,11 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from datetime import timedelta
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -231,18 +234,32 @@ def test_from_python(data):
     assert found.result.confusion.sum() == 24
 
 
-def test_two_processes_give_the_figures_of_one(cli, data, damaged, tmp_path):
-    output = tmp_path / "shared.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["efficientformer", "test", str(ONNX), "--data", str(data), "--output", str(output), "--batch-size", "4"]
-    env = {**os.environ, "COLUMNS": "160"}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
-    assert run.stdout.count("images/s)") == 1, run.stderr  # the first speaks, and it alone
-    assert run.stderr.count("skipped cat/broken.jpg") == 1
-    shared = json.loads(output.read_text())
-    code, out, _ = cli("test", ONNX, "--data", data, "--json", "--quiet")
-    alone = json.loads(out)
-    assert code == 1
+def test_two_processes_give_the_figures_of_one(cli, data, damaged, tmp_path, monkeypatch):
+    """This process is the first and another one the second, in the environment that torchrun makes."""
+    from torch import distributed
+
+    alone = json.loads(cli("test", ONNX, "--data", data, "--json", "--quiet")[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    patient = partial(distributed.init_process_group, timeout=timedelta(seconds=120))  # not for half an hour
+    monkeypatch.setattr(distributed, "init_process_group", patient)
+    arguments = ["test", ONNX, "--data", data, "--batch-size", "4", "--output"]
+    command = [sys.executable, "-m", "efficientformer", *arguments, tmp_path / "second.json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env={**os.environ, "RANK": "1"}, **pipes) as second:
+        try:
+            code, out, err = cli(*arguments, tmp_path / "first.json")
+            said, warned = second.communicate(timeout=120)
+        finally:
+            second.kill()
+    assert (code, second.returncode) == (1, 0), warned  # at another code torchrun would stop the first
+    assert out.count("images/s)") == 1
+    assert err.count("skipped cat/broken.jpg") == 1
+    assert (said, "broken.jpg" in warned) == ("", False), "the first speaks, and it alone"
+    assert not (tmp_path / "second.json").exists()
+    shared = json.loads((tmp_path / "first.json").read_text())
     for key in ("confusion", "images", "skipped_list", "top1", "top5", "per_class"):
         assert shared[key] == alone[key], key
     assert shared["loss"] == pytest.approx(alone["loss"], abs=1e-6)

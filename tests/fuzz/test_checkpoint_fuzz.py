@@ -5,6 +5,7 @@ Seeded, so that a failure repeats; ``EFFICIENTFORMER_FUZZ_CASES`` sets the numbe
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import warnings
@@ -74,6 +75,11 @@ def _splice(data, rng):
     return data[:start] + middle + data[start + len(stretch) :]
 
 
+@functools.lru_cache(maxsize=1)
+def _network(spec):
+    return EfficientFormer(spec)
+
+
 def _check(path):
     """Load; what loads must fit the network it claims to be."""
     try:
@@ -81,7 +87,7 @@ def _check(path):
     except EfficientFormerError as error:
         assert path.name in str(error)
         return False
-    EfficientFormer(checkpoint.spec).load_state_dict(checkpoint.state)
+    _network(checkpoint.spec).load_state_dict(checkpoint.state)
     assert all(tensor.isfinite().all() for tensor in checkpoint.state.values())
     return True
 

@@ -75,15 +75,16 @@ SPECS = {
     "v2 with other attention sizes": dataclasses.replace(V2, attention=AttentionSpec(4, 8, 3, 4)),
 }
 SPEC_LAYOUTS = [
-    pytest.param(spec, layout, id=f"{name}-{layout}")
+    pytest.param((spec, layout), id=f"{name}-{layout}")
     for name, spec in SPECS.items()
     for layout, families in LAYOUTS.items()
     if spec.family in families
 ]
 
 
-def random_state(spec, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+@functools.lru_cache(maxsize=64)
+def _tensors(spec):
+    generator = torch.Generator().manual_seed(0)
     state = {}
     for name, tensor in skeleton(spec).state_dict().items():
         if tensor.is_floating_point():
@@ -93,16 +94,35 @@ def random_state(spec, seed=0):
     return state
 
 
-@functools.cache
+def random_state(spec):
+    return dict(_tensors(spec))
+
+
+# Networks take longest to set up here: tests of one network, and of one layout of it, follow one another.
+@pytest.fixture(scope="module", params=sorted(KEYS, key=lambda key: key.split("_")[::-1]))
+def key(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=SPEC_LAYOUTS)
+def spec_layout(request):
+    return request.param
+
+
+@functools.lru_cache(maxsize=1)
+def skeleton_state(spec):
+    return skeleton(spec).state_dict()
+
+
+@functools.lru_cache(maxsize=1)
 def published(key):
     """A variant's spec, the shapes of its state dict, and what we write for it in a layout."""
     layout, variant = key.split("_")
     spec = VARIANTS[f"efficientformer{'' if variant in ('l1', 'l3', 'l7') else 'v2'}_{variant}"]
-    state = skeleton(spec).state_dict()
+    state = skeleton_state(spec)
     return layout, spec, {name: tensor.shape for name, tensor in state.items()}, from_ours(state, layout, spec)
 
 
-@pytest.mark.parametrize("key", KEYS)
 class TestPublishedLayouts:
     def test_what_we_write_is_what_their_code_saves(self, key):
         written = published(key)[-1]
@@ -129,8 +149,8 @@ class TestPublishedLayouts:
 
 
 class TestAnySpec:
-    @pytest.mark.parametrize(("spec", "layout"), SPEC_LAYOUTS)
-    def test_there_and_back_is_bit_equal(self, spec, layout):
+    def test_there_and_back_is_bit_equal(self, spec_layout):
+        spec, layout = spec_layout
         state = random_state(spec)
         theirs = from_ours(state, layout, spec)
         ours, report = to_ours(theirs, layout, spec)
@@ -141,9 +161,9 @@ class TestAnySpec:
         assert list(again) == list(theirs)
         assert all(torch.equal(again[name], theirs[name]) for name in theirs)
 
-    @pytest.mark.parametrize(("spec", "layout"), SPEC_LAYOUTS)
-    def test_the_architecture_is_read_back(self, spec, layout):
-        theirs = from_ours(skeleton(spec).state_dict(), layout, spec)
+    def test_the_architecture_is_read_back(self, spec_layout):
+        spec, layout = spec_layout
+        theirs = from_ours(random_state(spec), layout, spec)
         assert detect_layout(theirs) == layout
         assert infer_spec(theirs, layout) == spec
 
@@ -155,10 +175,8 @@ class TestAnySpec:
         """Hidden widths that width * (hidden / width) misses by one unit in floating point."""
         for hidden in range(7, 400, 9):
             spec = v1_spec((49, 12, 16, 24), (1, 0, 0, 0), 0, expansion=hidden / 49 + 1e-9)
-            state = skeleton(spec).state_dict()
-            assert (
-                infer_spec(state, "native").stages[0].hidden(infer_spec(state, "native").stages[0].blocks[0]) == hidden
-            )
+            stage = infer_spec(skeleton(spec).state_dict(), "native").stages[0]
+            assert stage.hidden(stage.blocks[0]) == hidden
 
     def test_native_can_hold_mb3d_in_stage_3(self):
         spec = v1_spec(W, (1, 1, 2, 1), (1, 1), input_size=64, num_classes=5)
@@ -186,8 +204,9 @@ MEANINGS = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "layout"), [p for p in SPEC_LAYOUTS if p.values[0] in (BASE, V2)])
-def test_names_mean_the_same(spec, layout):
+@pytest.mark.parametrize("of", [each for each in SPEC_LAYOUTS if each.values[0][0] in (BASE, V2)])
+def test_names_mean_the_same(of):
+    spec, layout = of
     mapped = to_ours(from_ours(random_state(spec), layout, spec), layout, spec)[1].mapped
     for ours, theirs in MEANINGS:
         for their_name, our_name in mapped:

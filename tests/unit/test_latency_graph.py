@@ -1,5 +1,7 @@
 """The graph that is timed is the graph that is exported: operators, their order, attributes and shapes of weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,22 @@ from efficientformer.runtime.engines import open_engine
 from efficientformer.spec.variants import VARIANTS, v1_spec, v2_spec
 
 SPECS = {
-    "v1": v1_spec((8, 16, 24, 32), (1, 1, 2, 2), (1, 1), input_size=32, num_classes=10, stem_stride=2),
-    "v1 without attention": v1_spec((8, 16, 24, 32), (1, 0, 1, 1), 0, input_size=32, num_classes=7, stem_stride=1),
-    "v2": v2_spec((8, 16, 24, 32), ((2,), (2,), (2, 2), (2, 3)), 1, input_size=64, num_classes=10, stem_stride=2),
-    "embedded": VARIANTS["efficientformer_cifar10"],
+    "v1": v1_spec((8, 16, 24, 32), (1, 0, 1, 2), (1, 1), input_size=32, num_classes=10, stem_stride=2),
+    "v1 without attention": v1_spec((8, 16, 24, 32), (1, 0, 0, 1), 0, input_size=32, num_classes=7, stem_stride=1),
+    "v2": v2_spec((8, 16, 24, 32), ((), (), (2,), (2, 3)), 1, input_size=64, num_classes=10, stem_stride=2),
+    "as the one in the package": replace(  # all that it has and the others have not
+        v2_spec(
+            (8, 16, 24, 32),
+            ((), (1,), (2,), ()),
+            1,
+            input_size=32,
+            num_classes=10,
+            distilled=False,
+            stem_stride=1,
+            stage3_stride=1,
+        ),
+        attention=VARIANTS["efficientformer_cifar10"].attention,
+    ),
 }
 DEFAULTS = {"alpha", "beta", "transA", "auto_pad", "stash_type", "keep_aspect_ratio_policy", "antialias", "allowzero"}
 DEFAULTS |= {"extrapolation_value", "exclude_outside", "cubic_coeff_a"}
