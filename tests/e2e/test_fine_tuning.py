@@ -5,8 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
+from timm.models import save_for_hf
 
 from efficientformer import Classifier, get_model
 from efficientformer.spec.errors import TrainingError, UsageError
@@ -187,8 +189,6 @@ def test_a_cached_teacher_is_asked_once_for_each_view_and_changes_nothing(data, 
 
 @pytest.mark.usefixtures("no_training_report")
 def test_a_timm_teacher_from_a_file(data, tmp_path):
-    import timm
-
     torch.manual_seed(0)
     network = timm.create_model("mobilenetv3_small_050", num_classes=3)
     torch.save(network.state_dict(), tmp_path / "teacher.pth")
@@ -198,6 +198,26 @@ def test_a_timm_teacher_from_a_file(data, tmp_path):
         train(recipe.with_changes(teacher="timm:no_such_network"), data, tmp_path / "none")
     with pytest.raises(TrainingError, match="teacher_weights"):
         train(recipe.with_changes(teacher_weights=str(tmp_path / "missing.pth")), data, tmp_path / "missing")
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_a_teacher_of_ones_own_from_a_folder_of_timms(data, tmp_path, monkeypatch):
+    """Built with its own arguments, whose weights would not fit otherwise; a resumed run may start elsewhere."""
+    torch.manual_seed(0)
+    arguments = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "num_classes": 3}
+    shown = {"input_size": (3, 24, 24), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.2), "interpolation": "bicubic"}
+    network = timm.create_model("resnet18", **arguments)
+    save_for_hf(network, tmp_path / "own", model_args=arguments, safe_serialization=True, data_config=shown)
+    monkeypatch.chdir(tmp_path)
+    recipe = ONE.with_changes(teacher="timm:local-dir:own", distillation="soft")
+    seen = prepare(recipe, data, 0, 1)
+    teacher = open_teacher(seen.recipe, seen.manifest, "", 1, None)
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in teacher.network.state_dict().items())
+    assert teacher._size == (24, 24)
+    assert teacher._renormalise
+    assert all(np.isfinite(curve(recipe, data, tmp_path / "run")))
+    kept = json.loads((tmp_path / "run" / "recipe.json").read_text())["teacher"]
+    assert kept == f"timm:local-dir:{tmp_path / 'own'}"
 
 
 def test_a_named_teacher_takes_the_weights_of_a_file(tmp_path):

@@ -74,7 +74,8 @@ class Recipe:
             epoch. A limited number makes a cached teacher exact.
         ema_decay: Decay of the averaged weights; 0 keeps none.
         ema_epochs: Last epochs over which weights are averaged; 0 means all.
-        teacher: Teacher for distillation: ``timm:NAME``, a zoo name, or a weights file; empty is none.
+        teacher: Teacher for distillation: ``timm:NAME``, ``timm:local-dir:FOLDER`` (as ``timm.models.save_for_hf``
+            writes one), a zoo name, or a weights file; empty is none.
         teacher_weights: File with the weights of a teacher given by its name; empty takes the published ones.
         distillation: ``hard`` (the teacher's decision, as the papers) or ``soft`` (its probabilities).
         distill_alpha: Weight of the teacher's loss; the labels' has the rest.

@@ -30,7 +30,7 @@ from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, resolve
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.subject import Note, Subject
 from efficientformer.training.task import Distilled, Supervised, Task, balanced_weights
-from efficientformer.training.teacher import open_teacher
+from efficientformer.training.teacher import TIMM_FOLDER, open_teacher
 from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from efficientformer.weights.loading import load_into
 from efficientformer.weights.pretrained import Overrides, build, load_named
@@ -209,6 +209,8 @@ def _decide(recipe: Recipe, train: ImageSource) -> Recipe:
         value = getattr(recipe, name)
         if value and (name == "teacher_cache" or Path(value).is_file()):
             changes[name] = str(Path(value).absolute())
+    if recipe.teacher.startswith(TIMM_FOLDER):
+        changes["teacher"] = TIMM_FOLDER + str(Path(recipe.teacher.removeprefix(TIMM_FOLDER)).absolute())
     return recipe.with_changes(**changes)
 
 

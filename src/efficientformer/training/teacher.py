@@ -26,6 +26,7 @@ from efficientformer.weights.files import atomic_write
 from efficientformer.weights.pretrained import build, load_named
 
 TIMM = "timm:"
+TIMM_FOLDER = "timm:local-dir:"  # one that timm.models.save_for_hf wrote
 
 
 class Teacher:
