@@ -243,7 +243,7 @@ def test_two_processes_give_the_figures_of_one(cli, data, damaged, tmp_path, mon
         port = server.getsockname()[1]
     for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
-    patient = partial(distributed.init_process_group, timeout=timedelta(seconds=120))  # not for half an hour
+    patient = partial(distributed.init_process_group, timeout=timedelta(seconds=240))  # not for half an hour
     monkeypatch.setattr(distributed, "init_process_group", patient)
     arguments = ["test", ONNX, "--data", data, "--batch-size", "4", "--output"]
     command = [sys.executable, "-m", "efficientformer", *arguments, tmp_path / "second.json"]
@@ -251,7 +251,7 @@ def test_two_processes_give_the_figures_of_one(cli, data, damaged, tmp_path, mon
     with subprocess.Popen(command, env={**os.environ, "RANK": "1"}, **pipes) as second:
         try:
             code, out, err = cli(*arguments, tmp_path / "first.json")
-            said, warned = second.communicate(timeout=120)
+            said, warned = second.communicate(timeout=240)
         finally:
             second.kill()
     assert (code, second.returncode) == (1, 0), warned  # at another code torchrun would stop the first

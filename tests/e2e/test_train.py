@@ -103,7 +103,7 @@ def test_it_learns_and_its_checkpoint_is_a_model_like_any_other(data, tmp_path):
     outcome = train(TINY.with_changes(epochs=6, mixup=0.0, cutout=0, drop_path=0.0, lr=1e-2), data, tmp_path / "run")
     assert outcome.evaluation.top1 > 80
     assert losses(outcome.folder)[-1]["loss"] < losses(outcome.folder)[0]["loss"]
-    classify = Classifier(str(outcome.folder / "best.safetensors"))
+    classify = Classifier(str(outcome.folder / "best.safetensors"), engine="torch")
     assert classify.manifest.labels == ("blue", "green", "red")
     assert classify.manifest.metrics["top1"] == pytest.approx(outcome.evaluation.top1, abs=1e-3)
     assert classify(data / "red" / "000.png").name == "red"
@@ -189,7 +189,7 @@ for folder in folders:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "script.py"]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    subprocess.run([*launcher, data, port, *(tmp_path / norm for norm in norms)], check=True, timeout=240)
+    subprocess.run([*launcher, data, port, *(tmp_path / norm for norm in norms)], check=True, timeout=480)
     for norm in norms:
         assert train(base.with_changes(norm=norm), data, tmp_path / "one" / norm).finished
         for a, b in zip(losses(tmp_path / "one" / norm), losses(tmp_path / norm), strict=True):
@@ -489,12 +489,17 @@ def test_a_resumed_run_keeps_the_precision_it_began_in(data, tmp_path, monkeypat
 
 @pytest.mark.usefixtures("no_training_report")
 def test_of_equally_good_epochs_the_one_of_the_lower_loss_is_kept(data, tmp_path):
-    recipe = TINY.with_changes(epochs=4, mixup=0.0, cutout=0, drop_path=0.0, lr=0.0, warmup_lr=0.0, ema_decay=0.0)
-    train(recipe, data, tmp_path / "run")  # only BatchNorm's statistics learn
-    lines = [line for line in losses(tmp_path / "run") if "val_loss" in line]
-    best = max(lines, key=lambda line: (line["val_top1"], -line["val_loss"]))
-    assert best["val_top1"] in [line["val_top1"] for line in lines if line is not best], "no two are equally good"
-    assert load_checkpoint(tmp_path / "run" / "best.safetensors").manifest.metrics["epoch"] == best["epoch"]
+    kept = set()
+    for seed in (0, 2):  # with the one the loss falls, with the other it rises, and too little is learned for more
+        run = tmp_path / str(seed)
+        train(SHORT.with_changes(epochs=3, lr=1e-3, ema_decay=0.0, seed=seed), data, run)
+        lines = losses(run)
+        best = max(lines, key=lambda line: (line["val_top1"], -line["val_loss"]))
+        rivals = [line["val_top1"] for line in lines if line is not best]
+        assert best["val_top1"] in rivals, "no two are equally good"
+        assert load_checkpoint(run / "best.safetensors").manifest.metrics["epoch"] == best["epoch"]
+        kept.add(best["epoch"])
+    assert len(kept) == 2, "always the same epoch: it may have been kept for its place"
 
 
 def test_a_failed_start_leaves_no_folder(data, tmp_path):
