@@ -253,10 +253,11 @@ def test_a_frozen_part_the_search_has_cut_away_is_no_obstacle(place, tmp_path):
 
 
 def test_sigterm_in_the_search_says_how_to_go_on(finished, tmp_path, cli, monkeypatch):
+    """The handler is called as the signal would."""
     folder, original = before_the_search(finished[0], tmp_path / "run"), judge.PoolJudge.accuracy
 
     def ended(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
         return original(*arguments)
 
     monkeypatch.setattr(judge.PoolJudge, "accuracy", ended)
