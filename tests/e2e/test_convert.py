@@ -48,10 +48,14 @@ def model():
     return randomised(SPEC)
 
 
+def written(path, network):
+    save_native(path, network.state_dict(), manifest_of(network.spec))
+    return path
+
+
 @pytest.fixture
 def native(tmp_path, model):
-    save_native(tmp_path / "net.safetensors", model.state_dict(), manifest_of(SPEC))
-    return tmp_path / "net.safetensors"
+    return written(tmp_path / "net.safetensors", model)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +65,7 @@ def small():
 
 @pytest.fixture
 def small_native(tmp_path, small):
-    save_native(tmp_path / "small.safetensors", small.state_dict(), manifest_of(SMALL))
-    return tmp_path / "small.safetensors"
+    return written(tmp_path / "small.safetensors", small)
 
 
 def shrink(monkeypatch, name, spec):

@@ -204,6 +204,14 @@ MEANINGS = [
 ]
 
 
+def test_what_was_written_is_the_callers_own():
+    """Tables of names are kept between calls, and the bias indices in them."""
+    first = from_ours(random_state(BASE), "timm", BASE)
+    index = next(name for name in first if name.endswith("attention_bias_idxs"))
+    first[index].zero_()
+    assert from_ours(random_state(BASE), "timm", BASE)[index].any()
+
+
 @pytest.mark.parametrize("of", [each for each in SPEC_LAYOUTS if each.values[0][0] in (BASE, V2)])
 def test_names_mean_the_same(of):
     spec, layout = of

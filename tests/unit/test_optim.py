@@ -44,8 +44,9 @@ def test_every_parameter_is_in_one_group(spec):
     assert sum(len(group["params"]) for group in groups) == len(names)
 
 
+@pytest.mark.parametrize("opt", ["muon", "Muon", "nadamuon", "lookahead_muon"])
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_muon_orthogonalises_in_the_precision_of_the_run(precision, dtype, monkeypatch):
+def test_muon_orthogonalises_in_the_precision_of_the_run(opt, precision, dtype, monkeypatch):
     """timm's own is bf16, which most processors emulate; it is timm's again between two steps."""
     found = []
     theirs = muon.zeropower_via_newtonschulz
@@ -57,7 +58,7 @@ def test_muon_orthogonalises_in_the_precision_of_the_run(precision, dtype, monke
 
     monkeypatch.setattr(muon, "zeropower_via_newtonschulz", spied)
     model = get_model(V1)
-    optimizer = build_optimizer(model, Recipe(opt="muon", precision=precision))
+    optimizer = build_optimizer(model, Recipe(opt=opt, precision=precision))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

@@ -61,11 +61,15 @@ def _medians(values: Array, turns: list[npt.NDArray[np.intp]]) -> Array:
 
 
 def _errors(residuals: Array, turns: list[npt.NDArray[np.intp]]) -> Array:
-    """Return the relative standard error of each network's median, (networks,), from its median absolute deviation.
+    """Return the relative standard error of each network's median, (networks,)."""
+    return np.array([error_of_median(residuals[index]) if len(index) > 1 else np.inf for index in turns])
+
+
+def error_of_median(values: Array) -> float:
+    """Return the standard error of the median of some values, from their median absolute deviation.
 
     Of a normal distribution the standard deviation is 1.4826 times that, and the error of a median is 1.2533 times the
     error of a mean.
     """
-    deviations = _medians(np.abs(residuals), turns)
-    counts = np.array([len(index) for index in turns])
-    return np.where(counts > 1, 1.2533 * 1.4826 * deviations / np.sqrt(counts), np.inf)
+    deviation = np.median(np.abs(values - np.median(values)))
+    return float(1.2533 * 1.4826 * deviation / np.sqrt(len(values)))

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from efficientformer.latency.drift import error_of_median
+
 TIES = 8
-COPIES = 3  # memory of an opened network by that of its weights: 3.0 in OpenVINO, 1.5 in ONNX Runtime (L1's space)
+COPIES = 3  # memory of an opened network by that of its weights: about so much in OpenVINO, half of it in ONNX Runtime
 SHARE = 0.5  # of the free memory that is used
 UNKNOWN = 4 << 30  # bytes; taken for free where the system does not tell
 CGROUP = Path("/sys/fs/cgroup")
@@ -57,10 +59,7 @@ def scale_to_first(groups: Sequence[Sequence[float]]) -> list[tuple[float, float
     found = [(1.0, 0.0)]
     for group in groups[1:]:
         shifts = first - np.log(group[:TIES])
-        middle = float(np.median(shifts))
-        deviation = float(np.median(np.abs(shifts - middle)))
-        # as of any median: see latency/drift.py
-        found.append((math.exp(middle), 1.2533 * 1.4826 * deviation / math.sqrt(len(shifts))))
+        found.append((math.exp(np.median(shifts)), error_of_median(shifts)))
     return found
 
 

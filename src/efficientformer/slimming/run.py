@@ -54,7 +54,7 @@ from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from efficientformer.weights.files import atomic_write
 
 PATH, MEASURED, CHOICE = "search/path.json", "search/measured.json", "choice.json"
-TOGETHER = 10  # networks that are measured at once: each is held in memory
+TOGETHER = 10  # networks whose latencies are measured, and then kept, at once: a killed run goes on after them
 REPEATS = 0.01  # share of a budget left for what a latency may differ by when it is measured again
 
 

@@ -89,23 +89,26 @@ def build_optimizer(model: EfficientFormer, recipe: Recipe) -> torch.optim.Optim
         raise SpecError(f"timm cannot build {wanted}", found=str(error), hint=hint) from error
     if getattr(optimizer, "is_second_order", False):
         raise SpecError(f"{recipe.opt!r} needs second derivatives, which are not computed here", hint=hint)
-    if "muon" in recipe.opt and recipe.precision == "fp32":
+    if recipe.precision == "fp32":
         _orthogonalise_in_fp32(optimizer)
     return optimizer
 
 
 def _orthogonalise_in_fp32(optimizer: torch.optim.Optimizer) -> None:
-    """Have timm's Muon orthogonalise in single precision, during its steps.
+    """Have timm's Muon, if it is that, orthogonalise in single precision during its steps.
 
-    It does so in bf16 and has no setting for it; processors that do not compute in bf16 emulate it, 25 times slower.
+    It does so in bf16 and has no setting for it; processors that do not compute in bf16 emulate it, many times slower.
     """
     from timm.optim import muon
 
+    inner = getattr(optimizer, "_base_optimizer", optimizer)  # a Lookahead's
+    if not isinstance(inner, muon.Muon):
+        return
     name = "zeropower_via_newtonschulz"
     theirs = getattr(muon, name)
     in_fp32 = partial(theirs, dtype=torch.float32)
-    optimizer.register_step_pre_hook(lambda *_: setattr(muon, name, in_fp32))
-    optimizer.register_step_post_hook(lambda *_: setattr(muon, name, theirs))
+    inner.register_step_pre_hook(lambda *_: setattr(muon, name, in_fp32))
+    inner.register_step_post_hook(lambda *_: setattr(muon, name, theirs))
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
