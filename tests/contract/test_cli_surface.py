@@ -36,8 +36,8 @@ SURFACE = {
     "convert": {"source", "target", "to", "model", "input_size", "ema", "half", "force"},
     "download": {"model", "source", "verify", "offline"},
     "profile": {
-        "model", "checkpoint", "random_weights", "engine", "precision", "threads", "observations", "as_json", "output",
-        "offline", "quiet",
+        "model", "checkpoint", "random_weights", "engine", "precision", "threads", "observations", "table", "as_json",
+        "output", "offline", "quiet",
     },
     "latency-table": {
         "output", "engine", "precision", "threads", "like", "widths", "depths", "expansions", "input_size",

@@ -1,6 +1,7 @@
 """``efficientformer profile`` and ``latency-table`` as a user runs them, with tiny networks."""
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from efficientformer.latency.design import all_parts
 from efficientformer.latency.graph import write_network
 from efficientformer.latency.int8 import quantise
 from efficientformer.latency.parts import parts_of
-from efficientformer.latency.table import LatencyTable
+from efficientformer.latency.table import Cost, LatencyTable
 from efficientformer.slimming.space import Space
 from efficientformer.spec.arch import AttentionSpec
 from efficientformer.spec.count import count_parts
@@ -55,6 +56,42 @@ def test_a_profile_names_every_part(cli, tmp_path, engine, kind):
     assert times.get("other", 0) < 0.2 * sum(times.values())
     assert sum(part["share"] for part in found["parts"]) == pytest.approx(1)
     assert sum(kind["ms"] for kind in found["kinds"]) == pytest.approx(found["operators_ms"], abs=1e-3)
+
+
+@pytest.fixture
+def phone(tmp_path):
+    """A table of a device that is not here, of all that the network below is made of."""
+    costs = {part.key: Cost(0.01 * number, 0.001) for number, part in enumerate(parts_of(SMALL["v1"]), 1)}
+    path = tmp_path / "phone.json"
+    LatencyTable("openvino", "bf16", 4, "v1", SMALL["v1"].attention, Cost(0.5, 0.001), costs, {0.0: Cost(2.0, 0.0)},
+                 spread=0.01, networks=9).save(path)  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("kind", ["json", "onnx"])
+def test_a_table_says_what_a_network_takes_elsewhere(cli, tmp_path, phone, kind):
+    spec, file = SMALL["v1"], tmp_path / f"network.{kind}"
+    file.write_text(spec.to_json()) if kind == "json" else write_network(spec, file)
+    code, out, err = cli("profile", file, "--table", phone, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    predicted = LatencyTable.load(phone).predict(spec)
+    assert (found["ms"], found["error_ms"]) == (predicted.ms, predicted.error_ms)
+    assert (found["engine"], found["precision"], found["origin"]) == ("openvino", "bf16", "from elsewhere")
+    assert sum(share["ms"] for share in found["shares"]) == pytest.approx(predicted.ms)
+    counts = {share["part"]: share["count"] for share in found["shares"]}
+    assert counts.pop("base") == counts.pop("weights") == 1
+    assert counts == Counter(part.key for part in parts_of(spec))
+    code, out, _ = cli("profile", file, "--table", phone)
+    assert f"latency {predicted.ms:.3f} ms, predicted within" in out
+    assert all(key in out for key in counts)
+
+
+def test_a_table_predicts_only_what_it_holds_and_takes_no_engine(cli, phone):
+    code, _, err = cli("profile", "efficientformer_l1", "--table", phone)
+    assert (code, "latency table" in err) == (2, True)
+    code, _, err = cli("profile", "efficientformer_l1", "--table", phone, "--engine", "openvino")
+    assert (code, "its own engine" in err) == (2, True)
 
 
 def test_a_profile_is_shown_and_written(cli, tmp_path):

@@ -332,6 +332,10 @@ def test_a_second_target_comes_from_the_same_search(place, finished, cli):
         (("--target-latency", "0.6", "--set", "search.depth=3"), "Unknown field 'depth'"),
         (("--target-latency", "0.6", "--set", "search.min_expansion=2"), "means nothing for V1"),
         (("--target-latency", "0.6", "--set", "teacher=supernet"), "cannot teach itself"),
+        (("--target-latency", "0.6", "--set", "supernet.model=x"), "Say --model"),
+        (("--target-latency", "0.6", "--set", "spec=null"), "Say --model"),
+        (("--target-latency", "0.6", "--set", "final.input_size=32"), "supernet.input_size"),
+        (("--target-latency", "0.6", "--set", "views=2", "--set", "teacher=x", "--set", "teacher_cache=y"), "for each"),
         (("--target-latency", "0.6", "--model", "none.json"), "Cannot read the spec"),
         (("--target-latency", "0.6", "--table", "{place}/hole.json"), "no 'embedding conv 8-24 at 4x4'"),
         (("--target-latency", "0.6", "--set", "search.width_step=4", "--set", "search.min_width=4"), "parts of the"),
@@ -374,6 +378,70 @@ def test_a_table_that_was_measured_before_is_used_and_said(place, tmp_path, cli,
     assert code == 0, err
     assert "one found in" in err
     assert "from elsewhere" in err
+
+
+def test_a_table_of_a_refused_run_is_used_by_one_that_asks_for_the_same(place, tmp_path, monkeypatch):
+    measured = []
+
+    def measure(*_, **__):
+        measured.append(1)
+        return LatencyTable.load(place / "phone.json")
+
+    monkeypatch.setattr(device, "measure_table", measure)
+    monkeypatch.setattr(run._SlimRun, "go", lambda self: run.SlimOutcome(self.folder, True, ()))
+    plan, folder = planned(place, tmp_path / "run")
+
+    def refused(plan):
+        with pytest.raises(UsageError, match="cannot be reached"):
+            run.slim(dataclasses.replace(plan, targets=(0.01,)), folder)
+        return len(measured)
+
+    assert [refused(plan), refused(plan)] == [1, 1]
+    assert refused(dataclasses.replace(plan, threads=1)) == 2, "made for as many as the engine chooses"
+    wider = dataclasses.replace(plan, threads=1, options=dataclasses.replace(plan.options, width_step=4, min_width=4))
+    with pytest.raises(UsageError, match="parts of the networks"):
+        run.slim(wider, folder)
+    assert len(measured) == 3, "it lacked what this search needs"
+    assert run.slim(dataclasses.replace(plan, threads=1), folder).finished
+    assert len(measured) == 3
+
+
+def test_a_run_goes_on_without_the_file_that_it_started_from(place, tmp_path, monkeypatch):
+    from efficientformer.slimming.start import make_plan
+    from efficientformer.training.setup import build_network
+    from efficientformer.weights.checkpoint import save_native
+
+    recipe = Recipe(pretrained=False, spec=START.to_dict())
+    network, manifest = build_network(recipe, ("a", "b", "c"), print)
+    start = tmp_path / "start.safetensors"
+    save_native(start, network.state_dict(), manifest)
+    monkeypatch.setattr(run._SlimRun, "go", lambda self: run.SlimOutcome(self.folder, True, ()))
+    settings = [*SETTINGS, "supernet.pretrained=false"]
+    plan = make_plan(place / "data", [BUDGET], model=str(start), epochs=1, final_epochs=1, settings=settings)
+    assert run.slim(plan, tmp_path / "run", table=place / "phone.json").finished
+    assert build_network(plan.supernet, ("a", "b"), print)[0].spec.num_classes == 2, "of the file's kind, but new"
+    start.unlink()
+    assert run.slim(resume=tmp_path / "run").finished
+
+
+def test_a_file_is_no_run_folder(place, cli, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    code, _, err = cli(*command(place, "--target-latency", "0.6"), "--output", tmp_path / "run")
+    assert (code, "is no folder for a run" in err) == (2, True)
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_a_missed_budget_is_an_error_and_is_measured_again(place, finished, cli, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    result = tmp_path / "run" / "targets" / "0.6ms" / "result.json"
+    result.write_text(json.dumps({**json.loads(result.read_text()), "measured_ms": 0.8, "quiet_ms": 0.7}))
+    monkeypatch.setattr(device, "measured", lambda table, specs, start: [Measured(0.9, 0.65) for _ in specs])
+    code, out, err = cli("slim", "--resume", tmp_path / "run", "--quiet")
+    assert (code, str(tmp_path / "run" / "slimmed-0.6ms.safetensors") in out) == (1, True)
+    assert "measured 0.650 ms; budget NOT held" in err
+    monkeypatch.setattr(device, "measured", lambda table, specs, start: [Measured(0.9, 0.55) for _ in specs])
+    assert cli("slim", "--resume", tmp_path / "run", "--quiet")[0] == 0
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,10 @@ def test_comparisons_that_are_none_are_refused(tmp_path, entries):
 
 def test_a_budget_that_is_not_held_is_said():
     network = Finished(0.9, STEP, Path("x"), 91.0, measured_ms=1.6, quiet_ms=0.95)
-    assert _line(network) == "0.9 ms: top-1 91.00 %, predicted 1.000 ms, measured 0.950 ms; budget NOT held"
+    assert _line(network) == (
+        "0.9 ms: top-1 91.00 %, predicted 1.000 ms, measured 0.950 ms; budget NOT held; "
+        "--resume measures again, on a quieter machine perhaps"
+    )
     assert _line(dataclasses.replace(network, quiet_ms=0.8)).endswith("budget held")
     assert "not measured" in _line(dataclasses.replace(network, measured_ms=None, quiet_ms=None))
 

@@ -29,6 +29,7 @@ from efficientformer.spec.errors import CheckpointError, SpecError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import v1_spec, v2_spec
+from efficientformer.training.optim import freeze
 
 V1 = v1_spec((32, 48, 64, 64), (2, 1, 2, 2), (1, 2), input_size=32, num_classes=3, stem_stride=1)
 V2 = v2_spec((32, 32, 48, 64), ((4,), (4, 3), (4, 3), (3, 4)), 1, input_size=32, num_classes=3, stem_stride=1)
@@ -50,6 +51,20 @@ def supernet_of(spec, seed=0):
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 2)
     return supernet.eval()
+
+
+@pytest.mark.parametrize("spec", [V1, V2], ids=["v1", "v2"])
+def test_freezing_holds_what_is_inherited_and_nothing_else(spec):
+    supernet = Supernet(spec)
+    freeze(supernet, ["body"])
+    learning = {name for name, parameter in supernet.named_parameters() if parameter.requires_grad}
+    body = {name for name in learning if name.startswith("stages")}
+    assert {name for name in body if name.endswith(".alpha")} == {
+        name for name, _ in supernet.named_parameters() if name.endswith(".alpha")
+    }
+    fresh = {name for name in body if not name.endswith(".alpha")}
+    assert all(".candidates.mb4d." in name for name in fresh)
+    assert bool(fresh) == (spec is V1), "V2's candidates without attention inherit all they have"
 
 
 def lean_on(supernet, candidate):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,8 @@ from efficientformer.runtime.engines import ENGINES, PRECISIONS
 from efficientformer.spec.errors import UsageError, missing_extra
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from efficientformer.latency.observations import Observations
     from efficientformer.latency.profile import Profile
     from efficientformer.spec.arch import ArchSpec
@@ -30,6 +33,9 @@ def profile(
     observations: Annotated[
         bool, typer.Option("--observations", help="Repeat the paper's four latency comparisons instead.")
     ] = False,
+    table: Annotated[
+        Path | None, typer.Option(help="Predict from a latency table instead, perhaps of another device.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for an HTML page and JSON.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
@@ -39,6 +45,11 @@ def profile(
     if observations == bool(model or checkpoint):
         expected = "a network, or --observations"
         raise UsageError("Nothing to profile" if not observations else "Too much to do at once", expected=expected)
+    if table is not None:
+        if observations or output or threads or {engine, precision} != {"auto"}:
+            raise UsageError("A table says what its own engine takes", hint="Leave other options than --json out")
+        _predict(_spec_of(model, checkpoint, offline), table, as_json=as_json)
+        return
     if output is not None:
         _prepare(output)
     from efficientformer.cli.progress import step_bars
@@ -92,6 +103,47 @@ def _untrained(model: str, checkpoint: Path | None, random_weights: bool) -> Arc
     return resolve(model).card.spec if random_weights else None
 
 
+def _spec_of(model: str, checkpoint: Path | None, offline: bool) -> ArchSpec:
+    """Return the architecture of a zoo network, of a spec, or of a file; weights are not fetched for it."""
+    from efficientformer.export.deployable import deployable
+    from efficientformer.runtime.engines import open_engine
+
+    if checkpoint is None and not Path(model).is_file():
+        spec = _untrained(model, None, random_weights=True)
+    elif checkpoint is None and model.endswith(".json"):
+        spec = _untrained(model, None, random_weights=False)
+    else:
+        file = deployable(model, checkpoint=checkpoint, offline=offline or None)
+        spec = open_engine(file, "onnxruntime").manifest.spec
+    assert spec is not None
+    return spec
+
+
+def _predict(spec: ArchSpec, path: Path, *, as_json: bool) -> None:
+    """Print what a table predicts for a network, and of what."""
+    from efficientformer.latency.table import LatencyTable
+
+    table = LatencyTable.load(path)
+    predicted, shares = table.predict(spec), table.shares(spec)
+    if as_json:
+        found = {"ms": predicted.ms, "error_ms": predicted.error_ms, "engine": table.engine,
+                 "precision": table.precision, "threads": table.threads, "origin": table.origin,
+                 "shares": [dataclasses.asdict(share) for share in shares]}  # fmt: skip
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(
+        f"  latency {predicted.ms:.3f} ms, predicted within {predicted.error_ms:.3f}; {table.engine} in "
+        f"{table.precision}, {table.origin}",
+        soft_wrap=True,
+        markup=False,
+    )
+    rows = [(each.part, f"{each.count} x" if each.count > 1 else "", each.ms) for each in shares]
+    _print_shares(console, "part", rows, predicted.ms)
+
+
 def _prepare(output: Path) -> None:
     """Create the folder and find the report's libraries before anything is measured."""
     try:
@@ -108,7 +160,6 @@ def _prepare(output: Path) -> None:
 def _print_profile(result: Profile) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     console = Console(highlight=False)
     timing = result.latency
@@ -118,19 +169,25 @@ def _print_profile(result: Profile) -> None:
         f"operators {result.operators_ms:.3f} ms by the engine's own counters",
         soft_wrap=True,
     )
-    rows = [(part.name, part.kind, part.ms, part.share) for part in result.parts()]
-    total = result.operators_ms or 1.0
-    kinds = [(kind, f"{count} operators", ms, ms / total) for kind, ms, count in result.kinds()]
-    for title, lines in (("part", rows), ("kind", kinds)):
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column(title)
-        table.add_column("")
-        table.add_column("ms", justify="right")
-        table.add_column("share", justify="right")
-        for name, note, ms, share in lines:
-            table.add_row(escape(name), escape(note), f"{ms:.4f}", f"{share:.1%}")
-        console.print()
-        console.print(table)
+    total = result.operators_ms
+    _print_shares(console, "part", [(part.name, part.kind, part.ms) for part in result.parts()], total)
+    _print_shares(console, "kind", [(kind, f"{count} operators", ms) for kind, ms, count in result.kinds()], total)
+
+
+def _print_shares(console: Console, title: str, rows: list[tuple[str, str, float]], total: float) -> None:
+    """Print what each part, with a note, takes in milliseconds and of the total."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(title)
+    table.add_column("")
+    table.add_column("ms", justify="right")
+    table.add_column("share", justify="right")
+    for name, note, ms in rows:
+        table.add_row(escape(name), escape(note), f"{ms:.4f}", f"{ms / (total or 1.0):.1%}")
+    console.print()
+    console.print(table)
 
 
 def _print_observations(found: Observations) -> None:

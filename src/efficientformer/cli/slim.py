@@ -73,9 +73,11 @@ def slim(
         typer.echo(f"Stopped. Go on: efficientformer slim --resume {shlex.quote(str(folder))}", err=True)
         raise typer.Exit(130)
     for network in outcome.networks:
-        if not quiet:
+        if not quiet or network.holds is False:
             typer.secho(_line(network), fg="yellow" if network.holds is False else None, err=True)
         typer.echo(network.weights)
+    if any(network.holds is False for network in outcome.networks):
+        raise typer.Exit(1)
 
 
 def _line(network: Finished) -> str:
@@ -83,7 +85,8 @@ def _line(network: Finished) -> str:
     said = f"{network.target_ms:g} ms: top-1 {network.top1:.2f} %, predicted {network.step.predicted_ms:.3f} ms"
     if network.quiet_ms is None:
         return f"{said}, not measured: the table is from elsewhere"
-    return f"{said}, measured {network.quiet_ms:.3f} ms; budget {'held' if network.holds else 'NOT held'}"
+    said += f", measured {network.quiet_ms:.3f} ms; budget "
+    return f"{said}held" if network.holds else f"{said}NOT held; --resume measures again, on a quieter machine perhaps"
 
 
 @contextmanager

@@ -169,7 +169,8 @@ def _subjects() -> dict[str, tuple[int, tuple[int, int], Build]]:
         "conv gelu": (*stage, _mlps("conv", "Gelu")),
         "conv relu": (*stage, _mlps("conv", "Relu")),
         "conv hardswish": (*stage, _mlps("conv", "HardSwish")),
-        "linear gelu": (*stage, _mlps("linear", "Gelu")),
+        "linear one": (*stage, _mlps("linear", "Gelu", 1)),
+        "linear gelu": (*stage, _mlps("linear", "Gelu", BLOCKS + 1)),
     }
 
 
@@ -236,12 +237,12 @@ def _activate(graph: GraphWriter, x: str, activation: str) -> str:
     return graph.gelu(x) if activation == "Gelu" else graph.op(activation, x)
 
 
-def _mlps(kind: str, activation: str) -> Build:
+def _mlps(kind: str, activation: str, blocks: int = BLOCKS) -> Build:
     """Return residual MLPs: 1x1 convolutions with BatchNorm folded away, or LayerNorm and linear layers."""
 
     def build(graph: GraphWriter, x: str) -> tuple[str, int]:
         x = _to_tokens(graph, x) if kind == "linear" else x
-        for _ in range(BLOCKS):
+        for _ in range(blocks):
             if kind == "conv":
                 x = _mlp_on_map(graph, x, activation)
             else:
@@ -252,9 +253,9 @@ def _mlps(kind: str, activation: str) -> Build:
     return build
 
 
-def _variant(timings: dict[str, Latency], label: str, name: str, *, blocks: int = 0) -> Variant:
-    """Return the figure of a subject, or of one of its blocks: it less the subject without blocks."""
-    timing, base = timings[name], timings["none"] if blocks else None
+def _variant(timings: dict[str, Latency], label: str, name: str, *, blocks: int = 0, less: str = "none") -> Variant:
+    """Return the figure of a subject, or of one of the ``blocks`` that the subject ``less`` lacks."""
+    timing, base = timings[name], timings[less] if blocks else None
     error = 2 * math.hypot(timing.error_ms, base.error_ms if base else 0.0)
     ms = timing.ms - (base.ms if base else 0.0)
     return Variant(label, max(0.0, ms) / max(1, blocks), error / max(1, blocks))
@@ -302,15 +303,17 @@ def _mixers(timings: dict[str, Latency]) -> Observation:
         f"{_figure(alternating)} with reshapes at every block: {_ratio(alternating, apart)}. The mixers themselves: "
         f"pooling {_figure(pool)} a block, attention on tokens {_figure(tokens)}, on maps {_figure(maps)}. "
     )
-    verdict += "Reshapes cost time here too." if holds else "Reshapes cost nothing that can be measured here."
-    claim = "A consistent layout matters more for the token mixer than the mixer: reshapes between 4D and 3D are slow."
+    verdict += "Reshapes cost time here too" if holds else "Reshapes cost nothing that can be measured here"
+    verdict += f"; attention in place of pooling, {_ratio(tokens, pool)}."
+    claim = "A consistent layout matters for the choice of token mixer: reshapes between 4D and 3D are slow."
     variants = (pool, tokens, maps, apart, alternating)
     return Observation("Token mixers with and without reshapes", claim, variants, holds, verdict)
 
 
 def _norms(timings: dict[str, Latency]) -> Observation:
     conv = _variant(timings, "MLP of convolutions, BatchNorm folded", "conv gelu", blocks=BLOCKS)
-    linear = _variant(timings, "MLP of LayerNorm and linear layers", "linear gelu", blocks=BLOCKS)
+    # less a network that has reshapes to tokens and back, too: they are no part of a block
+    linear = _variant(timings, "MLP of LayerNorm and linear layers", "linear gelu", blocks=BLOCKS, less="linear one")
     holds = _slower(linear, conv)
     verdict = (
         f"LayerNorm and linear layers take {_figure(linear)} a block, convolutions with BatchNorm {_figure(conv)}: "

@@ -229,8 +229,7 @@ def _run_onnxruntime(path: Path, opened: Engine, threads: int | None, runs: int)
     options.log_severity_level = 4
     options.enable_profiling = True
     options.profile_file_prefix = os.fspath(path.with_suffix(""))
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or available_cores()  # as the engine that is timed
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     picture, port = _picture(opened.manifest.spec), session.get_inputs()[0].name
     for _ in range(WARMUP + runs):

@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,21 @@ class LatencyPrediction:
 
     ms: float
     error_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one kind of part adds to a predicted latency.
+
+    Attributes:
+        part: Its key; ``base`` what every network costs, ``weights`` what all its weights cost.
+        count: How many of it the network has.
+        ms: What they add, in milliseconds.
+    """
+
+    part: str
+    count: int
+    ms: float
 
 
 @dataclass(frozen=True)
@@ -164,15 +179,36 @@ class LatencyTable:
                 found=f"{len(missing)} missing" + (f", also {missing[1]!r}" if len(missing) > 1 else ""),
                 hint=f"Measure it: {self._command(spec)}",
             )
-        ms, variance = self.base.ms, 0.0
+        ms = sum(share.ms for share in self._shares(spec, interpolate))
+        variance = sum(
+            (count * cost.error_ms) ** 2
+            for part, count in Counter(parts_of(spec)).items()
+            if (cost := self._lookup(part, interpolate)) is not None
+        )
+        return LatencyPrediction(ms, 2 * math.sqrt(variance + (self.spread * ms) ** 2))
+
+    def shares(self, spec: ArchSpec, *, interpolate: bool = False) -> tuple[Share, ...]:
+        """Return what makes up a network's predicted latency, parts in the order of execution.
+
+        Args:
+            spec: The network.
+            interpolate: As for ``predict``.
+
+        Raises:
+            UsageError: As ``predict``.
+        """
+        self.predict(spec, interpolate=interpolate)
+        return tuple(self._shares(spec, interpolate))
+
+    def _shares(self, spec: ArchSpec, interpolate: bool) -> Iterator[Share]:
+        yield Share("base", 1, self.base.ms)
         for part, count in Counter(parts_of(spec)).items():
             cost = self._lookup(part, interpolate)
             assert cost is not None
-            ms += count * cost.ms
-            variance += (count * cost.error_ms) ** 2
+            yield Share(part.key, count, count * cost.ms)
         millions = steps(weights_of(spec) / 1e6, tuple(self.weights))
-        ms += sum(share * cost.ms for share, cost in zip(millions, self.weights.values(), strict=True))
-        return LatencyPrediction(ms, 2 * math.sqrt(variance + (self.spread * ms) ** 2))
+        costs = zip(millions, self.weights.values(), strict=True)
+        yield Share("weights", 1, sum(share * cost.ms for share, cost in costs))
 
     def _check_kind(self, spec: ArchSpec) -> None:
         """Refuse networks whose parts have the same keys but other insides."""

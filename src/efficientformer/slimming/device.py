@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from efficientformer.latency.table import HERE, LatencyTable, likeness, table_command
 from efficientformer.slimming.plan import Plan
@@ -14,6 +16,7 @@ from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import SpecError, UsageError
 
 TABLE = "table.json"
+ASKED = "asked for"  # in a measured table's environment: what the plan left to choose, and what it did not
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,27 @@ def open_table(plan: Plan, space: Space, folder: Path, given: Path | None, *, qu
         _check_engine(plan, table, given)
     else:
         table = measure_table(plan, space, quiet=quiet)
+        table = dataclasses.replace(table, environment={**table.environment, ASKED: _asked(plan)})
     table.save(kept)
     return LatencyTable.load(kept)  # rounded as a resumed run reads it, whose search is to be the same
+
+
+def discard_unfit(plan: Plan, space: Space, path: Path) -> None:
+    """Remove a table that a refused run measured, if this one asks for another engine, or for other networks."""
+    table = LatencyTable.load(path) if path.exists() else None
+    if table is None or ASKED not in table.environment:  # a table that somebody put there is theirs
+        return
+    try:
+        check_table(plan, space, table)
+        fits = table.environment[ASKED] == _asked(plan)
+    except UsageError:
+        fits = False
+    if not fits:
+        path.unlink()
+
+
+def _asked(plan: Plan) -> list[Any]:
+    return [plan.engine, plan.precision, plan.threads]
 
 
 def _kept_table(plan: Plan, path: Path) -> LatencyTable:

@@ -141,6 +141,7 @@ class Plan:
         precision: What it computes in.
         threads: Its CPU threads; None lets it choose.
         options: How the search goes about it.
+        start: The start network, once a run has begun: a weights file that it came from may go.
     """
 
     data: str
@@ -151,6 +152,7 @@ class Plan:
     precision: str = "auto"
     threads: int | None = None
     options: Options = field(default_factory=Options)
+    start: ArchSpec | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.data, str):
@@ -174,6 +176,10 @@ class Plan:
         if self.supernet.val_fraction != self.final.val_fraction:
             hint = "Say --set val_fraction=..., without a part before it"
             raise SpecError("Both trainings set the same pictures aside", expected="one val_fraction", hint=hint)
+        if self.supernet.teacher_cache and self.supernet.teacher_cache == self.final.teacher_cache:
+            hint = "Say --set supernet.teacher_cache=... and --set final.teacher_cache=..."
+            raise SpecError("Both trainings keep their teacher's logits in one folder, and see other pictures",
+                            expected="a teacher_cache for each", hint=hint)  # fmt: skip
         for name, legal in _ELASTIC.items() if self.options.joint else ():
             value = getattr(self.supernet, name)
             if value not in legal:
@@ -193,7 +199,8 @@ class Plan:
         """
         make_folder(folder)
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        parts = {"supernet": self.supernet.to_dict(), "final": self.final.to_dict()}
+        parts: dict[str, Any] = {"supernet": self.supernet.to_dict(), "final": self.final.to_dict()}
+        parts["start"] = None if self.start is None else self.start.to_dict()
         data = {**plain, **parts, "options": dataclasses.asdict(self.options)}
         with atomic_write(folder / PLAN) as file:
             file.write((json.dumps(data, indent=2) + "\n").encode())
@@ -218,6 +225,8 @@ class Plan:
             fields[name] = Recipe.from_dict(fields[name])
         fields["options"] = Options(**check_keys("the options", fields.get("options", {}), Options))
         fields["targets"] = tuple(as_list("targets", fields["targets"], 1000))
+        if fields.get("start") is not None:
+            fields["start"] = ArchSpec.from_dict(fields["start"])
         return cls(**fields)
 
 
@@ -254,6 +263,16 @@ def milliseconds(text: str) -> float:
     return value
 
 
+def _check_free(name: str, part: str) -> None:
+    """Raise SpecError if a setting is not one: the start network has an option, the final one is what is sought."""
+    field_name = name.removeprefix(f"{part}.")
+    if field_name in ("model", "spec"):
+        raise SpecError(f"{name} is no setting", hint="Say --model: a zoo name, a weights file, or a spec in JSON")
+    if part == "final" and field_name in FOUND:
+        hint = f"Say --set supernet.{field_name}=... for the start network"
+        raise SpecError(f"{name} is what the search finds", hint=hint)
+
+
 def apply_settings(
     supernet: Recipe, final: Recipe, options: Options, settings: Iterable[str]
 ) -> tuple[Recipe, Recipe, Options]:
@@ -265,10 +284,9 @@ def apply_settings(
     parts: dict[str, list[str]] = {"supernet": [], "final": [], "search": []}
     for setting in settings:
         prefix, dot, rest = setting.partition(".")
-        if dot and "=" not in prefix:
-            if prefix == "final" and rest.partition("=")[0] in FOUND:
-                hint = f"Say --model, or --set supernet.{rest} for the start network"
-                raise SpecError(f"{setting.partition('=')[0]} is what the search finds", hint=hint)
+        parted = bool(dot) and "=" not in prefix
+        _check_free(setting.partition("=")[0], prefix if parted else "")
+        if parted:
             if prefix not in parts:
                 close = nearest(prefix, parts) or list(parts)
                 raise SpecError(f"Unknown part {prefix!r} in --set", hint=f"Did you mean {close[0]}.{rest}?")

@@ -270,11 +270,14 @@ class _SlimRun:
         step = steps[_chosen(folder / CHOICE, len(steps))]
         result = folder / "result.json"
         weights = self.folder / f"slimmed-{target:g}ms.safetensors"
-        if not (result.exists() and weights.exists()):
+        done = result.exists() and weights.exists()
+        if not done:
             recipe = self._final_recipe(folder / f"sliced-{target:g}ms.safetensors", step)
             outcome = self._train(recipe, folder / "train", PlainNetwork(self._command))
             if not outcome.finished:
                 return None
+        # of a run that goes on, a budget that did not hold is measured again: the machine may have been busy
+        if not done or Finished(target, step, weights, **_result(result)).holds is False:
             self._deliver(folder, weights, step, target)
         return Finished(target, step, weights, **_result(result))
 
@@ -315,15 +318,14 @@ def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, qui
         hint = f"Go on with: efficientformer slim --resume {shlex.quote(str(folder))}; or choose another --output"
         raise UsageError(f"{folder} holds a run already", hint=hint)
     kept = folder / device.TABLE  # of a run that was refused after it had measured one
-    allowed = {LOCK, kept.name} if table is None else {LOCK}
-    if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - allowed)):
-        hint = "Choose another --output: nothing is overwritten"
-        raise UsageError(f"{folder} is not empty", found=", ".join(others[:5]), hint=hint)
+    _check_empty(folder, but={LOCK, kept.name} if table is None else {LOCK})
     plan.check()
     plan = decide(dataclasses.replace(plan, data=str(Path(plan.data).absolute())))
+    plan = dataclasses.replace(plan, start=start_network(plan))
     space = plan.options.space(start_network(plan))
     make_folder(folder)
     held.enter_context(alone_in(folder))
+    device.discard_unfit(plan, space, kept)
     found = kept.exists()
     # not a run, if it is refused: the folder can be used again, and its own table too
     with _removing_if_refused(folder / PLAN, *(() if table is None else (kept,))):
@@ -336,6 +338,19 @@ def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, qui
     if found and not quiet:
         sys.stderr.write(f"The latency table is the one found in {folder}, {latencies.origin}\n")
     return _SlimRun(folder, plan, space, latencies, quiet)
+
+
+def _check_empty(folder: Path, but: set[str]) -> None:
+    try:
+        others = sorted({path.name for path in folder.iterdir()} - but)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        hint = "Choose another --output"
+        raise UsageError(f"{folder} is no folder for a run", found=error.strerror or str(error), hint=hint) from error
+    if others:
+        hint = "Choose another --output: nothing is overwritten"
+        raise UsageError(f"{folder} is not empty", found=", ".join(others[:5]), hint=hint)
 
 
 def _resumed(

@@ -92,12 +92,14 @@ def choose_start(recipe: Recipe, data: str | Path) -> Recipe:
 
 
 def start_network(plan: Plan) -> ArchSpec:
-    """Return the start network for the classes of the data set, as its supernet's training builds it.
+    """Return the start network: the one a run began with; else one for the data set's classes, as training builds it.
 
     Raises:
         SpecError, CheckpointError: If the model describes no network, or its weights cannot be read.
         UnknownModelError: If no zoo card has the model's name.
     """
+    if plan.start is not None:
+        return plan.start
     recipe = plan.supernet
     splits = open_splits(plan.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
     spec = recipe.arch

@@ -52,6 +52,10 @@ class MetaPath(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(len(candidates) + 1))
         self.alpha.peak_lr = ALPHA_LR  # type: ignore[attr-defined]  # at the weights' own it would hardly move
         self.temperature = COLD
+        first, *others = candidates.values()
+        fresh = others if isinstance(first, TokenBlock) else []  # V2's inherit all they have from the first
+        for learner in (self.alpha, *(p for block in fresh for p in block.parameters())):
+            learner.always_learns = True  # type: ignore[attr-defined]  # whatever a recipe freezes
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -45,7 +45,8 @@ def depth_of(name: str, model: EfficientFormer) -> int:
 def parameter_groups(model: EfficientFormer, recipe: Recipe) -> list[dict[str, Any]]:
     """Return the parameters that learn, grouped by weight decay and by the factor on the learning rate.
 
-    A parameter with an attribute ``peak_lr`` has that learning rate, whatever the recipe's and its depth.
+    A parameter with an attribute ``peak_lr`` has that learning rate, whatever the recipe's and its depth. (Where Muon
+    leaves vectors to AdamW, it is scaled by its ``fallback_lr_scale`` like that of the others.)
 
     Returns:
         Groups with ``params``, ``names``, ``weight_decay`` and ``lr_scale``, in a fixed order.
@@ -146,7 +147,7 @@ def clip_gradients(model: EfficientFormer, recipe: Recipe) -> None:
 
 
 def freeze(model: EfficientFormer, prefixes: Iterable[str]) -> list[nn.Module]:
-    """Stop the parameters under some prefixes from learning.
+    """Stop the parameters under some prefixes from learning, but for those with an attribute ``always_learns``.
 
     Args:
         model: The network; its parameters' ``requires_grad`` is changed.
@@ -161,6 +162,7 @@ def freeze(model: EfficientFormer, prefixes: Iterable[str]) -> list[nn.Module]:
     names = [name for name, _ in model.named_parameters()]
     for prefix in prefixes:
         chosen = [n for n in names if not n.startswith(HEADS)] if prefix == "body" else _under(prefix, names)
+        chosen = [name for name in chosen if not getattr(model.get_parameter(name), "always_learns", False)]
         if not chosen:
             parts = ", ".join(dict.fromkeys(_PART.findall(name)[0] for name in names))
             raise UsageError(f"freeze={prefix!r} matches nothing", hint=f"Parts are body, {parts} ...")

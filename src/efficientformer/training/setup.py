@@ -249,8 +249,9 @@ def build_network(recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple
     """
     is_file = recipe.model.endswith(FILE_SUFFIXES) or Path(recipe.model).is_file()
     checkpoint = None
-    if recipe.pretrained:
-        checkpoint, manifest = load_named(recipe.model, recipe.model if is_file else True)
+    if recipe.pretrained or (is_file and recipe.spec is None):  # a file says at least what network it is
+        found, manifest = load_named(recipe.model, recipe.model if is_file else True)
+        checkpoint = found if recipe.pretrained else None
         spec, preprocess = recipe.arch or manifest.spec, manifest.preprocess
     else:
         spec = recipe.arch or resolve(recipe.model).card.spec
