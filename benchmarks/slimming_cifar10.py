@@ -32,6 +32,7 @@ from torch import nn
 
 from efficientformer import ArchSpec, Recipe, train
 from efficientformer.latency.graph import write_network
+from efficientformer.latency.int8 import quantise
 from efficientformer.latency.measure import time_engines
 from efficientformer.latency.table import LatencyTable
 from efficientformer.runtime.engines import open_engine
@@ -137,6 +138,8 @@ def latencies(specs: Sequence[ArchSpec], plan: Plan) -> list[float]:
         root = Path(folder)
         files = [write_peer(name, specs[0], root / f"{name}.onnx") for name in PEERS]
         files += [write_network(spec, root / f"{index}.onnx") for index, spec in enumerate(specs)]
+        for file in files if plan.precision == "int8" else ():
+            quantise(file)
         engines = [open_engine(f, plan.engine, precision=plan.precision, threads=plan.threads) for f in files]
         return [latency.ms for latency in time_engines(engines)]
 

@@ -49,7 +49,8 @@ class Classifier(EngineClassifier):
     Args:
         model: A zoo name or alias, a weights file, or an exported file; by default the network in the package.
         checkpoint: A weights file to use instead of the zoo's weights.
-        engine: ``auto`` or an engine's name: ``onnxruntime``, ``openvino``, ``torch``, ``torch-compile``.
+        engine: ``auto`` or an engine's name: ``onnxruntime``, ``openvino``, ``torch``, ``torch-compile``. With a device
+            other than the CPU, ``auto`` is ``torch``.
         precision: ``fp32``, ``bf16``, ``fp16``, ``int8`` (for a quantised network), or ``auto``.
         threads: CPU threads of the engine; None lets it choose.
         streams: Callers of an exported file's engine at a time, which share its threads. ``predict`` opens an engine
@@ -84,6 +85,8 @@ class Classifier(EngineClassifier):
         check_choice("engine", engine, (*ENGINES, *TORCH_ENGINES))
         check_choice("precision", precision, PRECISIONS)
         check_threads(threads, streams)
+        if engine == "auto" and device not in ("auto", "cpu"):
+            engine = "torch"
         if engine in TORCH_ENGINES:
             compiled = engine == "torch-compile"
             in_torch = _in_torch(model, checkpoint, precision, device, offline, progress, threads, compiled=compiled)

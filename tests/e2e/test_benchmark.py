@@ -10,8 +10,9 @@ import pytest
 
 from efficientformer.benchmarking.benchmark import _entries, _for_picture, benchmark
 from efficientformer.benchmarking.subject import RefusedError, Subject
+from efficientformer.benchmarking.worker import prepare
 from efficientformer.export.deployable import quantised_file
-from efficientformer.spec.errors import EngineError
+from efficientformer.spec.errors import DownloadError, EngineError
 from efficientformer.spec.variants import v2_spec
 from tests.e2e.test_convert import shrink
 
@@ -27,8 +28,9 @@ def test_every_combination_is_timed_or_named_with_its_reason(cli):
     assert found["networks"][0]["macs"] == 122_977_472
     timed = {(row["engine"], row["precision"]) for row in found["rows"]}
     refused = {(each["engine"], each["precision"]) for each in found["unavailable"]}
-    assert {("onnxruntime", "fp32"), ("torch", "fp32"), ("torch", "bf16")} <= timed
-    assert {("onnxruntime", "bf16"), ("onnxruntime", "int8"), ("torch", "int8")} <= refused
+    int8 = {("onnxruntime", "int8"), ("openvino", "int8")}  # of the file that is shipped
+    assert {("onnxruntime", "fp32"), ("torch", "fp32"), ("torch", "bf16"), *int8} <= timed
+    assert {("onnxruntime", "bf16"), ("torch", "int8")} <= refused
     engines, precisions = ("onnxruntime", "openvino", "torch"), ("fp32", "bf16", "int8")
     assert timed | refused == {(engine, precision) for engine in engines for precision in precisions}
     assert all(each["reason"] for each in found["unavailable"])
@@ -171,6 +173,33 @@ def test_a_process_that_dies_over_the_picture_costs_its_steps_alone(monkeypatch)
     found = benchmark([str(ONNX)], engine="onnxruntime", precision="fp32", rounds=3, threads=1)
     assert (len(found.rows), found.pictures) == (1, ())
     assert "ended with code -9" in found.unavailable[0].reason
+
+
+def test_processes_are_told_to_stay_offline(monkeypatch):
+    monkeypatch.delenv("EFFICIENTFORMER_OFFLINE")
+    jobs = []
+
+    def refuse(command):
+        jobs.append(json.loads(command[-1]))
+        raise RefusedError("not here")
+
+    monkeypatch.setattr("efficientformer.benchmarking.benchmark.Subject", refuse)
+    benchmark(["efficientformer_cifar10"], engine="torch", precision="fp32", offline=True)
+    assert len(jobs) == 2  # the engine alone, and the way of one picture
+    for job in jobs:
+        with pytest.raises(DownloadError, match="offline"):
+            prepare({**job, "model": "efficientformer_l1"})
+
+
+def test_int8_is_of_the_file_that_was_quantised(cli):
+    options = ("--engine", "onnxruntime", "--precision", "int8", "--json", *FAST)
+    code, out, err = cli("benchmark", "efficientformer_cifar10", *options)
+    assert code == 0, err
+    assert json.loads(out)["rows"][0]["precision"] == "int8"
+    assert "int8" in json.loads(out)["pictures"][0]["engine_name"]
+    code, out, err = cli("benchmark", ONNX, *options)  # a file is what it is
+    assert code == 1, err
+    assert "not quantised" in json.loads(out)["unavailable"][0]["reason"]
 
 
 def test_a_folder_that_quantize_wrote_is_a_network(cli, tmp_path):

@@ -14,6 +14,7 @@ from efficientformer.runtime import choice as module
 from efficientformer.runtime.choice import choose
 from efficientformer.runtime.timing import Timing
 from efficientformer.spec.errors import EngineError, UsageError
+from tests.unit.test_engines import break_openvino
 
 FILE = embedded_file()
 PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
@@ -44,22 +45,43 @@ def test_the_fastest_wins(monkeypatch, word, engine, precision):
     assert "1.00 ms" in found.reason
 
 
-def test_an_engine_with_other_results_is_out_however_fast(monkeypatch):
+@pytest.mark.parametrize(
+    ("wrong", "error", "right", "name"),
+    [
+        ("openvino", 3, "onnxruntime", "OpenVINO"),
+        ("openvino", np.nan, "onnxruntime", "OpenVINO"),
+        ("onnxruntime", np.nan, "openvino", "ONNX Runtime"),
+        ("onnxruntime", np.inf, "openvino", "ONNX Runtime"),
+    ],
+)
+def test_an_engine_with_other_results_is_out_however_fast(monkeypatch, wrong, error, right, name):
     real = module.open_engine
 
-    def spoilt(path, name, **options):
-        engine = real(path, name, **options)
-        if name == "openvino":
-            run = engine.run
-            engine.run = lambda batch: run(batch) + np.float32([3, *[0] * 9])
-        return engine
+    def spoilt(path, engine, **options):
+        opened = real(path, engine, **options)
+        if engine == wrong:
+            run = opened.run
+            opened.run = lambda batch: run(batch) + np.float32([error, *[0] * 9])
+        return opened
 
     monkeypatch.setattr(module, "open_engine", spoilt)
-    monkeypatch.setattr(module, "time_together", timed(OpenVINO=1.0))
-    monkeypatch.setattr(module, "installed_engines", lambda: ("onnxruntime", "openvino"))
+    monkeypatch.setattr(module, "time_together", timed(**{name.split()[0]: 1.0}))
     found = choose(FILE)
-    assert found.engine == "onnxruntime"
-    assert "left out for other results: OpenVINO" in found.reason
+    assert found.engine == right
+    assert f"left out for other results: {name}" in found.reason
+
+
+def test_a_damaged_engine_is_left_out_until_it_is_mended(monkeypatch, tmp_path):
+    with monkeypatch.context() as damaged:
+        break_openvino(damaged, tmp_path)
+        found = choose(FILE, store=tmp_path / "notes")
+        assert found.engine == "onnxruntime"
+        assert "left out because the import fails: openvino" in found.reason
+    monkeypatch.setattr(module, "time_together", timed(OpenVINO=1.0))
+    assert choose(FILE, store=tmp_path / "notes").engine == "openvino"
+    with monkeypatch.context() as damaged:
+        break_openvino(damaged, tmp_path)
+        assert choose(FILE, store=tmp_path / "notes").engine == "onnxruntime"  # whatever is remembered
 
 
 def test_a_network_without_numbers_is_no_choice_and_gives_no_labels(tmp_path):
@@ -122,6 +144,7 @@ def test_classifier_chooses_and_says_why():
         ({"engine": "onnx"}, "Did you mean onnxruntime"),
         ({"precision": "int4"}, "'int8'"),
         ({"device": "cuda", "engine": "openvino"}, "Only torch"),
+        ({"device": "cuda:99"}, "Cannot use the device 'cuda:99'"),  # torch is taken for it
         ({"model": str(FILE), "engine": "torch"}, "does not run in torch"),
         ({"model": str(FILE), "checkpoint": FILE}, "Two weights files"),
         ({"model": str(FILE), "checkpoint": FILE, "engine": "torch"}, "Two weights files"),

@@ -12,7 +12,7 @@ import pytest
 from efficientformer import Classifier
 from efficientformer.benchmarking.worker import _batch_runs
 from efficientformer.export.deployable import embedded_file
-from efficientformer.runtime.engines import installed_engines, open_engine, settle_precision
+from efficientformer.runtime.engines import damaged_engines, installed_engines, open_engine, settle_precision
 from efficientformer.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from efficientformer.runtime.engines.openvino import MAX_COMPILED, OpenVinoEngine
 from efficientformer.spec.errors import EngineError, MissingExtraError, UsageError
@@ -22,6 +22,14 @@ FILE = embedded_file()
 
 def pictures(count, seed=0):
     return np.random.default_rng(seed).standard_normal((count, 3, 32, 32), np.float32)
+
+
+def break_openvino(monkeypatch, folder):
+    """Put an OpenVINO whose import fails before the one that is installed."""
+    (folder / "openvino").mkdir(exist_ok=True)
+    (folder / "openvino" / "__init__.py").write_text("raise AttributeError('built for another numpy')")
+    monkeypatch.delitem(sys.modules, "openvino")
+    monkeypatch.syspath_prepend(folder)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +51,18 @@ def test_auto_says_what_runs(reference):
     # half precision rounds each product to 8 bits: decisions stay, digits do not
     batch = pictures(64)
     assert (engine.run(batch).argmax(1) == reference.run(batch).argmax(1)).mean() > 0.95
+
+
+def test_what_cannot_be_imported_is_not_taken(monkeypatch, tmp_path):
+    with monkeypatch.context() as damaged:
+        break_openvino(damaged, tmp_path)
+        assert (installed_engines(), damaged_engines()) == (("onnxruntime",), ("openvino",))
+        assert open_engine(FILE).key == "onnxruntime"
+    (tmp_path / "openvino" / "__init__.py").unlink()  # a mere folder of that name, without a library anywhere
+    monkeypatch.delitem(sys.modules, "openvino")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert (installed_engines(), damaged_engines()) == (("onnxruntime",), ())
+    assert open_engine(FILE).key == "onnxruntime"
 
 
 FIRST_RUNS = """

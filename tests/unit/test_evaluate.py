@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import os
+import shutil
 import threading
 import warnings
 
@@ -21,7 +23,7 @@ from efficientformer.evaluation.result import Evaluation
 from efficientformer.evaluation.torch_predictor import TorchPredictor, _full_precision
 from efficientformer.reporting import page as reporting
 from efficientformer.reporting.page import Page, png
-from efficientformer.spec.errors import DataError, ImageError, SpecError, UsageError
+from efficientformer.spec.errors import DataError, EngineError, ImageError, SpecError, UsageError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import VARIANTS
@@ -289,6 +291,48 @@ def test_torch_predictor_in_half_precision(precision):
     assert half.dtype == np.float32
     assert 0 < np.abs(half - exact).max() < 0.05
     assert linear[1].weight.dtype == torch.float32
+
+
+class Full(torch.nn.Module):
+    """A network that does not fit."""
+
+    def forward(self, x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\n\nMore for who debugs torch")
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [(torch.nn.Conv2d(4, 1, 1), "to have 4 channels"), (Full(), r"allocate 9 GiB\. Lower the batch size\.$")],
+)
+def test_torch_predictor_says_what_torch_cannot_run(network, said):
+    with pytest.raises(EngineError, match=rf"torch .* cannot run a batch of shape \[4, 3, 8, 8\].*{said}"):
+        TorchPredictor(network, manifest(), "cpu").run(np.zeros((4, 3, 8, 8), np.float32))
+
+
+@pytest.fixture
+def compiling():
+    """Compile whatever another test compiled before."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch compiles with a C++ compiler")
+def test_a_compiled_network_is_the_same():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.GELU())  # of more layers it takes longer
+    batch = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
+    found = TorchPredictor(network, manifest(), "cpu", compiled=True).run(batch)
+    np.testing.assert_allclose(found, TorchPredictor(network, manifest(), "cpu").run(batch), atol=1e-5)
+
+
+@pytest.mark.usefixtures("compiling")
+def test_compiling_without_a_compiler_names_the_other_engine(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing is compiled already
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-compiler",))
+    predictor = TorchPredictor(torch.nn.GELU(), manifest(), "cpu", compiled=True)
+    with pytest.raises(EngineError, match=r"no-compiler.*needs a C\+\+ compiler.*--engine torch"):
+        predictor.run(np.zeros((4, 3, 8, 8), np.float32))
 
 
 def test_full_precision_is_restored():

@@ -16,6 +16,7 @@ from efficientformer.latency.groups import TIES, divide, scale_to_first
 from efficientformer.latency.measure import Latency, _passes_missing, build_table, measure_specs
 from efficientformer.latency.parts import Part, parts_of, weights_of
 from efficientformer.latency.table import ELSEWHERE, HERE, Cost, LatencyTable
+from efficientformer.runtime import cgroup
 from efficientformer.runtime.timing import environment
 from efficientformer.slimming.space import Space, table_space
 from efficientformer.spec.arch import AttentionSpec
@@ -375,14 +376,31 @@ def test_networks_beyond_the_memory_are_measured_in_groups(monkeypatch):
 
 
 def test_free_memory_is_that_of_the_container(monkeypatch, tmp_path):
-    monkeypatch.setattr(groups, "CGROUP", tmp_path)
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroup, "MEMBERSHIP", tmp_path / "membership")
     whole = groups.free_memory()
     assert whole > 1 << 20
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("1000\n")
+    own = tmp_path / "service"
+    own.mkdir()
+    (tmp_path / "membership").write_text("0::/service\n")
+    for folder in (tmp_path, own):
+        (folder / "memory.max").write_text("max\n")
+        (folder / "memory.current").write_text("1000\n")
     assert groups.free_memory() > 1 << 20
     (tmp_path / "memory.max").write_text("5000\n")
     assert groups.free_memory() == 4000
+    (own / "memory.max").write_text("3000\n")
+    assert groups.free_memory() == 2000
+
+
+def test_free_memory_is_that_of_the_older_kind_of_container(monkeypatch, tmp_path):
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroup, "MEMBERSHIP", tmp_path / "membership")
+    (tmp_path / "membership").write_text("4:memory:/\n")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("5000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("4000\n")
+    assert groups.free_memory() == 1000
 
 
 def test_nothing_to_measure_is_an_error():

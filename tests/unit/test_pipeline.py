@@ -149,10 +149,30 @@ def test_illegal_number_of_classes():
             prediction.top_k(count)
 
 
-@pytest.mark.parametrize("one", ["cat.jpg", PHOTOS[0], b"\xff\xd8", BytesIO(), Image.new("RGB", (2, 2))])
+@pytest.mark.parametrize(
+    "one",
+    [
+        "cat.jpg",
+        PHOTOS[0],
+        b"\xff\xd8",
+        BytesIO(),
+        Image.new("RGB", (2, 2)),
+        np.zeros((4, 4, 3), np.uint8),
+        np.zeros((4, 4), np.uint8),
+    ],
+)
 def test_one_picture_is_not_several(one):
     with pytest.raises(UsageError, match=r"classify\.predict\(\[picture\]\)"):
         open_classifier("onnxruntime").predict(one)
+
+
+def test_arrays_of_pictures_and_of_paths_are_several():
+    classify, singles = open_classifier("onnxruntime"), one_by_one("onnxruntime")
+    small = [np.array(Image.open(photo).convert("RGB").resize((40, 40))) for photo in PHOTOS[:3]]
+    stacked = classify.predict(np.stack(small))
+    assert [each.label for each in stacked] == [classify(array).label for array in small]
+    for paths in (np.array([str(photo) for photo in PHOTOS]), np.array(PHOTOS, object)):
+        assert [each.label for each in classify.predict(paths)] == [singles[photo].label for photo in PHOTOS]
 
 
 def jpeg(width, height):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from efficientformer.runtime import cgroup
 from efficientformer.runtime.processor import available_cores, hardware, overflows
 
 CORES = f", {available_cores()} cores"
@@ -43,3 +44,30 @@ def test_macs_are_told_apart(tmp_path, monkeypatch):
 def test_where_linux_says_nothing(tmp_path):
     assert hardware(tmp_path / "none").endswith(CORES)
     assert not overflows(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "250000 100000"}, 3),  # 2.5 cores' time keeps three busy
+        ("0::/", {"cpu.max": "10000 100000"}, 1),
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/", {"cpu.max": "6400000 100000"}, 8),
+        ("0::/a.slice/b", {"a.slice/b/cpu.max": "max 100000", "a.slice/cpu.max": "400000 100000"}, 4),
+        ("0::/host/only", {"cpu.max": "200000 100000", "other/cpu.max": "100000 100000"}, 2),
+        ("4:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("4:cpu,cpuacct:/x\n0::/", {"cpu/x/cpu.cfs_quota_us": "150000", "cpu/x/cpu.cfs_period_us": "50000"}, 3),
+        ("4:cpuset:/", {"cpuset/cpu.cfs_quota_us": "50000", "cpuset/cpu.cfs_period_us": "50000"}, 8),
+        (None, {"cpu.max": "100000 100000"}, 8),  # not Linux
+    ],
+)
+def test_cores_are_those_of_the_container(tmp_path, monkeypatch, membership, files, cores):
+    monkeypatch.setattr(cgroup, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path / "root")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    if membership is not None:
+        (tmp_path / "membership").write_text(f"{membership}\n")
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(f"{text}\n")
+    assert available_cores() == cores

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from efficientformer.export.qdq import Quantiser, halve_weights
 from efficientformer.export.quantize import quantize
 from efficientformer.latency.graph import network_proto, write_network
 from efficientformer.runtime.engines import installed_engines, open_engine
+from efficientformer.runtime.image import decode, preprocess
 from efficientformer.runtime.processor import overflows
 from efficientformer.runtime.samples import sample_batch
 from efficientformer.spec.errors import (
@@ -34,6 +36,7 @@ from efficientformer.spec.errors import (
     UsageError,
 )
 from efficientformer.spec.manifest import METADATA_KEY, Manifest
+from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import v1_spec
 from efficientformer.spec.zoo import resolve
 from efficientformer.weights.cache import Cache
@@ -417,6 +420,23 @@ def test_parts_have_the_names_that_data_sets_give_them(tmp_path, names):
     found = gather_pictures(tmp_path, manifest, 300, 500, 0, None)
     assert (len(found.calibration), len(found.held_out)) == (8, 8)
     assert found.labels.tolist() == [manifest.labels.index("dog")] * 8
+
+
+def test_pictures_are_kept_once_and_in_order(tmp_path):
+    for index, photo in enumerate(sorted(EXAMPLES.glob("*.jpg")) * 3):
+        shutil.copy(photo, tmp_path / f"{index:02}.jpg")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    large = PreprocessSpec((256, 256), resize_size=256)
+    manifest = Manifest(dataclasses.replace(SMALL, input_size=large.input_size), large)
+    tracemalloc.start()
+    found = gather_pictures(tmp_path, manifest, 300, 500, 0, None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [Path(name).name for name, _ in found.skipped] == ["broken.jpg"]
+    assert len(found.calibration) + len(found.held_out) == 24
+    assert peak < 1.5 * 24 * found.held_out[0].nbytes
+    expected = {preprocess(decode(path), large).tobytes() for path in EXAMPLES.glob("*.jpg")}
+    assert {picture.tobytes() for part in (found.calibration, found.held_out) for picture in part} == expected
 
 
 def test_pictures_of_other_classes_have_no_labels(flat, small, tmp_path):

@@ -238,8 +238,9 @@ def benchmark(
             progress=download_progress,
         )
         entries = _entries(networks, engine, precision, compiled)
-        rows, unavailable = _time_engines(entries, sorted(set(batches)), threads, rounds, progress)
-        pictures, lost = _time_pictures(entries, photo, size, threads, rounds, progress)
+        how = {"threads": threads, "offline": offline}
+        rows, unavailable = _time_engines(entries, sorted(set(batches)), how, rounds, progress)
+        pictures, lost = _time_pictures(entries, photo, size, how, rounds, progress)
     stamp = environment(*PACKAGES)
     unavailable += lost
     return Benchmark(tuple(networks), tuple(rows), tuple(unavailable), tuple(pictures), threads, rounds, stamp)
@@ -253,26 +254,32 @@ def _entries(networks: Sequence[Network], engine: str, precision: str, compiled:
     return [_Entry(network, each, kind) for network in networks for each in engines for kind in precisions]
 
 
-def _start(entry: _Entry, threads: int | None, **what: object) -> Subject:
+def _start(entry: _Entry, how: dict[str, Any], **what: object) -> Subject:
     """Start the process of one network, engine and precision.
+
+    Args:
+        entry: Which.
+        how: What all processes are told: ``threads``, ``offline``.
+        what: What it is to run.
 
     Raises:
         EngineError: If there is no such combination here; the message is the reason.
     """
-    model: str | None = str(entry.network.exported)
+    network = entry.network
+    model: str | None = str(network.quantised if entry.precision == "int8" else network.exported)
     if entry.engine in (TORCH, COMPILED):
-        model = entry.network.source
+        model = network.source
         if entry.precision == "int8":
             raise UsageError("int8 networks do not run in torch")
         if model is None:
             raise UsageError("An exported file does not run in torch", hint="Give its checkpoint")
-    job = {"model": model, "engine": entry.engine, "precision": entry.precision, "threads": threads, **what}
+    job = {"model": model, "engine": entry.engine, "precision": entry.precision, **how, **what}
     # -P: no module of the current folder is taken for one of ours or of a library
     return Subject((sys.executable, "-P", "-m", "efficientformer.benchmarking.worker", json.dumps(job)))
 
 
 def _time_engines(
-    entries: Sequence[_Entry], batches: Sequence[int], threads: int | None, rounds: int, progress: Progress | None
+    entries: Sequence[_Entry], batches: Sequence[int], how: dict[str, Any], rounds: int, progress: Progress | None
 ) -> tuple[list[Row], list[Unavailable]]:
     unavailable = []
     with ExitStack() as stack:
@@ -281,7 +288,7 @@ def _time_engines(
             if progress is not None:
                 progress("opening", index, len(entries))
             try:
-                subject = stack.enter_context(_start(entry, threads, batches=list(batches)))
+                subject = stack.enter_context(_start(entry, how, batches=list(batches)))
                 running.append(_Running(entry, subject))
             except EfficientFormerError as error:
                 unavailable.append(entry.unavailable(str(error)))
@@ -315,7 +322,7 @@ def _time_pictures(
     entries: Sequence[_Entry],
     photo: Path,
     size: tuple[int, int],
-    threads: int | None,
+    how: dict[str, Any],
     rounds: int,
     progress: Progress | None,
 ) -> tuple[list[PictureSteps], list[Unavailable]]:
@@ -327,7 +334,7 @@ def _time_pictures(
             progress("one picture", index, len(networks))
         entry = _for_picture([entry for entry in entries if entry.network.name == name])
         try:
-            subject = _start(entry, threads, picture=str(photo))
+            subject = _start(entry, how, picture=str(photo))
         except EfficientFormerError:
             continue  # what it would run in is among the unavailable, with the reason
         with subject:

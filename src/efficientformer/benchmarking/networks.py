@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientformer.export.deployable import SUFFIX, deployable, file_of
+from efficientformer.export.deployable import SUFFIX, deployable, file_of, quantised_file
 from efficientformer.runtime.engines import open_engine
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import missing_extra
@@ -26,6 +26,7 @@ class Network:
     Attributes:
         name: What it is called in results.
         exported: The file that the engines of exported files run.
+        quantised: The file they run in int8: what ``quantize`` made of the network, else ``exported``.
         source: The name or weights file that torch builds it from; None if there is only the exported file.
         is_random: Whether its weights are random: right for timing, useless for anything else.
         manifest: Architecture, preprocessing and origin.
@@ -33,6 +34,7 @@ class Network:
 
     name: str
     exported: Path
+    quantised: Path
     source: str | None
     is_random: bool
     manifest: Manifest
@@ -76,7 +78,8 @@ def open_networks(
             continue
         path = deployable(model, offline=offline, progress=progress)
         source = None if (file or "").endswith(SUFFIX) else model
-        found.append(Network(label, path, source, False, open_engine(path, "onnxruntime").manifest))
+        quantised = quantised_file(model) or path
+        found.append(Network(label, path, quantised, source, False, open_engine(path, "onnxruntime").manifest))
     return found
 
 
@@ -102,7 +105,7 @@ def _with_random_weights(model: str, label: str, scratch: Path) -> Network:
     weights, exported = scratch / f"{card.name}.safetensors", scratch / f"{card.name}{SUFFIX}"
     save_native(weights, network.state_dict(), manifest)
     export_onnx(network, manifest, exported)
-    return Network(label, exported, str(weights), True, manifest)
+    return Network(label, exported, exported, str(weights), True, manifest)
 
 
 def randomise_norms(model: Any) -> None:  # noqa: ANN401 (a torch module, of ours or of a peer)

@@ -1,7 +1,8 @@
 """The process that runs one network in one engine and precision: ``python -m efficientformer.benchmarking.worker``.
 
-Its argument is a JSON object: ``model``, ``engine``, ``precision``, ``threads``, and either ``batches`` (the engine
-alone is run, on noise) or ``picture`` (from the file to the label, and its parts).
+Its argument is a JSON object: ``model``, ``engine``, ``precision``, ``threads``, ``offline`` if it is not left to the
+environment, and either ``batches`` (the engine alone is run, on noise) or ``picture`` (from the file to the label, and
+its parts).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Runs]:
 def _open(job: dict[str, Any]) -> Engine:
     engine, precision, threads = job["engine"], job["precision"], job["threads"]
     if engine.startswith("torch"):
-        return _open_torch(job["model"], precision, threads, compiled=engine == "torch-compile")
+        return _open_torch(job["model"], precision, threads, job.get("offline"), compiled=engine == "torch-compile")
     path = Path(job["model"])
     if engine == "auto":
         choice = choose(path, precision, threads=threads)
@@ -46,7 +47,7 @@ def _open(job: dict[str, Any]) -> Engine:
     return open_engine(path, engine, precision=precision, threads=threads)
 
 
-def _open_torch(model: str, precision: str, threads: int | None, *, compiled: bool) -> Engine:
+def _open_torch(model: str, precision: str, threads: int | None, offline: bool | None, *, compiled: bool) -> Engine:
     """Open a network in torch, in deploy form, on the CPU: the machine all other engines run on."""
     try:
         import torch
@@ -58,7 +59,7 @@ def _open_torch(model: str, precision: str, threads: int | None, *, compiled: bo
 
     if threads is not None:
         torch.set_num_threads(threads)
-    weights, manifest = load_named(model, True) if not Path(model).is_file() else load_named(model, model)
+    weights, manifest = load_named(model, model if Path(model).is_file() else True, offline=offline)
     network = fold(build(manifest.spec, weights)).to(memory_format=torch.channels_last)
     return TorchPredictor(network, manifest, "cpu", precision, compiled=compiled)
 

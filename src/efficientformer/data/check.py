@@ -18,6 +18,7 @@ from efficientformer.data.align import class_keys, match_classes
 from efficientformer.data.fingerprint import FINGERPRINT, near_pairs, take
 from efficientformer.data.source import ImageSource
 from efficientformer.data.sources import VAL_FRACTION, WHOLE, find_parts, split_indices
+from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import ImageError
 
 FEW = 10  # pictures below which a class is called small
@@ -270,7 +271,7 @@ def _read_all(table: _Table, progress: Progress | None) -> tuple[npt.NDArray[np.
     """Fingerprint every picture; Pillow and hashlib let other threads run while they work."""
     prints = np.zeros(len(table), FINGERPRINT)
     total = _Read()
-    threads = os.cpu_count() or 1
+    threads = available_cores()
     done = 0
     with ThreadPoolExecutor(threads) as pool:
         for window in _batches(range(0, len(table), _BLOCK), threads * _WAITING):

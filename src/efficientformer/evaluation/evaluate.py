@@ -19,6 +19,7 @@ from efficientformer.data.source import ImageSource
 from efficientformer.evaluation.metrics import Metrics, Scores
 from efficientformer.evaluation.result import Evaluation, Mistake, Outcome, Skipped, worst_of
 from efficientformer.runtime.image import normalise, resize_crop
+from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import DataError, ImageError, UsageError
 from efficientformer.spec.fields import check_count
 from efficientformer.spec.manifest import Manifest
@@ -152,9 +153,8 @@ def _check(
 
 def _cpus(world: int) -> int:
     """Return how many threads to decode with; a run's processes on this machine share its cores."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return max(1, min(usable // max(1, here), _MAX_WORKERS))
+    return max(1, min(available_cores() // max(1, here), _MAX_WORKERS))
 
 
 def _prepared(

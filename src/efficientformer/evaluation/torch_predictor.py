@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from efficientformer.runtime.engines import failed_run
 from efficientformer.spec.errors import UsageError, missing_extra
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
@@ -63,6 +64,7 @@ class TorchPredictor:
             found = str(error).strip().splitlines()[0]
             raise UsageError(f"Cannot use the device {device!r}", expected="a device torch has", found=found) from error
         self.precision = "fp32" if precision == "auto" else precision
+        self._compiled = compiled
         self._forward: Callable[[torch.Tensor], torch.Tensor] = self._model
         if compiled:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -71,7 +73,23 @@ class TorchPredictor:
         self.name = f"torch {torch.__version__} ({self.device}, {self.precision}{', compiled' if compiled else ''})"
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return logits (N, num_classes) in float32 for preprocessed images (N, C, H, W)."""
+        """Return logits (N, num_classes) in float32 for preprocessed images (N, C, H, W).
+
+        Raises:
+            EngineError: If torch fails.
+        """
+        try:
+            return self._run(batch)
+        except RuntimeError as error:
+            said = str(error).partition("\n\n")[0][:300]  # the rest is for who debugs torch
+            raise failed_run(self.name, batch.shape, said, self._hint(said)) from error
+
+    def _hint(self, said: str) -> str:
+        if "memory" in said:
+            return "Lower the batch size"
+        return "Compiling needs a C++ compiler, on a GPU also Triton; --engine torch does not" if self._compiled else ""
+
+    def _run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         import torch
 
         with ExitStack() as stack:

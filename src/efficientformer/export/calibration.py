@@ -69,22 +69,25 @@ def gather_pictures(
     total, done = sum(map(len, wanted)), 0
     skipped = []
     kept: list[list[Input]] = [[], []]
-    read: list[list[npt.NDArray[np.float32]]] = [[], []]
+    shape = (len(manifest.preprocess.mean), *manifest.preprocess.input_size)
+    read = [np.empty((len(pictures), *shape), np.float32) for pictures in wanted]  # filled in place: they may be large
     for side, pictures in enumerate(wanted):
         for picture in pictures:
             try:
-                read[side].append(_read(picture, manifest))
+                read[side][len(kept[side])] = _read(picture, manifest)
                 kept[side].append(picture)
             except ImageError as error:
                 skipped.append((picture.name, str(error)))
             done += 1
             if progress is not None:
                 progress("reading pictures", done, total)
-    if min(map(len, read)) < LEAST // 2:
-        found = f"{sum(map(len, read))} that can be read" + (f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else "")
+    counts = [len(pictures) for pictures in kept]
+    if min(counts) < LEAST // 2:
+        found = f"{sum(counts)} that can be read" + (f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else "")
         raise DataError("Too few pictures to quantise on", expected=f"at least {LEAST}, better 800", found=found)
     labels = _labels(kept[1], roots[-1], manifest)
-    return Pictures(np.stack(read[0]), np.stack(read[1]), labels, tuple(skipped))
+    calibration, held_out = (pictures[:count] for pictures, count in zip(read, counts, strict=True))
+    return Pictures(calibration, held_out, labels, tuple(skipped))
 
 
 def _parts(data: Path) -> list[Path]:

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from efficientformer.latency.drift import error_of_median
+from efficientformer.runtime.cgroup import cgroup_folders
 
 TIES = 8
 COPIES = 3  # memory of an opened network by that of its weights: about so much in OpenVINO, half of it in ONNX Runtime
 SHARE = 0.5  # of the free memory that is used
 UNKNOWN = 4 << 30  # bytes; taken for free where the system does not tell
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def divide(sizes: Sequence[float], room: float) -> list[list[int]]:
@@ -69,7 +69,15 @@ def free_memory() -> int:
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         found = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        limit = int((CGROUP / "memory.max").read_text())
-        found = min(found, max(0, limit - int((CGROUP / "memory.current").read_text())))
-    return found
+    limited = (_left(folder) for folder in cgroup_folders("memory"))
+    return min([found, *(left for left in limited if left is not None)])
+
+
+def _left(folder: Path) -> int | None:
+    """Return the bytes that a control group can still have; None if it does not say."""
+    versions = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # 2, 1
+    for names in versions:
+        with suppress(OSError, ValueError):  # ValueError: "max", in version 2
+            limit, used = (int((folder / name).read_text()) for name in names)
+            return max(0, limit - used)
+    return None

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from efficientformer.runtime.classifier import check_finite
-from efficientformer.runtime.engines import PRECISIONS, Engine, installed_engines, open_engine
+from efficientformer.runtime.engines import (
+    ENGINES,
+    PRECISIONS,
+    Engine,
+    can_import,
+    damaged_engines,
+    installed_engines,
+    open_engine,
+)
 from efficientformer.runtime.samples import sample_batch
 from efficientformer.runtime.timing import environment, time_together
 from efficientformer.spec.errors import EngineError
@@ -23,6 +31,7 @@ from efficientformer.spec.errors import EngineError
 # Largest difference of a logit that half precision may make, relative to the largest logit: bf16 keeps 8 bits and
 # makes 0.004 to 0.02 in the networks of both papers; a network it breaks is off by far more.
 TOLERANCE = 0.05
+REFERENCE = "onnxruntime"  # always installed, and what an export is verified through
 ROUNDS = 20
 
 
@@ -44,8 +53,9 @@ class Choice:
 def choose(path: Path, precision: str = "auto", *, threads: int | None = None, store: Path | None = None) -> Choice:
     """Choose the engine and precision that run a file fastest here.
 
-    Every engine that is installed runs the package's photographs in each precision it has; those whose logits are not
-    the single-precision ones (within half precision's rounding) are out, and the fastest for one picture wins.
+    Every engine that can be imported runs the package's photographs in each precision it has; those whose logits are
+    not ONNX Runtime's in single precision (within half precision's rounding) are out, and the fastest for one picture
+    wins.
 
     Args:
         path: An exported file.
@@ -61,10 +71,10 @@ def choose(path: Path, precision: str = "auto", *, threads: int | None = None, s
     if note is not None:
         with contextlib.suppress(OSError, ValueError, TypeError):
             kept = Choice(**json.loads(note.read_text()))
-            if kept.engine in installed_engines() and kept.precision in PRECISIONS:
+            if kept.engine in ENGINES[1:] and can_import(kept.engine) and kept.precision in PRECISIONS:
                 return kept
     choice = _measure(path, precision, threads)
-    if note is not None:
+    if note is not None and not damaged_engines():  # one that is mended is to be measured
         with contextlib.suppress(OSError):
             _write(note, json.dumps(asdict(choice)))
     return choice
@@ -74,25 +84,29 @@ def _measure(path: Path, precision: str, threads: int | None) -> Choice:
     candidates, refused = _candidates(path, precision, threads)
     if not candidates:
         raise refused[-1]
+    damaged = _left_out("because the import fails", damaged_engines())
     if len(candidates) == 1:
         only = candidates[0]
-        return Choice(only.key, only.precision, f"{only.name}: the only one installed that runs this file so")
+        return Choice(only.key, only.precision, f"{only.name}: the only one installed that runs this file so{damaged}")
     batch = sample_batch(candidates[0].manifest.preprocess)
-    right = list(_that_agree(candidates, batch))
+    right = _that_agree(candidates, batch)
     picture = batch[:1]
     timings = time_together({engine.name: lambda e=engine: e.run(picture) for engine in right}, rounds=ROUNDS)  # type: ignore[misc]
     best = min(right, key=lambda engine: timings[engine.name].median_ms)
     measured = ", ".join(f"{name} {timing.median_ms:.2f} ms" for name, timing in timings.items())
-    wrong = [engine.name for engine in candidates if engine not in right]
-    out = f"; left out for other results: {', '.join(wrong)}" if wrong else ""
-    return Choice(best.key, best.precision, f"fastest here for one picture: {measured}{out}")
+    wrong = _left_out("for other results", [engine.name for engine in candidates if engine not in right])
+    return Choice(best.key, best.precision, f"fastest here for one picture: {measured}{wrong}{damaged}")
+
+
+def _left_out(why: str, names: Sequence[str]) -> str:
+    return f"; left out {why}: {', '.join(names)}" if names else ""
 
 
 def _candidates(path: Path, precision: str, threads: int | None) -> tuple[list[Engine], list[EngineError]]:
-    """Open a file in every engine and precision; the single-precision ones come first."""
+    """Open a file in every engine and precision; single precision comes first, and of its engines the reference."""
     opened, refused = [], []
     for each in ("fp32", "bf16", "fp16", "int8") if precision == "auto" else (precision,):
-        for engine in installed_engines():
+        for engine in sorted(installed_engines(), key=lambda name: name != REFERENCE):
             try:
                 opened.append(open_engine(path, engine, precision=each, threads=threads))
             except EngineError as error:
@@ -100,14 +114,14 @@ def _candidates(path: Path, precision: str, threads: int | None) -> tuple[list[E
     return opened, refused
 
 
-def _that_agree(candidates: list[Engine], batch: npt.NDArray[np.float32]) -> Iterator[Engine]:
-    """Yield the engines whose logits are the first one's, within half precision's rounding."""
-    expected = candidates[0].run(batch)
+def _that_agree(candidates: list[Engine], batch: npt.NDArray[np.float32]) -> list[Engine]:
+    """Return the engines whose logits are those of the first that gives numbers, within half precision's rounding."""
+    logits = [engine.run(batch) for engine in candidates]
+    expected = next((found for found in logits if np.isfinite(found).all()), logits[0])
     check_finite(expected, candidates[0].name)
     limit = TOLERANCE * max(1.0, float(np.abs(expected).max()))
-    for engine in candidates:
-        if float(np.abs(engine.run(batch) - expected).max()) <= limit:
-            yield engine
+    differences = [float(np.abs(found - expected).max()) for found in logits]  # NaN and infinity are within no limit
+    return [engine for engine, far in zip(candidates, differences, strict=True) if far <= limit]
 
 
 def _key(path: Path, precision: str, threads: int | None) -> str:

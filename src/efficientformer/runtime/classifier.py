@@ -140,7 +140,7 @@ class EngineClassifier:
         The first few are drawn before this returns: so few open no second engine.
 
         Args:
-            pictures: As for one picture, or what ``runtime.inputs.gather`` found.
+            pictures: As for one picture, arrays also as one (N, H, W, 3), or what ``runtime.inputs.gather`` found.
             batch_size: Pictures per run of the engine; None takes 1 for engines of exported files, 64 for torch.
             workers: Threads that decode and run; None takes one per core.
             decode: ``exact``, or ``fast``: large JPEGs are decoded at a half, a quarter or an eighth of their size
@@ -151,7 +151,7 @@ class EngineClassifier:
                 such decoding.
             EngineError: While iterating, if the network gives no numbers.
         """
-        if isinstance(pictures, str | os.PathLike | Encoded | Image.Image | Input) or hasattr(pictures, "read"):
+        if _is_one(pictures):
             hint = "Give a list, as in classify.predict([picture]), or call classify(picture)"
             found = f"one {type(pictures).__name__}"
             raise UsageError(
@@ -219,6 +219,13 @@ class FileClassifier(EngineClassifier):
         self, path: str | Path, *, engine: str = "auto", precision: str = "auto", threads: int | None = None
     ) -> None:
         super().__init__(open_engine(Path(path), engine, precision=precision, threads=threads))
+
+
+def _is_one(pictures: object) -> bool:
+    """Whether what should be several pictures is one; an array of one would be taken for its rows."""
+    if isinstance(pictures, np.ndarray):
+        return pictures.ndim < 4 and pictures.dtype.kind not in "OU"  # paths in an array are several
+    return isinstance(pictures, str | os.PathLike | Encoded | Image.Image | Input) or hasattr(pictures, "read")
 
 
 def check_finite(logits: npt.NDArray[np.float32], engine: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
+from contextlib import suppress
 from pathlib import Path
+
+from efficientformer.runtime.cgroup import cgroup_folders
 
 CPUINFO = Path("/proc/cpuinfo")  # Linux alone has it
 X86, ARM = "flags", "Features"
@@ -31,8 +35,19 @@ def hardware(cpuinfo: Path = CPUINFO) -> str:
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: those of its affinity mask, or fewer by its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = min(map(_quota, cgroup_folders("cpu")), default=math.inf)
+    return cores if quota >= cores else max(1, math.ceil(quota))
+
+
+def _quota(folder: Path) -> float:
+    """Return how many cores' time a control group may take; infinity if it does not say."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, version 1
+        with suppress(OSError, ValueError):  # ValueError: "max", in version 2
+            quota, period = (int(word) for name in names for word in (folder / name).read_text().split())
+            return quota / period if quota > 0 else math.inf  # -1 in version 1
+    return math.inf
 
 
 def overflows(cpuinfo: Path = CPUINFO) -> bool:

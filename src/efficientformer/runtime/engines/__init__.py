@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from efficientformer.spec.manifest import Manifest
 
 ENGINES = ("auto", "onnxruntime", "openvino")
+_FASTEST_FIRST = ("openvino", "onnxruntime")  # usually
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 
 
@@ -47,7 +49,28 @@ class Engine(Protocol):
 
 def installed_engines() -> tuple[str, ...]:
     """Return the engines that can be imported here, the ones usually faster first."""
-    return tuple(name for name in ("openvino", "onnxruntime") if find_spec(name) is not None)
+    return tuple(name for name in _FASTEST_FIRST if can_import(name))
+
+
+def damaged_engines() -> tuple[str, ...]:
+    """Return the engines that are installed here and cannot be imported."""
+    return tuple(name for name in _FASTEST_FIRST if _is_installed(name) and not can_import(name))
+
+
+def can_import(engine: str) -> bool:
+    """Whether an engine's library is installed and whole: it is imported, which whoever asks is about to do."""
+    if not _is_installed(engine):
+        return False
+    try:
+        import_module(engine)
+    except Exception:  # a damaged library raises anything
+        return False
+    return True
+
+
+def _is_installed(engine: str) -> bool:
+    spec = find_spec(engine)
+    return spec is not None and spec.loader is not None  # a folder of its name, as in the working one, has no loader
 
 
 def open_engine(
@@ -57,8 +80,8 @@ def open_engine(
 
     Args:
         path: The file, with a manifest in its metadata.
-        engine: One of ``ENGINES``; ``auto`` takes OpenVINO if it is installed and does the precision, else ONNX
-            Runtime. (``runtime.choice`` measures instead.)
+        engine: One of ``ENGINES``; ``auto`` takes OpenVINO if it can be imported, else ONNX Runtime.
+            (``runtime.choice`` measures instead.)
         precision: One of ``PRECISIONS``; ``auto`` takes the fastest the engine has on this processor. Whether a file
             is int8 is decided when it is made: here it can only be demanded.
         threads: CPU threads of the engine in all; None lets it take what the process may use.
@@ -73,7 +96,7 @@ def open_engine(
     check_choice("precision", precision, PRECISIONS)
     check_threads(threads, streams)
     if engine == "auto":
-        engine = installed_engines()[0]
+        engine = "openvino" if can_import("openvino") else "onnxruntime"
     if engine == "openvino":
         from efficientformer.runtime.engines.openvino import OpenVinoEngine
 
@@ -158,16 +181,17 @@ def check_stamp(path: Path, stamp: tuple[int, int] | None) -> None:
         )
 
 
-def failed_run(engine: str, shape: tuple[int, ...], error: Exception) -> EngineError:
+def failed_run(engine: str, shape: tuple[int, ...], error: Exception | str, hint: str = "") -> EngineError:
     """Build the error for a batch that an engine does not run.
 
     Args:
         engine: The engine's name.
         shape: Of the batch.
         error: What the engine says.
+        hint: What to do next.
     """
     problem = f"{engine} cannot run a batch of shape {list(shape)}"
-    return EngineError(problem, found=" ".join(str(error).split())[-300:])
+    return EngineError(problem, found=" ".join(str(error).split())[-300:], hint=hint)
 
 
 def check_ports(path: Path, manifest: Manifest, found: list[list[object]], *, is_float: bool) -> None:
