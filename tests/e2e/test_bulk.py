@@ -4,12 +4,14 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import onnx
 import pytest
@@ -24,6 +26,7 @@ from efficientformer.spec.errors import UsageError
 from tests.pictures import write_folders
 
 ENGINE = ("--engine", "onnxruntime")
+RECORD = ["path", "pred_label", "pred_score", "pred_class", "top_k"]
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +279,80 @@ def test_a_journal_has_one_writer(tmp_path):
         Journal(output, {"a": 1})
     first.close()
     Journal(output, {"a": 1}).close()
+
+
+def test_a_journal_that_another_process_makes_in_between_is_left_as_it_is(tmp_path, monkeypatch):
+    pytest.importorskip("fcntl")
+    first = Journal(tmp_path / "labels.jsonl", {"a": 1})
+    first.write({"path": "a.jpg", "error": "x"})
+    before = first.path.read_bytes()
+    monkeypatch.setattr(Path, "lstat", Mock(side_effect=FileNotFoundError))  # what there was a moment before
+    with pytest.raises(UsageError, match="Another process"):
+        Journal(tmp_path / "labels.jsonl", {"a": 1})
+    assert first.path.read_bytes() == before
+    first.close()
+
+
+def test_a_journal_that_is_finished_in_between_is_not_written_to(tmp_path, monkeypatch):
+    def late(file):
+        monkeypatch.undo()
+        Path(tmp_path / "labels.jsonl.part").unlink()
+        return lock(file)
+
+    lock = journal_module.try_lock
+    monkeypatch.setattr(journal_module, "try_lock", late)
+    Journal(tmp_path / "labels.jsonl", {"a": 1}).close()
+    assert (tmp_path / "labels.jsonl.part").read_bytes()
+
+
+def test_where_there_are_no_locks_a_journal_is_closed_before_it_is_removed(tmp_path, monkeypatch):
+    """Windows refuses to remove an open file."""
+    unlink = Path.unlink
+
+    def as_windows(path, **options):
+        assert not any(os.path.realpath(entry) == str(path) for entry in Path("/proc/self/fd").iterdir())
+        unlink(path, **options)
+
+    monkeypatch.setattr(journal_module, "try_lock", lambda _: None)
+    monkeypatch.setattr(Path, "unlink", as_windows)
+    journal = Journal(tmp_path / "labels.jsonl", {"a": 1})
+    journal.write({"path": "a.jpg", "error": "x"})
+    journal.finish("json", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.jsonl"]
+
+
+DIES = """
+import os, sys
+from pathlib import Path
+from efficientformer.cli.annotate import Copy
+from efficientformer.cli.app import main
+save, write, killed = Copy.save, Path.write_bytes, sys.argv.pop(1)
+def dies(copy):
+    if copy.path.name != "x_label_2.jpg":
+        return save(copy)
+    if killed == "while":
+        Path.write_bytes = lambda path, data: (write(path, data[:99]), os._exit(9))
+    if killed != "before":
+        save(copy)
+    os._exit(9)
+Copy.save = dies
+main()
+"""
+
+
+@pytest.mark.parametrize("killed", ["before", "while", "after"])
+def test_killed_around_a_copy_it_writes_each_copy_once_and_whole(cli, folder, tmp_path, killed):
+    twins, output = [tmp_path / name / "x.png" for name in "abc"], tmp_path / "labels.jsonl"
+    for twin in twins:
+        twin.parent.mkdir()
+        shutil.copy(folder / "red" / "000.png", twin)
+    line = ["predict", *map(str, twins), "--annotate", str(tmp_path / "out"), "-o", str(output), *ENGINE]
+    assert subprocess.run([sys.executable, "-c", DIES, killed, *line], timeout=60, check=False).returncode == 9
+    assert cli(*line)[0] == 0
+    copies = sorted((tmp_path / "out").glob("[!.]*"))
+    assert [copy.name for copy in copies] == ["x_label.jpg", "x_label_2.jpg", "x_label_3.jpg"]
+    assert len({copy.read_bytes() for copy in copies}) == 1
+    assert [list(json.loads(line)) for line in output.read_text().splitlines()] == 3 * [RECORD]
 
 
 def test_parquet_needs_a_file(cli, folder):

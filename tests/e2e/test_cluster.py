@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pyarrow as arrow
 import pytest
@@ -14,8 +18,10 @@ import ray
 from pyarrow import dataset
 
 from efficientformer.cluster import storage
-from efficientformer.cluster.predict import DONE_FILE, Attempts, Options, Worker, predict_on_cluster
-from efficientformer.cluster.storage import Place
+from efficientformer.cluster.parts import BEGUN_FILE, DONE_FILE, Parts
+from efficientformer.cluster.predict import Options, Worker, _attempts, predict_on_cluster
+from efficientformer.cluster.storage import UNFINISHED, Place
+from efficientformer.export import deployable as deployable_module
 from efficientformer.export.deployable import embedded_file
 from efficientformer.runtime.classifier import FileClassifier, Prediction
 from efficientformer.runtime.records import arrow_schema
@@ -28,7 +34,7 @@ OPTIONS = Options(engine="onnxruntime")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = write_folders(tmp_path_factory.mktemp("cloud") / "images", per_class=40)
-    (root / "broken.jpg").write_bytes(b"no picture")
+    (root / "broken\u202f.jpg").write_bytes(b"no picture")
     (root / ".hidden.png").write_bytes(b"")
     return root
 
@@ -43,7 +49,7 @@ def cluster():
 
 
 def rows(folder, format_="parquet"):
-    files = [path for path in Path(folder).iterdir() if path.name != DONE_FILE]
+    files = [path for path in Path(folder).iterdir() if path.name not in (BEGUN_FILE, DONE_FILE)]
     if format_ == "json":
         found = [json.loads(line) for path in files for line in path.read_text().splitlines()]
     else:
@@ -56,7 +62,7 @@ def check(found, folder):
     assert [row["path"] for row in found] == paths  # each once
     classify = FileClassifier(embedded_file(), engine="onnxruntime", threads=1)
     for row in found:
-        if row["path"].endswith("broken.jpg"):
+        if row["path"].endswith("broken\u202f.jpg"):
             assert "Cannot decode" in row["error"]
             assert row["pred_label"] is None
         else:
@@ -65,12 +71,18 @@ def check(found, folder):
             assert [top["class"] for top in row["top_k"]] == [name for *_, name in single.top_k(3)]
 
 
-def test_two_workers_say_what_one_process_says(folder, tmp_path):
-    """In lines of JSON; the tests below have them write parquet."""
-    output = tmp_path / "labels"
-    summary = predict_on_cluster(
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """The output of a run, and its summary."""
+    output = tmp_path_factory.mktemp("finished") / "labels"
+    return output, predict_on_cluster(
         str(folder), output.as_uri(), embedded_file(), OPTIONS, workers=2, format_="json", part_size=8
     )
+
+
+def test_two_workers_say_what_one_process_says(folder, finished):
+    """In lines of JSON; the tests below have them write parquet."""
+    output, summary = finished
     assert (summary.pictures, summary.skipped, summary.workers) == (121, 1, 2)
     assert json.loads((output / DONE_FILE).read_text())["pictures"] == 121
     check(rows(output, "json"), folder)
@@ -98,7 +110,10 @@ class Dies(Worker):
 
     def __call__(self, batch):
         note = Path(self._source.path).parent / "killed"
-        if any(path.endswith("green/020.png") for path in batch["path"].to_pylist()) and not note.exists():
+        if (
+            any(path.endswith("green/020.png") for paths in batch["paths"].to_pylist() for path in paths)
+            and not note.exists()
+        ):
             note.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(batch)
@@ -130,9 +145,80 @@ def test_command(cli, folder, tmp_path):
     assert "1 of 121 inputs were skipped" in err
     assert "121 pictures by 2 workers" in err
     check(rows(tmp_path / "labels"), folder)
-    code, _, err = cli("predict", folder, "--ray", "-o", tmp_path / "labels")
+    again, _, err = cli("predict", folder, "--ray", "-o", tmp_path / "labels", "--engine", "onnxruntime")
+    assert again == code
+    assert "121 were there already" in err
+    code, _, err = cli("predict", folder, "--ray", "-o", tmp_path / "labels", "--top-k", 2)
     assert code == 2
-    assert "not empty" in err
+    assert "found engine, top_k differ" in err
+
+
+def test_a_folder_that_holds_something_else_is_spared(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        predict_on_cluster(str(folder), str(tmp_path), embedded_file(), OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_killed_run_goes_on_with_the_parts_that_are_missing(folder, finished, tmp_path):
+    output = shutil.copytree(finished[0], tmp_path / "labels")
+    parts = sorted(output.glob("part-*"))
+    assert len(parts) == 16
+    for path in (*parts[3:5], parts[-1]):  # as of a run that was killed
+        path.unlink()
+    (output / f".part-000000000.json.0{UNFINISHED}").write_bytes(b"{")
+    before = {path: path.stat().st_mtime_ns for path in output.glob("part-*")}
+    summary = predict_on_cluster(str(folder), str(output), embedded_file(), OPTIONS, workers=1, format_="json")
+    assert (summary.pictures, summary.workers, summary.kept) == (121, 1, 121 - 7 - 8 - 8)
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in parts}.items()
+    assert sorted(output.iterdir()) == [output / BEGUN_FILE, output / DONE_FILE, *parts]
+    check(rows(output, "json"), folder)
+
+
+def test_a_part_is_missing_until_it_is_whole(tmp_path):
+    place = Place.of(str(tmp_path))
+    parts = Parts(place, "json", {}, ["a.png", "b.png"])
+    parts.begin(2)
+    opens = place.filesystem.open_output_stream
+    stops = SimpleNamespace(open_output_stream=opens, move=Mock(side_effect=KeyboardInterrupt))
+    for part in parts.missing():
+        with pytest.raises(KeyboardInterrupt):
+            replace(place, filesystem=stops).write(part.name, b"row")
+    begun = Parts(place, "json", {}, ["a.png", "b.png"])
+    assert [part.paths for part in begun.missing()] == [["a.png"], ["b.png"]]
+    begun.tidy()
+    assert [path.name for path in tmp_path.iterdir()] == [BEGUN_FILE]
+
+
+def test_other_pictures_and_a_note_that_is_none_are_refused(tmp_path):
+    place = Place.of(str(tmp_path))
+    Parts(place, "json", {}, ["a.png"]).begin(1)
+    with pytest.raises(UsageError, match="pictures differ"):
+        Parts(place, "json", {}, ["b.png"])
+    note = tmp_path / BEGUN_FILE
+    whole = note.read_text()
+    for damaged, message in (("[]", "no journal"), (whole.replace('"parts": 1', '"parts": 0'), "number of parts")):
+        note.write_text(damaged)
+        with pytest.raises(UsageError, match=message):
+            Parts(place, "json", {}, ["a.png"])
+
+
+def test_the_count_of_attempts_outlives_its_node():
+    attempts = _attempts()
+    assert ray.get(attempts.begin.remote("x")) == 0
+    ray.kill(attempts, no_restart=False)
+    deadline = time.monotonic() + 60
+    while ray.get(attempts.begin.remote("x")):  # it dies in its own time, and then counts from 0
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("option", [("--engine", "onnxruntim"), ("--precision", "fp23")])
+def test_a_name_that_no_worker_knows_ends_at_once(cli, folder, tmp_path, monkeypatch, option):
+    monkeypatch.setattr(deployable_module, "deployable", lambda *_, **__: pytest.fail("nothing is to be built"))
+    code, _, err = cli("predict", folder, "--ray", "-o", tmp_path / "new", *option)
+    assert code == 2
+    assert "Did you mean" in err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -183,11 +269,9 @@ def test_a_worker_takes_the_threads_it_reserved(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(FileClassifier, "predict", spy)
     place = Place.of(str(folder))
-    attempts = ray.remote(num_cpus=0)(Attempts).remote()
     target, model = Place.of(str(tmp_path)), ray.put(embedded_file().read_bytes())
-    worker = Worker(place, target, "parquet", model, attempts, Options(engine="onnxruntime", threads=3))
-    pictures = place.pictures()
-    done = worker(arrow.table({"place": range(len(pictures)), "path": pictures}))
+    worker = Worker(place, target, "parquet", model, _attempts(), Options(engine="onnxruntime", threads=3))
+    done = worker(arrow.table({"name": ["part-0.parquet"], "paths": [place.pictures()]}))
     assert done.to_pylist() == [{"pictures": 121}]
     assert given[-1] == 3
     check(rows(tmp_path), folder)

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.csv
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from efficientformer import Classifier, Failed, inference_model
 from efficientformer.cli import annotate as annotate_module
@@ -80,6 +82,18 @@ def test_csv_has_a_row_per_picture(cli, photo, tmp_path):
     assert not rows[0]["pred_class"]
     assert rows[1]["pred_class"] == "cat"
     assert float(rows[1]["pred_score"]) > float(rows[1]["score_2"])
+
+
+@pytest.mark.parametrize("name", ["a\u202fb.png", "a\u00a0b.png", "a\u200db.png", "a\nb.png", "a\rb.png", 'a", "b.png'])
+def test_names_in_data_files_are_those_of_files(cli, tmp_path, name):
+    (tmp_path / name).write_bytes(b"no picture")
+    (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"no picture")
+    assert cli("predict", tmp_path, "-o", tmp_path / "labels.parquet")[0] == 1
+    assert cli("predict", tmp_path, "-o", tmp_path / "labels.csv")[0] == 1
+    expected = [str(tmp_path / name), f"{tmp_path}/\\udcff.png"]
+    with (tmp_path / "labels.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == expected
+    assert parquet.read_table(tmp_path / "labels.parquet")["path"].to_pylist() == expected
 
 
 def test_csv_is_a_rectangle_however_many_classes_are_asked_for(cli, photo, tmp_path):
@@ -206,6 +220,11 @@ def test_annotated_copies(cli, photo, tmp_path):
     assert code == 0
     copies = sorted((tmp_path / "out").iterdir())
     assert [copy.name for copy in copies] == ["my cat_label.jpg", "my cat_label_2.jpg"]
+    with pytest.MonkeyPatch.context() as patch:  # as where there are no links
+        patch.setattr(Path, "hardlink_to", Mock(side_effect=PermissionError))
+        assert cli("predict", photo, "--annotate", tmp_path / "out")[0] == 0
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert (tmp_path / "out" / "my cat_label_3.jpg").read_bytes() == copies[0].read_bytes()
     with Image.open(photo) as original, Image.open(copies[0]) as copy:
         assert copy.width == original.width
         assert copy.height > original.height

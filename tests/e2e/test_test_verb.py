@@ -119,6 +119,17 @@ def test_a_damaged_picture_is_named_and_the_exit_code_is_1(cli, data, damaged, t
     assert "{" not in out
 
 
+def test_names_in_csv_are_those_of_files(cli, data, tmp_path):
+    odd = data / "val" / "cat" / "a\u202fb.png"
+    shutil.copy(data / "val" / "cat" / "0.png", odd)
+    try:
+        assert cli("test", ONNX, "--data", data, "--output", tmp_path / "p.csv", "--quiet")[0] == 0
+    finally:
+        odd.unlink()
+    with (tmp_path / "p.csv").open(encoding="utf-8", newline="") as file:
+        assert "cat/a\u202fb.png" in [row["path"] for row in csv.DictReader(file)]
+
+
 def test_what_was_predicted_of_each_picture(cli, data, damaged, tmp_path):
     lines, table = tmp_path / "p.jsonl", tmp_path / "p.csv"
     for file in (lines, table):

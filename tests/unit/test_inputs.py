@@ -361,6 +361,11 @@ def test_the_deadline_is_for_a_silent_server_too(scheme):
         assert time.monotonic() - start < 2
 
 
+def test_an_address_of_a_clusters_storage_names_the_option():
+    (item,) = gather(["s3://bucket/images"])
+    assert "--ray" in problem(item)
+
+
 def test_offline_nothing_is_fetched(server):
     (item,) = gather([server + "/picture"], offline="offline=True")
     assert "while offline=True" in problem(item)

@@ -2,31 +2,71 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from PIL import Image, ImageDraw, ImageFont
 
-from efficientformer.cli.results import Result
+from efficientformer.cli.results import Result, hidden_file
 from efficientformer.runtime.image import decode
 from efficientformer.spec.errors import UsageError
 
 MAX_SIDE = 1280  # copies are for looking at
 
 
-def annotate(result: Result, folder: Path) -> Path:
-    """Write ``folder/NAME_label.jpg``: the picture, upright, with class and probability in a bar below it.
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """An annotated copy, not yet written.
+
+    Attributes:
+        folder: Where it goes.
+        stem: What its name begins with.
+    """
+
+    folder: Path
+    stem: str
+    _data: bytes = field(repr=False)
+
+    @property
+    def path(self) -> Path:
+        """The file it becomes as things are: pictures from different folders may share their name."""
+        return next(path for path in self._names() if not os.path.lexists(path))
+
+    def save(self) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            UsageError: If the folder cannot be written.
+        """
+        try:
+            with hidden_file(self.folder / "copy") as temporary:
+                temporary.write_bytes(self._data)
+                next(path for path in self._names() if _takes(temporary, path))
+        except OSError as error:
+            hint = "Choose a writable folder"
+            raise UsageError(f"Cannot write pictures into {self.folder}", found=str(error), hint=hint) from error
+
+    def _names(self) -> Iterator[Path]:
+        yield self.folder / f"{self.stem}_label.jpg"
+        yield from (self.folder / f"{self.stem}_label_{number}.jpg" for number in itertools.count(2))
+
+
+def annotate(result: Result, folder: Path) -> Copy:
+    """Return ``folder/NAME_label.jpg``: the picture, upright, with class and probability in a bar below it.
 
     Args:
         result: A classified input; its picture is read again.
         folder: An existing folder.
 
     Returns:
-        The file written; a number in its name keeps pictures of the same name apart.
+        The copy; a number in its file's name keeps pictures of the same name apart.
 
     Raises:
         ImageError: If the picture can no longer be read.
-        UsageError: If the folder cannot be written.
     """
     assert result.prediction is not None
     source = result.input.read()
@@ -39,24 +79,25 @@ def annotate(result: Result, folder: Path) -> Path:
     canvas.paste(image, (0, 0))
     draw = ImageDraw.Draw(canvas)
     draw.text((size // 2, image.height + bar // 2), text, "white", ImageFont.load_default(size), anchor="lm")
+    file = io.BytesIO()
+    canvas.save(file, "JPEG", quality=90)
+    return Copy(folder, _stem(result.path), file.getvalue())
+
+
+def _stem(name: str) -> str:
+    """Return an input's name without folder, ending, and what a file's name should not hold."""
+    stem = PurePath(name).stem if name != "-" else "stdin"
+    return "".join(char if char.isalnum() or char in "._- " else "_" for char in stem)[:100] or "picture"
+
+
+def _takes(file: Path, name: Path) -> bool:
+    """Give a file a name unless something has it; return whether it was free."""
     try:
-        return _save(canvas, folder, PurePath(result.path).stem if result.path != "-" else "stdin")
-    except OSError as error:
-        hint = "Choose a writable folder"
-        raise UsageError(f"Cannot write pictures into {folder}", found=str(error), hint=hint) from error
-
-
-def _save(image: Image.Image, folder: Path, stem: str) -> Path:
-    """Save under the first free name; pictures from different folders may share theirs."""
-    stem = "".join(char if char.isalnum() or char in "._- " else "_" for char in stem)[:100] or "picture"
-    number = 1
-    while True:
-        target = folder / (f"{stem}_label.jpg" if number == 1 else f"{stem}_label_{number}.jpg")
-        try:
-            handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        except FileExistsError:
-            number += 1
-            continue
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, "JPEG", quality=90)
-        return target
+        name.hardlink_to(file)
+    except FileExistsError:
+        return False
+    except OSError:  # not every file system has links
+        if os.path.lexists(name):
+            return False
+        file.replace(name)
+    return True

@@ -1,26 +1,31 @@
 """The journal of a bulk prediction: ``OUTPUT.part`` beside the output, so that a killed run goes on where it was.
 
 Its first line says which question it answers; each further line is one record, whole or, if the process was killed
-while writing it, cut off by the next run. When every input has its line the output is written from them at once, and
-the journal removed. Inputs are told apart by their place in the fixed order of ``runtime.inputs.gather``.
+while writing it, cut off by the next run, as is a last one whose annotated copy is not there. When every input has its
+line the output is written from them at once, and the journal removed. Inputs are told apart by their place in the fixed
+order of ``runtime.inputs.gather``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from efficientformer.cli.results import WRITERS, json_line, whole_file
 from efficientformer.runtime.lock import try_lock
+from efficientformer.runtime.question import Question, check_same, parse
 from efficientformer.runtime.records import Record
 from efficientformer.spec.errors import UsageError
 
 VERSION = 2
 MAX_QUESTION = 1 << 26  # bytes of a first line; what is longer is no journal
+_COPY = "copy"  # field of a journal's record, and of no result: the file that its annotated copy was to become
+_AS_IT_IS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 _CLASSIFIED = {"pred_label", "pred_score", "pred_class", "top_k"}
 
 
@@ -39,18 +44,13 @@ class Journal:
         UsageError: If it belongs to another command, another process is writing it, or it cannot be written.
     """
 
-    def __init__(self, output: Path, question: dict[str, Any]) -> None:
+    def __init__(self, output: Path, question: Question) -> None:
         self.path = _beside(output)
         self._output, self._question = output, {"efficientformer": VERSION, **question}
         self.done = self.failed = 0
+        while not self._open():
+            pass  # the process that was writing it ended in between, and removed it
         try:
-            self._file: BinaryIO = self.path.open("r+b" if _is_there(self.path) else "w+b")
-        except OSError as error:
-            hint = "Choose a file in a writable folder"
-            raise UsageError(f"Cannot write {output}", found=str(error), hint=hint) from error
-        try:
-            if try_lock(self._file) is False:
-                raise UsageError(f"Another process is writing {self.path}", hint="Wait for it, or name another output")
             self._take_up()
         except BaseException:
             self._file.close()
@@ -74,9 +74,14 @@ class Journal:
                 hint=f"To begin anew, remove {self.path}",
             )
 
-    def write(self, record: Record) -> None:
-        """Add a record; it is in the hands of the operating system when this returns."""
-        self._file.write(json_line(record).encode())
+    def write(self, record: Record, copy: Path | None = None) -> None:
+        """Add a record; it is in the hands of the operating system when this returns.
+
+        Args:
+            record: The record.
+            copy: The file that its annotated copy is written to next.
+        """
+        self._file.write(json_line(record | ({_COPY: str(copy.absolute())} if copy else {})).encode())
         self._file.flush()
 
     def finish(self, format_: str, top_k: int) -> None:
@@ -90,7 +95,30 @@ class Journal:
             with contextlib.closing(writer):
                 for record in self._records():
                     writer.write(record)
+        if not self._locked:  # Windows removes no open file, and has no lock that would end with it
+            self._file.close()
         self.path.unlink()
+
+    def _open(self) -> bool:
+        """Open and lock what has the journal's name, or a new file; return whether it still has it then.
+
+        Nothing is changed before the lock: another process may have created and filled the file by now.
+        """
+        _is_there(self.path)
+        try:
+            self._file: BinaryIO = os.fdopen(os.open(self.path, _AS_IT_IS, 0o666), "r+b")
+        except OSError as error:
+            hint = "Choose a file in a writable folder"
+            raise UsageError(f"Cannot write {self._output}", found=str(error), hint=hint) from error
+        self._locked = try_lock(self._file)
+        if self._locked is False:
+            self._file.close()
+            raise UsageError(f"Another process is writing {self.path}", hint="Wait for it, or name another output")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                return True
+        self._file.close()
+        return False
 
     def _take_up(self) -> None:
         """Read what is there, cut off a torn last line, and stand at the end."""
@@ -100,21 +128,19 @@ class Journal:
             self._file.write(own[len(first) :])
             self._file.flush()
             return
-        if _parse(first) != self._question:
-            raise UsageError(
-                f"{self.path} was begun by another command",
-                expected="the same model, options and inputs",
-                found=_difference(_parse(first), self._question),
-                hint=f"Give the same command to go on; to begin anew, remove {self.path}",
-            )
-        end = self._file.tell()
+        check_same(str(self.path), parse(first), self._question, str(self.path))
+        end, last, copy = self._file.tell(), 0, ""
         for line in self._file:
-            record = _parse(line) if line.endswith(b"\n") else None
+            record = parse(line) if line.endswith(b"\n") else None
             if record is None or not _is_whole(record):
                 break
             self._names.append(str(record["path"]))
             self.failed += "error" in record
-            end += len(line)
+            last, copy = len(line), str(record.get(_COPY, ""))
+            end += last
+        if copy and not os.path.lexists(copy):
+            self._names.pop()
+            end -= last
         self.done = len(self._names)
         self._file.seek(end)
         self._file.truncate()
@@ -123,7 +149,9 @@ class Journal:
         self._file.seek(0)
         self._file.readline()
         for line in self._file:
-            yield json.loads(line)
+            record: Record = json.loads(line)
+            record.pop(_COPY, None)
+            yield record
 
 
 def begun(output: Path) -> Record:
@@ -131,7 +159,7 @@ def begun(output: Path) -> Record:
     with contextlib.suppress(OSError, UsageError):
         if _is_there(_beside(output)):
             with _beside(output).open("rb") as file:
-                return _parse(file.readline(MAX_QUESTION)) or {}
+                return parse(file.readline(MAX_QUESTION)) or {}
     return {}
 
 
@@ -160,18 +188,3 @@ def _is_there(path: Path) -> bool:
 def _is_whole(record: Record) -> bool:
     """Tell whether a record says what became of a picture."""
     return "path" in record and ("error" in record or record.keys() >= _CLASSIFIED)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Return a line's object; None if it is none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(line)
-        return found if isinstance(found, dict) else None
-    return None
-
-
-def _difference(there: dict[str, Any] | None, here: dict[str, Any]) -> str:
-    """Name what differs between two questions."""
-    if there is None or "efficientformer" not in there:
-        return "a file that is no journal"
-    return ", ".join(name for name in {**there, **here} if there.get(name) != here.get(name)) + " differ"

@@ -109,6 +109,8 @@ def predict(
                     line = f"skipped {printable(told.path)}: {printable(told.error)}"
                     typer.secho(line, fg="yellow", err=True)
                 yield told
+                if told.copy is not None:  # the journal holds its name by now: killed in between, a run writes it anew
+                    told.copy.save()
                 tick()
 
     if target is None:
@@ -159,15 +161,16 @@ def _on_cluster(
     if len(inputs) != 1 or not output:
         found = f"{len(inputs)} inputs, output {output or 'none'}"
         raise UsageError("Illegal --ray", expected="one folder or URI, and --output FOLDER", found=found)
+    options = Options(engine, precision, threads or 1, top_k, decode.value)
     with terminal_progress(quiet=quiet) as progress:
         path = deployable(model, checkpoint=checkpoint, precision=precision, offline=offline or None, progress=progress)
-    options = Options(engine, precision, threads or 1, top_k, decode.value)
     summary = predict_on_cluster(
         inputs[0], output, path, options, format_=format_ or "parquet", quiet=quiet or not sys.stderr.isatty()
     )
     if not quiet:
-        done = f"{summary.pictures:,} pictures by {summary.workers} workers, rows in {summary.output}"
-        typer.echo(done, err=True)
+        who = f" by {summary.workers} workers" if summary.workers else ""
+        kept = f"; {summary.kept:,} were there already" if summary.kept else ""
+        typer.echo(f"{summary.pictures:,} pictures{who}, rows in {summary.output}{kept}", err=True)
     return summary.pictures, summary.skipped
 
 
@@ -208,7 +211,7 @@ def _to_file(
         total, skipped = journal.done, journal.failed
         try:
             for result in classify(journal.done):
-                journal.write(result.record(top_k))
+                journal.write(result.record(top_k), result.copy.path if result.copy else None)
                 total += 1
                 skipped += bool(result.error)
         except KeyboardInterrupt:
@@ -269,16 +272,14 @@ def _gather(inputs: list[str], annotate: Path | None, offline: bool) -> Iterator
 
 
 def _annotated(result: Result, folder: Path) -> Result:
-    """Write a picture's annotated copy; return its result, an error if it can no longer be read."""
+    """Return a result with its picture's annotated copy; an error if the picture can no longer be read."""
     from efficientformer.cli.annotate import annotate
     from efficientformer.spec.errors import ImageError
 
     try:
-        if not result.error:
-            annotate(result, folder)
+        return result if result.error else replace(result, copy=annotate(result, folder))
     except ImageError as error:
         return replace(result, prediction=None, error=str(error))
-    return result
 
 
 def _digest(model: str, checkpoint: Path | None, engine: str, precision: str) -> str:

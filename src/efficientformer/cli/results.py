@@ -13,12 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
-from efficientformer.runtime.records import Record, arrow_schema, printable, record
+from efficientformer.runtime.records import Record, arrow_row, arrow_schema, printable, record, storable
 from efficientformer.spec.errors import UsageError, missing_extra
 
 if TYPE_CHECKING:
+    from efficientformer.cli.annotate import Copy
     from efficientformer.runtime.classifier import Prediction
     from efficientformer.runtime.inputs import Input
 
@@ -37,12 +38,14 @@ class Result:
         prediction: The prediction, or None if it was skipped.
         error: Why it was skipped, or "".
         input: The input itself, to read it again.
+        copy: Its annotated copy, which is written once the result is.
     """
 
     path: str
     prediction: Prediction | None
     error: str
     input: Input
+    copy: Copy | None = None
 
     def record(self, top_k: int) -> Record:
         """Return the result as plain values, with ``top_k`` classes."""
@@ -88,12 +91,27 @@ class JsonWriter(Writer):
         self._file.flush()
 
 
+class _Rows:
+    """Ends rows of ``csv`` with a line feed; written as with both line breaks, either is quoted in their cells."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, row: str) -> int:
+        return self._file.write(row.removesuffix("\r\n") + "\n")
+
+
+def csv_writer(file: TextIO) -> Any:  # noqa: ANN401 (csv's type has no public name)
+    """Return a writer of CSV in which every name of a file can be told again."""
+    return csv.writer(_Rows(file), lineterminator="\r\n")
+
+
 class CsvWriter(Writer):
     """A header, then one row a picture: path, error, and index, probability and name of each of the top classes."""
 
     def __init__(self, path: Path | None, top_k: int) -> None:
         super().__init__(path, top_k)
-        self._csv = csv.writer(self._file, lineterminator="\n")
+        self._csv, self._text = csv_writer(self._file), printable if self._file.isatty() else storable
         rest = [f"{field}_{rank}" for rank in range(2, top_k + 1) for field in ("label", "score", "class")]
         self._columns = ["path", "error", "pred_label", "pred_score", "pred_class", *rest]
         self._csv.writerow(self._columns)
@@ -102,7 +120,7 @@ class CsvWriter(Writer):
         """Write one row, as wide as the header: readers such as pyarrow's take no other."""
         top = record.get("top_k", [])
         values = [value for each in top for value in (each["label"], f"{each['score']:.6f}", each["class"])]
-        row = [printable(record["path"]), printable(record.get("error", "")), *values]
+        row = [self._text(record["path"]), self._text(record.get("error", "")), *values]
         self._csv.writerow(row + [""] * (len(self._columns) - len(row)))
 
 
@@ -156,7 +174,7 @@ class ParquetWriter(Writer):
 
     def write(self, record: Record) -> None:
         """Keep one row, and write the rows kept when they are many."""
-        self._rows.append(record | {"path": printable(record["path"])})
+        self._rows.append(arrow_row(record))
         if len(self._rows) >= ROWS:
             self._flush()
 
@@ -217,15 +235,27 @@ def whole_file(output: Path) -> Iterator[Path]:
     Raises:
         UsageError: If no file can be created there.
     """
-    temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.touch(exist_ok=False)  # with the permissions that the umask gives; tempfile's are their owner's alone
-    except OSError as error:
-        hint = "Choose a file in a writable folder"
-        raise UsageError(f"Cannot write {output}", found=str(error), hint=hint) from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(hidden_file(output))
+        except OSError as error:
+            hint = "Choose a file in a writable folder"
+            raise UsageError(f"Cannot write {output}", found=str(error), hint=hint) from error
         yield temporary
         temporary.replace(output)
+
+
+@contextlib.contextmanager
+def hidden_file(path: Path) -> Iterator[Path]:
+    """Give a hidden file beside a path, which vanishes with the block unless it got another name.
+
+    Raises:
+        OSError: If no file can be created there.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.touch(exist_ok=False)  # with the permissions that the umask gives; tempfile's are their owner's alone
+    try:
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 

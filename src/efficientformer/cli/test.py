@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 import json
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from efficientformer.runtime.engines import ENGINES
-from efficientformer.runtime.records import printable
+from efficientformer.runtime.records import storable
 from efficientformer.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -163,12 +162,13 @@ def _json_lines(rows: list[dict[str, Any]]) -> str:
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
+    from efficientformer.cli.results import csv_writer
     from efficientformer.evaluation.result import Outcome
 
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv_writer(text)
     writer.writerow(field.name for field in dataclasses.fields(Outcome))
-    writer.writerows([printable(value) if isinstance(value, str) else value for value in row.values()] for row in rows)
+    writer.writerows([storable(value) if isinstance(value, str) else value for value in row.values()] for row in rows)
     return text.getvalue()
 
 

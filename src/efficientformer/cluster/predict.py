@@ -1,13 +1,15 @@
 """Bulk prediction beyond one machine: pictures and results in a cluster's storage, Ray Data in between.
 
 Each worker is a Ray actor with the network open; Ray gives it lists of paths, and a dead worker's lists to others.
-A worker writes the rows of a list as a part file, which replaces what an earlier attempt at it left. (Ray's own writers
-are a stage that gets no CPU before the workers are done.)
+A worker writes the rows of a list as a part file; a run that was killed goes on with the parts that are missing. (Ray's
+own writers are a stage that gets no CPU before the workers are done.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import logging
 import math
@@ -21,15 +23,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from efficientformer.cluster.parts import DONE_FILE, PREFIX, Part, Parts
 from efficientformer.cluster.storage import Place
-from efficientformer.runtime.classifier import Failed, FileClassifier, Prediction
+from efficientformer.runtime.classifier import DECODINGS, Failed, FileClassifier, Prediction
+from efficientformer.runtime.engines import ENGINES, PRECISIONS
 from efficientformer.runtime.inputs import Input
-from efficientformer.runtime.records import arrow_schema, printable, record
+from efficientformer.runtime.question import Question
+from efficientformer.runtime.records import arrow_row, arrow_schema, record
 from efficientformer.spec.errors import EngineError, ImageError, UsageError, missing_extra
 from efficientformer.spec.fields import check_choice, check_count
 
 FORMATS = ("parquet", "json")
-DONE_FILE = "_SUCCESS.json"
 PARTS_PER_WORKER = 8  # so that workers of different speed end together
 CONNECT_SECONDS = 5.0
 MAX_DEATHS = 2  # of workers over one picture, after which it is given up
@@ -49,7 +53,7 @@ class Options:
         decode: ``exact`` or ``fast``.
 
     Raises:
-        UsageError: If a number is not positive.
+        UsageError: If there is no engine, precision or decoding of that name, or a number is not positive.
     """
 
     engine: str = "auto"
@@ -59,6 +63,9 @@ class Options:
     decode: str = "exact"
 
     def __post_init__(self) -> None:
+        check_choice("engine", self.engine, ENGINES)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("decode", self.decode, DECODINGS)
         check_count("number of threads", self.threads)
         check_count("number of classes", self.top_k)
 
@@ -70,14 +77,16 @@ class Summary:
     Attributes:
         pictures: Pictures in all.
         skipped: How many could not be classified; their rows say why.
-        workers: Workers.
+        workers: Workers; 0 if no part was missing.
         output: Where the rows are.
+        kept: Pictures whose rows were there already.
     """
 
     pictures: int
     skipped: int
     workers: int
     output: str
+    kept: int = 0
 
 
 class Attempts:
@@ -133,29 +142,34 @@ class Worker:
             self._classify.open_for_many()  # while the file is there
 
     def __call__(self, part: Any) -> Any:  # noqa: ANN401 (pyarrow.Tables)
-        """Classify the pictures of a table with the columns ``place`` and ``path``; returns how many there were."""
+        """Classify the pictures of a table with the fields of ``Part``; returns how many there were."""
         import pyarrow as arrow
 
-        paths, name = part["path"].to_pylist(), f"part-{part['place'][0].as_py():09d}"
+        return arrow.table({"pictures": [self._do(**row) for row in part.to_pylist()]})
+
+    def _do(self, name: str, paths: Sequence[str]) -> int:
+        import pyarrow as arrow
+
         with self._attempt(name) as deaths:
             outcomes = [self._one(path) for path in paths] if deaths else self.classify(paths)
         rows = [
-            record(printable(path), None, str(outcome.error), self._options.top_k)
+            record(path, None, str(outcome.error), self._options.top_k)
             if isinstance(outcome, Failed)
-            else record(printable(path), outcome, "", self._options.top_k)
+            else record(path, outcome, "", self._options.top_k)
             for path, outcome in zip(paths, outcomes, strict=True)
         ]
-        self._write(arrow.Table.from_pylist(rows, arrow_schema()), name)
-        return arrow.table({"pictures": [len(rows)]})
+        self._write(arrow.Table.from_pylist([arrow_row(row) for row in rows], arrow_schema()), name)
+        return len(rows)
 
     def _write(self, rows: Any, name: str) -> None:  # noqa: ANN401 (a pyarrow.Table)
         from pyarrow import parquet
 
-        with self._target.filesystem.open_output_stream(f"{self._target.path}/{name}.{self._format}") as file:
-            if self._format == "parquet":
-                parquet.write_table(rows, file)
-            else:
-                file.write("".join(f"{json.dumps(row)}\n" for row in rows.to_pylist()).encode())
+        data = io.BytesIO()
+        if self._format == "parquet":
+            parquet.write_table(rows, data)
+        else:
+            data.write("".join(f"{json.dumps(row)}\n" for row in rows.to_pylist()).encode())
+        self._target.write(name, data.getvalue())
 
     def classify(self, paths: Sequence[str]) -> list[Prediction | Failed]:
         """Fetch and classify pictures."""
@@ -203,16 +217,18 @@ def predict_on_cluster(
     """Classify every picture of a folder on a Ray cluster.
 
     A cluster that runs is joined where ``RAY_ADDRESS`` says or ``ray.init`` was called; else the one that was started
-    on this machine; else a new one is, for this run. The package must be installed on every node.
+    on this machine; else a new one is, for this run. The package must be installed on every node. Called again with the
+    same pictures, network and options it goes on where a run was killed, with the parts that are not written.
 
     Args:
         source: Folder with pictures: a path all nodes see, or a URI such as ``s3://bucket/images``.
-        output: New folder for the rows, likewise.
+        output: New folder for the rows, likewise, or that of the run to go on with.
         model: An exported file on this machine; it is sent to the workers.
         options: How each worker predicts.
         workers: Workers; None takes as many as the cluster's CPUs allow.
         format_: ``parquet`` or ``json`` (lines).
-        part_size: Pictures a worker is given at a time, and rows of a part file, at most.
+        part_size: Pictures a worker is given at a time, and rows of a part file, at most; of a run that goes on, as it
+            was begun.
         quiet: No progress.
         worker: The stage; a subclass may do more.
 
@@ -220,15 +236,15 @@ def predict_on_cluster(
         The summary, which also stands in ``_SUCCESS.json`` in the output; a folder without that file is not complete.
 
     Raises:
-        UsageError: If a number is not positive, the output is not empty, a place cannot be opened, there is no cluster
-            at ``RAY_ADDRESS``, or no node of it has the CPUs of a worker.
+        UsageError: If a number is not positive, the output belongs to another command or holds something else, a place
+            cannot be opened, there is no cluster at ``RAY_ADDRESS``, or no node of it has the CPUs of a worker.
         DataError: If there is no picture.
         EngineError: If a worker fails for another reason than its death, or rows are missing.
         MissingExtraError: If the ray extra is not installed.
     """
     try:
         import pyarrow.parquet  # noqa: F401
-        import ray  # noqa: F401
+        import ray
         from ray.exceptions import RayError
     except ImportError as error:
         raise missing_extra("ray", "Prediction on a cluster", error) from error
@@ -238,22 +254,38 @@ def predict_on_cluster(
         check_count("number of workers", workers)
     options = options or Options()
     place, target = Place.of(source), Place.of(output)
-    paths = place.pictures()
-    _join()
-    count = _workers(options.threads, workers)
-    target.make_empty()
+    paths, network = place.pictures(), model.read_bytes()
+    parts = Parts(target, format_, _question(source, network, options), paths)
+    count = 0
+    if not parts.number or parts.missing():
+        _join()
+        count = _workers(options.threads, workers)
+    if not parts.number:
+        parts.begin(min(max(count * PARTS_PER_WORKER, math.ceil(len(paths) / part_size)), len(paths)))
+    missing = parts.missing()
     try:
-        _run(paths, place, target, model, options, count, format_, part_size, quiet, worker)
+        if missing:
+            parts.tidy()
+            _run(missing, (place, target, format_, ray.put(network), _attempts(), options), count, quiet, worker)
     except RayError as error:
         found = str(error).strip().splitlines()[-1][:300]
-        raise EngineError("The cluster could not do it", found=found, hint=f"Remove {output} and run again") from error
-    summary = Summary(*count_rows(target, format_), count, output)
+        hint = "The same command goes on with the parts that are missing"
+        raise EngineError("The cluster could not do it", found=found, hint=hint) from error
+    kept = len(paths) - sum(len(part.paths) for part in missing)
+    summary = Summary(*count_rows(target, format_), count, output, kept)
     if summary.pictures != len(paths):
         expected, found = f"{len(paths):,} rows", f"{summary.pictures:,}"
         raise EngineError(f"{output} is not complete", expected=expected, found=found, hint="Remove it and run again")
-    with target.filesystem.open_output_stream(f"{target.path}/{DONE_FILE}") as file:
-        file.write(json.dumps({**asdict(summary), "model": model.name, **asdict(options)}, indent=2).encode())
+    if missing or DONE_FILE not in target.names():
+        done = {**asdict(summary), "model": model.name, **asdict(options)}
+        target.write(DONE_FILE, json.dumps(done, indent=2).encode())
     return summary
+
+
+def _question(source: str, network: bytes, options: Options) -> Question:
+    """Return what rows depend on; on how many threads they were computed is left out: a run may go on elsewhere."""
+    named = {name: value for name, value in asdict(options).items() if name != "threads"}
+    return {"source": source, "model": hashlib.sha256(network).hexdigest(), **named}
 
 
 def _join() -> None:
@@ -286,28 +318,23 @@ def _workers(threads: int, wanted: int | None) -> int:
     return wanted or sum(cpus // threads for cpus in nodes)
 
 
-def _run(
-    paths: Sequence[str],
-    place: Place,
-    target: Place,
-    model: Path,
-    options: Options,
-    count: int,
-    format_: str,
-    part_size: int,
-    quiet: bool,
-    worker: type[Worker],
-) -> None:
+def _attempts() -> Any:  # noqa: ANN401 (a ray.ActorHandle)
+    """Start the cluster's count of attempts; lost with its node it begins anew, and the run goes on."""
+    import ray
+
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
+
+
+def _run(parts: Sequence[Part], arguments: tuple[Any, ...], count: int, quiet: bool, worker: type[Worker]) -> None:
+    """Have so many workers, made with these arguments, write parts."""
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = not quiet
-    parts = min(max(count * PARTS_PER_WORKER, math.ceil(len(paths) / part_size)), len(paths))
-    attempts = ray.remote(num_cpus=0)(Attempts).remote()
-    items = [{"place": index, "path": path} for index, path in enumerate(paths)]
-    done = ray.data.from_items(items, override_num_blocks=parts).map_batches(
+    options: Options = arguments[-1]
+    done = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts)).map_batches(
         worker,
-        fn_constructor_args=(place, target, format_, ray.put(model.read_bytes()), attempts, options),
-        batch_size=None,  # a whole part
+        fn_constructor_args=arguments,
+        batch_size=None,  # a whole block, which is a part
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=count),
         num_cpus=options.threads,
@@ -319,7 +346,8 @@ def count_rows(target: Place, format_: str) -> tuple[int, int]:
     """Return how many rows the part files of a folder hold, and how many of them tell of an error."""
     from pyarrow import fs
 
-    parts = target.filesystem.get_file_info(fs.FileSelector(target.path))
+    found = target.filesystem.get_file_info(fs.FileSelector(target.path))
+    parts = [info for info in found if info.base_name.startswith(PREFIX)]
     with ThreadPoolExecutor(READERS) as readers:
         errors = list(readers.map(lambda part: _errors(target, part.path, format_), parts))
     return sum(map(len, errors)), sum(len(column) - column.null_count for column in errors)

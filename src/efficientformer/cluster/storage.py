@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from efficientformer.runtime.image import MAX_BYTES, SUFFIXES
 from efficientformer.runtime.inputs import gather
 from efficientformer.spec.errors import DataError, ImageError, UsageError
+
+UNFINISHED = ".unfinished"  # ending of hidden files that are being written, or were when their writer died
 
 
 @dataclass(frozen=True)
@@ -101,19 +104,28 @@ class Place:
         except OSError as error:
             raise ImageError(f"Cannot read {path!r}", expected="a readable picture file", found=str(error)) from error
 
-    def make_empty(self) -> None:
-        """Make the folder.
+    def names(self) -> set[str]:
+        """Return the names in the folder; none if there is no such folder.
 
         Raises:
-            UsageError: If it cannot be made, or holds something.
+            UsageError: If it cannot be listed.
         """
         from pyarrow import fs
 
         try:
-            self.filesystem.create_dir(self.path, recursive=True)
-            held = self.filesystem.get_file_info(fs.FileSelector(self.path))
+            found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
         except OSError as error:
             raise UsageError(f"Cannot write to {self.name!r}", found=str(error)) from error
-        if held:
-            found, hint = f"{len(held)} entries", "Name a new folder, or remove what an earlier run left"
-            raise UsageError(f"{self.name!r} is not empty", expected="a new folder", found=found, hint=hint)
+        return {info.base_name for info in found}
+
+    def load(self, name: str) -> bytes:
+        """Return the bytes of a file in the folder."""
+        with self.filesystem.open_input_file(f"{self.path}/{name}") as file:
+            return bytes(file.read())
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file in the folder, which has its name only once it is whole."""
+        hidden = f"{self.path}/.{name}.{secrets.token_hex(4)}{UNFINISHED}"
+        with self.filesystem.open_output_stream(hidden) as file:
+            file.write(data)
+        self.filesystem.move(hidden, f"{self.path}/{name}")

@@ -40,7 +40,7 @@ def fetch(
         ImageError: If the address is illegal, the server fails or is too slow, or the answer is too large or cut short.
     """
     if not _ADDRESS.match(url):
-        hint = "Name a local file by its path, without a scheme"
+        hint = "Name a local file by its path, without a scheme; a folder in a cluster's storage is read with --ray"
         raise ImageError("Cannot read this kind of address", expected="http:// or https://", found=repr(url), hint=hint)
     # Addresses pasted from a browser's bar hold spaces and accents.
     address = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]", errors="surrogateescape")

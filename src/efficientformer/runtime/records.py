@@ -33,10 +33,19 @@ def record(path: str, prediction: Prediction | None, error: str, top_k: int) -> 
     }
 
 
+def storable(text: str) -> str:
+    """Return text with bytes of file names that are no UTF-8 made visible; every other name is still its file's."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def printable(text: str) -> str:
-    """Return text with bytes of file names that are no UTF-8, and control characters, made visible."""
-    visible = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in visible)
+    """Return text for people, with control characters made visible too."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in storable(text))
+
+
+def arrow_row(record: Record) -> Record:
+    """Return a record as a row of ``arrow_schema``, which takes no other text than UTF-8."""
+    return {name: storable(value) if isinstance(value, str) else value for name, value in record.items()}
 
 
 def arrow_schema() -> Any:  # noqa: ANN401 (a pyarrow.Schema; pyarrow has no types)
