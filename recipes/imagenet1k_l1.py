@@ -4,8 +4,8 @@
 
 Published top-1: 79.2 (300 epochs) and 80.2 (1,000 epochs: --epochs 1000) (V1 paper, section 5.1, and the authors'
 main.py, whose defaults these are). Not run by us: no ImageNet and no eight GPUs were at hand. The authors' cooldown
-(10 more epochs at the last learning rate) is left out. The teacher is RegNetY-16GF (82.9), as in DeiT; give its
-weights with --set teacher_weights=FILE where there is no net.
+(10 more epochs at the last learning rate) is left out. We measure averaged weights, the authors plain ones. The
+teacher is RegNetY-16GF (82.9), as in DeiT; give its weights with --set teacher_weights=FILE where there is no net.
 """
 
 model = "efficientformer_l1"

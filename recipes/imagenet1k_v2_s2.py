@@ -4,8 +4,8 @@
 
 Published top-1: 81.6 (300 epochs) and 82.0 (450: --epochs 450) (V2 paper, section 5, and the authors' main.py, whose
 defaults these are). Not run by us: no ImageNet and no eight GPUs were at hand. The authors' cooldown (10 more epochs
-at the last learning rate) is left out. The teacher is RegNetY-16GF (82.9), as in DeiT; give its weights with --set
-teacher_weights=FILE where there is no net.
+at the last learning rate) is left out. We measure averaged weights, the authors plain ones. The teacher is
+RegNetY-16GF (82.9), as in DeiT; give its weights with --set teacher_weights=FILE where there is no net.
 """
 
 model = "efficientformerv2_s2"

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,11 @@ from efficientformer.training import loop
 from efficientformer.training.lock import alone_in
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.report import model_card
-from efficientformer.training.run import train
+from efficientformer.training.run import _world, train
+from efficientformer.training.setup import build_network
 from efficientformer.training.state import RunFolder
-from efficientformer.weights.checkpoint import load_checkpoint
+from efficientformer.training.watch import Watch
+from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from tests.pictures import write_folders
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden_loss.json"
@@ -92,6 +95,7 @@ def test_a_run_leaves_everything_a_person_needs(finished, data):
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png") > 3
     assert "Confusions" in page
+    assert "unreadable training pictures" in page
     card = (folder / "README.md").read_text()
     assert f"Top-1 {finished.evaluation.top1:.2f} %" in card
     assert "blue, green, red" in card
@@ -191,6 +195,8 @@ for folder in folders:
         port = str(server.getsockname()[1])
     subprocess.run([*launcher, data, port, *(tmp_path / norm for norm in norms)], check=True, timeout=480)
     for norm in norms:
+        way_on = f"torchrun --nproc-per-node 2 -m efficientformer train --resume {tmp_path / norm}"
+        assert RunFolder(tmp_path / norm).resume_command == way_on
         assert train(base.with_changes(norm=norm), data, tmp_path / "one" / norm).finished
         for a, b in zip(losses(tmp_path / "one" / norm), losses(tmp_path / norm), strict=True):
             for key in ("loss", "train_top1", "val_loss", "val_top1"):
@@ -275,6 +281,43 @@ def test_unreadable_pictures_are_named_and_left_out(tmp_path):
     assert "bad.png" in (tmp_path / "run" / "train.log").read_text()
 
 
+@pytest.mark.usefixtures("no_training_report")
+def test_unreadable_pictures_of_every_process_are_named_and_counted_as_an_epoch_ends(data, tmp_path, monkeypatch):
+    """Here another process says what it could not read; test_loader has workers that find some."""
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda found: [*found, ("theirs.png", "cut short")])
+    step = loop.Run._step
+
+    def failing(run, batch):
+        if run.progress.step in (5, 8):  # of epochs of four steps
+            run.loader.skipped |= {f"{number:02d}.png": "empty" for number in range(30 * (run.progress.step == 5))}
+            run.loader.skipped["last.png"] = "empty"
+        if run.progress.step == 9:
+            raise TrainingError("over")
+        step(run, batch)
+
+    monkeypatch.setattr(loop.Run, "_step", failing)
+    with pytest.raises(TrainingError, match="over"):
+        train(TINY, data, tmp_path / "run")
+    first, second = (tmp_path / "run" / "train.log").read_text().split("epoch 1/3")
+    assert first.count("left out of the training pictures: theirs.png: cut short") == 1
+    assert "theirs.png" not in second
+    assert second.count("left out of the training pictures") == 20
+    assert second.index("and 11 more") < second.index("epoch 2/3")
+    assert [line["skipped"] for line in losses(tmp_path / "run")] == [1, 32]
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_unreadable_pictures_are_named_before_an_error_ends_the_run(data, tmp_path, monkeypatch):
+    def failing(run, batch):
+        run.loader.skipped["broken.png"] = "empty"
+        raise TrainingError("over")
+
+    monkeypatch.setattr(loop.Run, "_step", failing)
+    with pytest.raises(TrainingError, match="over"):
+        train(TINY, data, tmp_path / "run")
+    assert "left out of the training pictures: broken.png: empty" in (tmp_path / "run" / "train.log").read_text()
+
+
 LIGHT = v1_spec((8, 8, 16, 16), (1, 1, 1, 1), 1, input_size=16, num_classes=3, stem_stride=1)
 SHORT = TINY.with_changes(
     spec=LIGHT.to_dict(), epochs=2, refine_epochs=0, mixup=0.0, drop_path=0.0, cutout=0,
@@ -283,7 +326,7 @@ FEW = SHORT.with_changes(batch_size=16, val_fraction=0.25, warmup_epochs=0)  # t
 RRC = FEW.with_changes(crop="rrc", color_jitter=0.0)
 UNSEEN = {
     "workers": "changes the speed only (test_loader: the number of workers changes nothing)",
-    "compile": "changes the speed only; needs a compiler",
+    "compile": "changes the speed only (test_a_compiled_run_computes_the_same)",
     "grad_checkpointing": "saves memory only (tests/unit/test_models.py)",
     "channels_last": "changes the speed only",
     "save_every": "test_a_killed_process_goes_on_to_the_same_bits",
@@ -328,6 +371,26 @@ def test_every_field_of_the_recipe_changes_something(name, data, tmp_path, seen_
     assert seen(changed.folder) != seen_before[key]
 
 
+@pytest.mark.usefixtures("no_training_report")
+def test_a_compiled_run_computes_the_same(data, tmp_path, monkeypatch):
+    """The network is traced with its gradients, but no code is generated: that alone takes three minutes."""
+    calls, compiled = [], torch.compile
+
+    def traced(model):
+        calls.append(model)
+        return compiled(model, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    recipe = FEW.with_changes(epochs=1)
+    figures = []
+    for compiles in (False, True):  # with checkpointing, whose own way BatchNorms are counted no trace can follow
+        changed = recipe.with_changes(compile=compiles, grad_checkpointing=compiles)
+        train(changed, data, tmp_path / str(compiles))
+        figures.append([line[key] for line in losses(tmp_path / str(compiles)) for key in ("loss", "val_loss")])
+    assert len(calls) == 1
+    assert figures[1] == pytest.approx(figures[0], rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def seen_before():
     """What runs of recipes left behind, so that a recipe to compare with runs once."""
@@ -356,6 +419,96 @@ def test_a_killed_worker_ends_the_run_with_an_error_that_names_the_step(data, tm
     monkeypatch.setattr(loader.MemoryLoader, "_pixels", dying)
     with pytest.raises(TrainingError, match=rf"No batch for step {step}.*died.*{stands}.*--resume"):
         train(TINY, data, tmp_path / "run")
+
+
+class Processes:
+    """Two processes as Accelerate presents them, of which the other one says what ``others`` holds."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self, *others):
+        self.others, self.asked = list(others), 0
+
+    def reduce(self, tensor, kind):
+        assert kind == "mean"
+        self.asked += 1
+        return (tensor + torch.tensor(self.others.pop(0))) / 2
+
+
+def one_of_two(folder, stop, *others):
+    """Return the run of a process with another one beside it, without anything to train."""
+    run = loop.Run(*[None] * 7, Processes(*others), [], RunFolder(folder), stop)
+    run._agreed = (0, 0.0)
+    return run
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.01, [1, 11, 21]), (0.5, [1, 5, 9]), (7.0, [1, 2, 3])])
+def test_processes_agree_to_stop_every_two_seconds_or_ten_steps(tmp_path, monkeypatch, seconds, expected):
+    now, agreed = [0.0], []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    run = one_of_two(tmp_path, lambda: False)
+    while len(agreed) < 3:
+        run.progress.step += 1
+        now[0] += seconds
+        asked, run.accelerator.others = run.accelerator.asked, [[0.0, now[0] - run._agreed[1]]]
+        assert not run._agree_to_stop()
+        agreed += [run.progress.step] * (run.accelerator.asked - asked)
+    assert agreed == expected
+
+
+def test_a_wish_of_either_process_stops_both(tmp_path):
+    for wishes in ((True, 0.0), (False, 1.0)):
+        run = one_of_two(tmp_path, lambda wishes=wishes: wishes[0], [wishes[1], 0.1])
+        run.progress.step = 1
+        assert run._agree_to_stop()
+
+
+def test_of_several_processes_one_without_batches_does_not_save_alone(tmp_path):
+    """The others would be in the middle of a step, and wait for it there."""
+
+    def dry():
+        raise DataError("A process that prepares pictures died")
+        yield
+
+    run = one_of_two(tmp_path, lambda: True)
+    with pytest.raises(TrainingError, match="No batch for step 0"):
+        list(run._naming_step(dry()))
+
+
+@pytest.mark.parametrize(
+    ("environment", "refused"),
+    [
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"PMI_SIZE": "2"}, True),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "WORLD_SIZE": "1"}, False),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, False),  # the scripts of a batch job, in several versions
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "batch"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967291"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967290"}, False),  # the shell of salloc
+    ],
+)
+def test_processes_that_would_train_each_on_its_own_are_refused(monkeypatch, environment, refused):
+    for name in ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"train on its own.*torchrun") if refused else nullcontext():
+        assert _world() == 1
+
+
+def test_the_progress_line_shows_the_newest_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("efficientformer.training.watch.LINE_EVERY_S", -1.0)
+    watch = Watch(tmp_path, 100, 0, 8, quiet=False)
+    watch.step(49, 0, 2, {}, None)
+    watch.step(50, 0, 2, {"loss": 1.25, "train_top1": 40.0}, None)
+    watch.step(51, 1, 2, {}, 62.5)
+    watch.close()
+    first, _, last = capsys.readouterr().err.splitlines()
+    assert "loss" not in first
+    assert "epoch 2/2" in last
+    assert "loss 1.250  top-1 40.00 %  best val top-1 62.50 %" in last
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path, monkeypatch, cli):
@@ -434,6 +587,10 @@ def test_nothing_of_somebody_else_is_overwritten(data, tmp_path):
     assert (tmp_path / "mine" / "README.md").read_text() == "mine"
 
 
+def rewrite(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
@@ -442,6 +599,8 @@ def test_nothing_of_somebody_else_is_overwritten(data, tmp_path):
         (lambda f: (f / "recipe.json").write_text(TINY.with_changes(epochs=9).to_json()), "not the recipe"),
         (lambda f: (f / "data.json").write_text("{}"), "damaged"),
         (lambda f: (f / "data.json").unlink(), "no run folder"),
+        (lambda f: rewrite(f / "data.json", launch={"processes": 0}), "Illegal processes of the launch"),
+        (lambda f: rewrite(f / "data.json", launch={"machines": 1}), "Unknown field 'machines' in launch"),
     ],
 )
 def test_a_run_with_missing_or_changed_parts_is_not_resumed(finished, tmp_path, damage, match):
@@ -473,6 +632,37 @@ def test_a_run_is_resumed_without_the_weights_it_started_from_and_with_data_that
     moved = moved.rename(tmp_path / "after")
     assert train(resume=tmp_path / "run", data=moved).finished
     assert json.loads((tmp_path / "run" / "data.json").read_text())["path"] == str(moved)
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_a_run_goes_on_as_it_was_started_or_says_what_differs(data, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    for stop_at, device in ((2, "cpu"), (3, "cpu"), (4, "auto")):
+        monkeypatch.setattr(loop.Run, "_agree_to_stop", lambda run, stop_at=stop_at: run.progress.step == stop_at)
+        known = (folder / "train.log").read_text() if folder.exists() else ""
+        train(*((None,) if known else (SHORT, data, folder)), resume=folder if known else None, device=device)
+        said = (folder / "train.log").read_text()[len(known) :]
+        assert f"Go on: efficientformer train --resume {folder} --device cpu\n" in said
+        assert said.count("warning: begun as 1 process(es) on 1 machine(s), device cpu") == (device == "auto")
+
+
+@pytest.mark.parametrize(
+    ("launch", "begin", "end"),
+    [
+        (None, "efficientformer", ""),  # of a version that did not note it
+        ({"processes": 2, "nodes": 1, "device": "cpu"}, "torchrun --nproc-per-node 2 -m efficientformer",
+         " --device cpu"),
+        ({"processes": 32, "nodes": 4, "device": "auto"},
+         "torchrun --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8 -m efficientformer",
+         ""),
+    ],
+)  # fmt: skip
+def test_the_way_on_is_the_way_a_run_was_started(finished, tmp_path, launch, begin, end):
+    folder = RunFolder(shutil.copytree(finished.folder, tmp_path / "run"))
+    data = {key: value for key, value in folder.data().items() if key != "launch"}
+    (folder.path / "data.json").write_text(json.dumps({**data, "launch": launch} if launch else data))
+    assert folder.way_on.endswith(f": {begin} train --resume {folder.path}{end}")
+    assert folder.load_state({}).step == finished.step
 
 
 @pytest.mark.usefixtures("no_training_report")
@@ -516,15 +706,36 @@ def test_one_class_is_nothing_to_learn(tmp_path):
         train(SHORT, root, tmp_path / "run")
 
 
+@pytest.mark.parametrize("crop", ["pad", "rrc"])
 @pytest.mark.parametrize(("part", "match"), [("train/red", "class 'red' can be read"), ("val", "No validation pict")])
-def test_parts_that_cannot_be_read_are_refused_before_the_first_step(tmp_path, part, match):
+def test_parts_that_cannot_be_read_are_refused_before_the_first_step(tmp_path, part, match, crop):
     write_folders(tmp_path / "data/train", per_class=4)
     write_folders(tmp_path / "data/val", per_class=2)
     for path in (tmp_path / "data" / part).rglob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(DataError, match=match):
-        train(SHORT, tmp_path / "data", tmp_path / "run")
+        train(SHORT.with_changes(crop=crop), tmp_path / "data", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_know_held_out_pictures_are_noted(data, tmp_path):
+    save_native(tmp_path / "start.safetensors", *own_weights())
+    recipe = SHORT.with_changes(model=str(tmp_path / "start.safetensors"), spec=None, pretrained=True)
+
+    def notes(**changes):
+        said = []
+        build_network(recipe.with_changes(**changes), ("blue", "green", "red"), said.append)
+        return [each for each in said if "too good" in each]
+
+    assert notes() == []
+    assert "--set seed=0 --set val_fraction=0.2" in notes(seed=1)[0]
+    assert len(notes(val_fraction=0.3)) == 1
+
+
+def own_weights():
+    """A network that this trainer has trained: its tensors and manifest."""
+    network, manifest = build_network(SHORT, ("blue", "green", "red"), print)
+    return network.state_dict(), manifest
 
 
 def test_no_memory_to_measure_names_what_to_do(data, tmp_path, monkeypatch):
@@ -534,7 +745,7 @@ def test_no_memory_to_measure_names_what_to_do(data, tmp_path, monkeypatch):
         asked.append(len(batch))
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(TorchPredictor, "run", greedy)
+    monkeypatch.setattr(TorchPredictor, "_run", greedy)
     with pytest.raises(TrainingError, match=r"memory to measure the network.*Lower batch_size"):
         train(SHORT.with_changes(batch_size=2, val_fraction=0.5), data, tmp_path / "run")
     assert asked == [8]  # four times a step's pictures, whatever there are to measure on

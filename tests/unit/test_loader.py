@@ -1,8 +1,11 @@
 """Loaders: the right pictures under the right labels, in the planned order, whatever goes wrong on the way."""
 
 import dataclasses
+import multiprocessing
 import os
+import select
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +13,14 @@ import torch
 from PIL import Image
 
 from efficientformer.data.draws import DrawPlan
-from efficientformer.data.loader import MemoryLoader, WorkerLoader, decode_all
+from efficientformer.data.loader import (
+    MAX_UNREADABLE,
+    MemoryLoader,
+    WorkerLoader,
+    _end_with_training,
+    decode_all,
+    read_classes,
+)
 from efficientformer.data.source import ImageSource
 from efficientformer.spec.errors import DataError, ImageError
 from efficientformer.spec.preprocess import PreprocessSpec
@@ -21,7 +31,7 @@ WHOLE = dataclasses.replace(PLAIN, padding=0, crop_scale=(1.0, 1.0))
 
 
 class Flat(ImageSource):
-    """Picture i is filled with 4 * i; its label is i % 5. ``bad`` ones cannot be read, ``deadly`` ones kill."""
+    """Picture i is filled with 4 * i % 256; its label is i % 5. ``bad`` ones cannot be read, ``deadly`` ones kill."""
 
     def __init__(self, count=40, bad=(), deadly=()):
         self.classes, self.labels = tuple("abcde"), np.arange(count) % 5
@@ -35,7 +45,7 @@ class Flat(ImageSource):
             os.kill(os.getpid(), signal.SIGKILL)
         if index in self.bad:
             raise ImageError(f"Cannot read {index}")
-        return Image.new("RGB", (8, 8), (4 * index,) * 3)
+        return Image.new("RGB", (8, 8), (4 * index % 256,) * 3)
 
 
 def memory(source, plan, cut_until=10**9):
@@ -82,17 +92,86 @@ def test_workers_pass_over_unreadable_pictures_and_name_them():
     for batch in batches:
         assert (pictures_of(batch) == batch.draws.indices).all()
         assert (batch.labels.numpy() == batch.draws.indices % 5).all()
-    assert sorted(i for b in batches for i in b.draws.indices.tolist()).count(5) == 3  # in place of 3 and 4
+
+
+def test_broken_pictures_that_lie_together_are_replaced_by_others_of_their_classes():
+    count = 3 * MAX_UNREADABLE
+    broken = range(MAX_UNREADABLE + 1)
+    loader = workers(Flat(count, bad=broken), plan)
+    batches = list(loader.batches(0, count // 10))
+    planned = np.concatenate([loader.plan.draws(batch.draws.step).indices for batch in batches])
+    drawn = np.concatenate([batch.draws.indices for batch in batches])
+    assert (drawn % 5 == planned % 5).all()
+    assert ((drawn == planned) == (planned >= len(broken))).all()
+    assert np.bincount(drawn).max() < 10, "no picture is drawn in place of them all"
+    later = list(workers(Flat(count, bad=broken), plan, count=1).batches(20, count // 10))  # as a resumed run does
+    assert (np.concatenate([batch.draws.indices for batch in later]) == drawn[200:]).all()
+    assert all((batch.draws.views < 0).any() for batch in later), "of stand-ins, too"
+
+
+def test_a_class_that_is_lost_is_replaced_by_others():
+    loader = workers(Flat(bad=range(0, 40, 5)), plan)
+    drawn = np.concatenate([batch.draws.indices for batch in loader.batches(0, 4)])
+    assert (drawn % 5 != 0).all()
+    assert len(loader.skipped) == 8
 
 
 def test_a_data_set_of_unreadable_pictures_ends_with_an_error():
-    with pytest.raises(DataError, match="in a row cannot be read"):
+    with pytest.raises(DataError, match="Neither a picture nor what may stand in for it"):
         list(workers(Flat(bad=range(40)), plan).batches(0, 2))
+
+
+def test_one_picture_of_each_class_is_read():
+    found, skipped = read_classes(Flat(bad=(0, 5, 6, *range(2, 40, 5))), PREPROCESS, 2)
+    assert [found.name(i) for i in range(len(found))] == ["10.png", "1.png", "3.png", "4.png"]
+    assert found.labels.tolist() == [0, 1, 3, 4]
+    assert [name for name, _ in skipped] == ["0.png", "5.png", *(f"{i}.png" for i in range(2, 40, 5))]
 
 
 def test_a_killed_worker_is_an_error_that_says_so():
     with pytest.raises(DataError, match="died"):
         list(workers(Flat(deadly=(7,)), plan).batches(0, 4))
+
+
+class Terminated(Flat):
+    """Reading picture 7 sends SIGTERM to the worker and to the server it was forked from, as to a whole group."""
+
+    def read(self, index):
+        if index == 7:
+            os.kill(os.getppid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().read(index)
+
+
+def test_sigterm_for_a_whole_group_ends_no_worker():
+    assert len(list(workers(Terminated(), plan).batches(0, 40))) == 40
+
+
+def test_a_worker_ends_a_while_after_sigterm_all_the_same(monkeypatch):
+    monkeypatch.setattr("efficientformer.data.loader.GRACE_S", 1)
+    worker = multiprocessing.get_context("fork").Process(target=_wait_for_the_end)
+    worker.start()
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGALRM
+
+
+def _wait_for_the_end():
+    _end_with_training(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_a_worker_ends_when_the_training_process_is_killed():
+    reading, writing = os.pipe()
+    multiprocessing.get_context("fork").Process(target=_start_a_worker_and_die).start()
+    os.close(writing)
+    assert select.select([reading], [], [], 30)[0], "somebody still has the other end"
+    os.close(reading)
+
+
+def _start_a_worker_and_die():
+    multiprocessing.get_context("fork").Process(target=_wait_for_the_end).start()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])

@@ -187,6 +187,14 @@ def test_idx_below_the_root_and_with_many_classes(tmp_path):
     assert open_source(tmp_path, "train").classes == tuple(map(str, range(12)))
 
 
+def test_of_two_data_sets_in_a_folder_neither_is_chosen(tmp_path):
+    for name in ("MNIST", "FashionMNIST"):
+        write_idx(tmp_path / name / "raw", "train", [1, 0])
+    with pytest.raises(DataError, match="'FashionMNIST/raw', 'MNIST/raw'"):
+        open_source(tmp_path, "train")
+    assert open_source(tmp_path / "FashionMNIST", "train").classes[1] == "Trouser"
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -90,6 +90,8 @@ def test_overrides_are_typed():
     assert (recipe.epochs, recipe.randaugment, recipe.pretrained) == (7, "rand-m9", False)
     assert recipe.freeze == ("stem",)
     assert recipe.lr == 1.0
+    assert override(Recipe(), ["crop_scale=0.2,1.0", "freeze=stem,stages.0"]).crop_scale == (0.2, 1.0)
+    assert override(Recipe(), ["freeze=stem,stages.0"]).freeze == ("stem", "stages.0")
     with pytest.raises(SpecError, match="NAME=VALUE"):
         override(Recipe(), ["epochs"])
     with pytest.raises(SpecError, match="batch_size"):
@@ -99,6 +101,12 @@ def test_overrides_are_typed():
 def test_learning_rate_scales_with_the_batch_where_asked():
     assert Recipe(lr=1e-3, batch_size=512).scaled_lr == 1e-3
     assert Recipe(lr=1e-3, lr_batch=1024, batch_size=512).scaled_lr == pytest.approx(5e-4)
+
+
+def test_the_bound_of_clipping_is_the_usual_one_of_its_kind_unless_given():
+    assert [Recipe(clip=kind).clip_at for kind in ("agc", "norm", "value")] == [0.01, 1, 1]
+    assert Recipe(clip="agc", clip_value=0.3).clip_at == 0.3
+    assert Recipe(clip="norm").with_changes(clip="agc").clip_at == 0.01
 
 
 def test_settings_without_effect_are_named():

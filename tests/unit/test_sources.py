@@ -257,6 +257,16 @@ def test_splitting_does_not_depend_on_machine_or_listing():
     assert {names[::-1][i] for i in back} == {names[i] for i in val}
 
 
+def test_new_pictures_move_the_cut_of_their_own_class():
+    names = [f"{name}/{i}.jpg" for name in "ab" for i in range(40)]
+    grown = [*names[:40], *(f"a/{i}.jpg" for i in range(100, 140)), *names[40:]]
+    held = [{every[i] for i in split_indices(Listed(every, [each[0] == "b" for each in every], "ab"), 0.2, 0)[1]}
+            for every in (names, grown)]  # fmt: skip
+    before, after = ({name for name in each if name[0] == "a"} for each in held)
+    assert held[0] - before == held[1] - after
+    assert 0 < len(after & set(names) - before) <= len(after) - len(before), "some that were trained on"
+
+
 def test_validation_gets_the_labels_of_training(tmp_path):
     put(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "train/c/3.jpg", "val/c/4.jpg", "val/B/5.jpg")
     splits = open_splits(tmp_path)
@@ -297,6 +307,15 @@ def test_align_by_name_case_and_synset():
     assert aligned(listed("goldfish, Carassius auratus"), label_names("imagenet1k")) == [1]
     assert align(listed("dog"), ("cat", "dog")).classes == ("cat", "dog")
     assert aligned(listed("cafe\u0301"), ("tea", "caf\u00e9")) == [1]  # as macOS writes it
+
+
+def test_imagenets_classes_and_a_network_with_some_of_their_names():
+    labels = ("goldfish, Carassius auratus", "tench, Tinca tinca", "crane")  # two of ImageNet's classes are cranes
+    names = label_names("imagenet1k")
+    source = Listed(["a", "b"], [0, 1], names)
+    assert aligned(source, labels) == [1, 0]
+    with pytest.raises(DataError, match="'crane'"):
+        aligned(Listed(["a"], [names.index("crane")], names), labels)
 
 
 def test_align_never_gives_one_label_to_two_classes():

@@ -92,15 +92,13 @@ def describe_strangers(strangers: Sequence[str], labels: Sequence[str]) -> str:
 
 def match_classes(classes: Sequence[str], labels: tuple[str, ...]) -> list[int]:
     """Return the label of every class by its name, -1 for those that have none; no label is given twice."""
-    classes = class_keys(classes)
-    exact = _unique(labels)
-    if labels == label_names("imagenet1k"):  # two pairs of its classes share a name; synsets are unique
+    exact, folded = _unique(labels), _unique(map(_folded, labels))
+    if labels == label_names("imagenet1k"):  # two of its classes share a name; synsets are unique
         exact |= {synset: label for label, synset in enumerate(synsets())}
-    folded = _unique(map(_folded, labels))
-    found = [exact.get(name, -1) for name in classes]
-    taken = Counter(found)
+    found = [exact.get(key, -1) for key in class_keys(classes)]
+    taken, names = Counter(found), _unique(classes)
     for index, name in enumerate(classes):
-        label = folded.get(_folded(name), -1)
+        label = exact.get(name, folded.get(_folded(name), -1)) if name in names else -1
         if found[index] < 0 <= label and not taken[label]:
             found[index] = label
             taken[label] += 1

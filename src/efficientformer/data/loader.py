@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import queue
 import signal
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from multiprocessing.pool import ThreadPool
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +30,10 @@ from efficientformer.spec.errors import DataError, ImageError
 from efficientformer.spec.preprocess import PreprocessSpec
 
 AHEAD = 3  # finished batches that wait for the training step
-MAX_UNREADABLE = 100  # unreadable pictures in a row, after which the data set is to blame
+OWN_STAND_INS = 20  # pictures of its class that may stand in for an unreadable one, before those of all classes may
+MAX_UNREADABLE = 100  # of these, after which the data set is to blame
 MEMORY_BYTES = 8 << 30  # decoded pictures that `pad` may keep
+GRACE_S = 60  # seconds that a worker goes on after SIGTERM
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,8 @@ class MemoryLoader(Loader):
 class WorkerLoader(Loader):
     """Batches of pictures that are read and augmented one by one in worker processes, every time they are drawn.
 
-    An unreadable picture is replaced by the next one of the data set, and listed in ``skipped``.
+    An unreadable picture is listed in ``skipped``, and another takes its place, at each draw one of its class that the
+    draw's seed decides; of any class, where many of its own cannot be read either.
 
     Args:
         source: The pictures.
@@ -185,21 +190,34 @@ class WorkerLoader(Loader):
             prefetch_factor=4,
             multiprocessing_context=_context(),
             generator=torch.Generator(),  # else it draws from the training thread's
-            worker_init_fn=_ignore_ctrl_c,
+            worker_init_fn=_end_with_training,
         )
         for step, (pixels, indices, failures) in zip(steps, loader, strict=True):
             self.skipped |= failures
             draws = self.plan.draws(step)
             if (indices < 0).any():
                 found, hint = next(iter(failures.values())), "Check the data set: efficientformer data check"
-                raise DataError(f"{MAX_UNREADABLE} pictures in a row cannot be read", found=found, hint=hint)
+                raise DataError("Neither a picture nor what may stand in for it can be read", found=found, hint=hint)
             views = np.where(indices == draws.indices, draws.views, -1)
             yield pixels, dataclasses.replace(draws, indices=indices, views=views)
 
 
-def _ignore_ctrl_c(_: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to every process, to the training process: it ends its workers itself."""
+def _end_with_training(_: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach every process, to the training process: it ends its workers itself.
+
+    SIGTERM is also what ends a worker that hangs: it does, a while later. Where the training process is killed, torch's
+    worker looks at the server it was forked from, and that one lives on as long as its workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # Windows has none, and kills on SIGTERM
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
+    threading.Thread(target=_follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _follow(parent: BaseProcess) -> None:
+    """End this process as soon as another one has ended."""
+    parent.join()
+    os._exit(1)
 
 
 def _context() -> BaseContext:
@@ -207,7 +225,7 @@ def _context() -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "timm.data.transforms_factory"])
+    context.set_forkserver_preload(["efficientformer.data.server", __name__, "timm.data.transforms_factory"])
     return context
 
 
@@ -247,14 +265,23 @@ class _Samples(Dataset[_Sample]):
     def __getitem__(self, key: tuple[int, int]) -> _Sample:
         index, seed = key
         failures: dict[str, str] = {}
-        for attempt in range(MAX_UNREADABLE):
-            candidate = (index + attempt) % len(self._source)
+        for candidate in self._candidates(index, seed):
             try:
                 return _Sample(self._augment(self._source.image(candidate, self._preprocess), seed),
                                candidate, failures)  # fmt: skip
             except ImageError as error:
                 failures[self._source.name(candidate)] = str(error)
         return _Sample(np.zeros((len(self._preprocess.mean), *self._preprocess.input_size), np.uint8), -1, failures)
+
+    def _candidates(self, index: int, seed: int) -> Iterator[int]:
+        """Yield a picture and then, one by one, what stands in for it, which the seed alone decides.
+
+        Not its neighbours: broken files lie together, and the picture after them would be drawn for all of them.
+        """
+        yield index
+        rng, labels = np.random.default_rng(seed), self._source.labels
+        yield from rng.permutation(np.flatnonzero(labels == labels[index]))[:OWN_STAND_INS].tolist()
+        yield from rng.permutation(len(labels))[:MAX_UNREADABLE].tolist()
 
 
 def _collate(samples: Sequence[_Sample]) -> tuple[Tensor, npt.NDArray[np.int64], dict[str, str]]:
@@ -310,3 +337,31 @@ def decode_all(
         good = [i for i, reason in enumerate(outcomes) if not reason]
         return images[good], Subset(source, good), skipped
     return images, source, []
+
+
+def read_classes(
+    source: ImageSource, preprocess: PreprocessSpec, workers: int
+) -> tuple[ImageSource, list[tuple[str, str]]]:
+    """Look for one picture of each class that can be read.
+
+    Returns:
+        The source of just those, and name and reason of each that was tried and cannot be decoded.
+    """
+    order = np.argsort(source.labels, kind="stable")
+    classes = np.split(order, np.flatnonzero(np.diff(source.labels[order])) + 1)
+
+    def look(indices: npt.NDArray[np.int64]) -> tuple[list[int], list[tuple[str, str]]]:
+        skipped = []
+        for index in indices.tolist():
+            try:
+                source.image(index, preprocess)
+            except ImageError as error:
+                skipped.append((source.name(index), str(error)))
+            else:
+                return [index], skipped
+        return [], skipped
+
+    with ThreadPool(max(1, workers)) as pool:
+        outcomes = pool.map(look, classes)
+    good = [index for found, _ in outcomes for index in found]
+    return Subset(source, good), [each for _, skipped in outcomes for each in skipped]

@@ -97,7 +97,8 @@ def open_splits(path: str | os.PathLike[str], val_fraction: float = VAL_FRACTION
     """Open a data set for training.
 
     Its own training and validation (or test) parts are used where it has them. Of a data set that is not split a part
-    is set aside: the same pictures on every machine, from every class that has two or more.
+    is set aside: the same pictures on every machine, from every class that has two or more (``split_indices`` says
+    what new pictures change).
 
     Args:
         path: The folder.
@@ -139,8 +140,9 @@ def split_indices(
 ) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], np.ndarray[tuple[int], np.dtype[np.int64]]]:
     """Divide a source class by class; both parts keep its order.
 
-    A picture's place follows from the hash of its name, so neither the machine nor the order of listing matters, and
-    a few new pictures leave the others where they were.
+    Of each class the same share is held out, those with the lowest hashes of their names: neither the machine nor the
+    order of listing matters, nor do the other classes. New pictures move the cut of their class, and the pictures it
+    passes change sides: at most as many go from training to validation as the class then holds out more.
 
     Returns:
         The indices for training and for validation.
@@ -179,13 +181,17 @@ def find_parts(path: str | os.PathLike[str]) -> dict[str, Opener]:
 
 
 def _nested_parts(root: Path) -> dict[str, Opener]:
-    """Return the parts that lie deeper, where an archive or torchvision puts them."""
-    for nested in _NESTED:
-        if (root / nested).is_dir():
-            parts = _parts(list_folder(root / nested))
-            if parts:
-                return parts
-    return {}
+    """Return the parts that lie deeper, where an archive or torchvision puts them.
+
+    Raises:
+        DataError: If there are two data sets.
+    """
+    listed = {name: _parts(list_folder(root / name)) for name in _NESTED if (root / name).is_dir()}
+    found = {name: parts for name, parts in listed.items() if parts}
+    if len(found) > 1:
+        hint = f"Name one of them: {root / next(iter(found))}"
+        raise DataError(f"More than one data set in {str(root)!r}", expected="one", found=some(list(found)), hint=hint)
+    return next(iter(found.values()), {})
 
 
 def _parts(folder: Folder) -> dict[str, Opener]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -191,6 +192,9 @@ class EfficientFormer(nn.Module):
 
 def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     """Run a block whose inner results are computed again in the backward pass; BatchNorms count the batch once."""
+    if torch.compiler.is_compiling():  # the traced step updates BatchNorms once by itself, and takes no context of ours
+        traced: Tensor = checkpoint(block, x, use_reentrant=False)
+        return traced
 
     @contextmanager
     def quietly() -> Iterator[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from timm.utils.model_ema import ModelEmaV3
 
 LOG_EVERY = 50  # steps between lines of the metrics, and between looks at the loss
-AGREE_EVERY = 10  # steps between the processes' agreeing to stop
+AGREE_EVERY = 10  # steps at most between the processes' agreeing to stop
+AGREE_EVERY_S = 2.0  # seconds at most, where a step takes less
 
 
 class Shell(nn.Module):
@@ -86,6 +87,9 @@ class Run:
     _losses: list[Tensor] = field(default_factory=list)
     _hits: list[Tensor] = field(default_factory=list)
     _saved_at: int = -1
+    _agreed: tuple[int, float] = (0, 0.0)  # step and time of the last agreement
+    _agree_at: int = 0
+    _skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -125,8 +129,11 @@ class Run:
         if self._out_of_patience():
             return True
         began, seconds = time.monotonic(), self.progress.seconds
+        self._agreed = (self.progress.step, began)
         batches = self.loader.batches(self.progress.step, total)
+        self._gather_skipped()  # those decoded before the first step
         with ExitStack() as stack:
+            stack.callback(lambda: self._name_skipped(self.loader.skipped))  # its own: other processes may be gone
             stack.callback(batches.close)
             for batch in self._naming_step(batches):
                 try:
@@ -148,8 +155,8 @@ class Run:
         try:
             yield from batches
         except DataError as error:
-            if self.stop():  # whatever ended this process's wish ended its workers too
-                return
+            if self.stop() and self.accelerator.num_processes == 1:  # what asked to stop ended the workers too
+                return  # (where others are in the middle of a step, they cannot be joined in saving)
             raise TrainingError(
                 f"No batch for step {self.progress.step}: {error.problem}",
                 found=error.found,
@@ -203,12 +210,14 @@ class Run:
             figures = self._epoch_so_far()
         if end_of_epoch:
             self.progress.loss_sum = self.progress.hit_sum = 0.0
+            self._gather_skipped()
+            figures["skipped"] = len(self._skipped)
         last = step == recipe.epochs * self.steps_per_epoch
         if end_of_epoch and (last or (epoch + 1) % recipe.eval_every == 0):
             self._check_weights()
             figures |= self.evaluate(self.measured)
         best = self.progress.best_top1
-        self.watch.step(step, epoch, recipe.epochs, figures.get("loss"), best if best >= 0 else None)
+        self.watch.step(step, epoch, recipe.epochs, figures, best if best >= 0 else None)
         if "val_top1" in figures:
             self.watch.note(
                 f"epoch {epoch + 1}/{recipe.epochs}: loss {figures['loss']:.4f}, validation {figures['val_loss']:.4f}; "
@@ -277,14 +286,34 @@ class Run:
                     hint=self.advice,
                 )
 
+    def _gather_skipped(self) -> None:
+        """Name the pictures that any process could not read and that were not named yet."""
+        from accelerate.utils import gather_object
+
+        found = dict(self.loader.skipped)  # a copy: the loader goes on meanwhile
+        self._name_skipped(dict(gather_object(sorted(found.items() - self._skipped.items()))))
+
+    def _name_skipped(self, found: Mapping[str, str]) -> None:
+        new = {name: found[name] for name in sorted(found.keys() - self._skipped.keys())}
+        self._skipped |= new
+        self.watch.left_out("training", list(new.items()))
+
     def _agree_to_stop(self) -> bool:
-        """Return whether any process was asked to stop; all learn it at the same step."""
+        """Return whether any process was asked to stop; all learn it at the same step.
+
+        Each time they also agree on the next one, by the mean time of their steps.
+        """
+        step = self.progress.step
         if self.accelerator.num_processes == 1:
             return self.stop()
-        if self.progress.step % AGREE_EVERY:
+        if step < self._agree_at:
             return False
-        wish = torch.tensor(float(self.stop()), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(wish, "sum") > 0)
+        before, now = self._agreed, time.monotonic()
+        said = torch.tensor([float(self.stop()), now - before[1]], device=self.accelerator.device)
+        wishes, seconds = self.accelerator.reduce(said, "mean").tolist()
+        steps = AGREE_EVERY_S / max(1e-9, seconds) * max(1, step - before[0])
+        self._agreed, self._agree_at = (step, now), step + max(1, min(AGREE_EVERY, int(steps)))
+        return bool(wishes > 0)
 
     def _save(self) -> None:
         """Write the state, once per step, after looking at what would go into it."""

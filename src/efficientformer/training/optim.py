@@ -139,11 +139,11 @@ def clip_gradients(model: EfficientFormer, recipe: Recipe) -> None:
         from timm.utils.agc import adaptive_clip_grad
 
         body: Iterable[Tensor] = [p for n, p in model.named_parameters() if not n.startswith(HEADS[:2])]
-        adaptive_clip_grad([p for p in body if p.grad is not None], clip_factor=recipe.clip_value)
+        adaptive_clip_grad([p for p in body if p.grad is not None], clip_factor=recipe.clip_at)
     elif recipe.clip == "norm":
-        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_value)
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_at)
     elif recipe.clip == "value":
-        nn.utils.clip_grad_value_(model.parameters(), recipe.clip_value)
+        nn.utils.clip_grad_value_(model.parameters(), recipe.clip_at)
 
 
 def freeze(model: EfficientFormer, prefixes: Iterable[str]) -> list[nn.Module]:

@@ -7,6 +7,7 @@ Python's or JSON's syntax. Nothing in it is executed. A run folder keeps the res
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import json
 import typing
@@ -47,12 +48,13 @@ class Recipe:
         warmup_lr: Learning rate before the first step.
         min_lr: Learning rate after the last step.
         clip: Gradient clipping: ``agc`` (adaptive, heads left out), ``norm``, ``value`` or ``none``.
-        clip_value: Its bound.
+        clip_value: Its bound; 0 takes the usual one: 0.01 for ``agc`` (its paper's), 1 for the others.
         drop_path: Stochastic depth of the last block, rising linearly from 0.
         head_dropout: Dropout before the heads.
         layer_scale_init: First value of layer scales, from scratch.
         label_smoothing: Share of the label spread over all classes.
-        class_weights: ``none``, or ``balanced``: losses weighted by the inverse frequency of the class.
+        class_weights: ``none``, or ``balanced``: the labels' loss weighted by the inverse frequency of the class;
+            the teacher's is not.
         crop: ``rrc`` (random resized crop), ``pad`` (fixed size, padded and shifted; decoded pictures stay in memory)
             or ``auto``: ``pad`` for inputs below 64 pixels.
         crop_scale: Range of the area share of a random resized crop (``rrc`` only, as colour jitter and
@@ -72,7 +74,8 @@ class Recipe:
         repeats: Repeated augmentation: views of one picture per epoch, of so many fewer pictures.
         views: Different augmentations of a picture over the whole run, repeated in a cycle; 0 means new ones every
             epoch. A limited number makes a cached teacher exact.
-        ema_decay: Decay of the averaged weights; 0 keeps none.
+        ema_decay: Decay of the averaged weights, which are the ones measured then; 0 keeps none. After n updates it is
+            at most 1 - (1 + n)^(-2/3) (timm's warm-up): after 300 epochs of ImageNet-1k in batches of 1,024, 0.99981.
         ema_epochs: Last epochs over which weights are averaged; 0 means all.
         teacher: Teacher for distillation: ``timm:NAME``, ``timm:local-dir:FOLDER`` (as ``timm.models.save_for_hf``
             writes one), a zoo name, or a weights file; empty is none.
@@ -115,7 +118,7 @@ class Recipe:
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6
     clip: str = "none"
-    clip_value: float = 1.0
+    clip_value: float = 0.0
     drop_path: float = 0.0
     head_dropout: float = 0.0
     layer_scale_init: float = 1e-5
@@ -202,6 +205,11 @@ class Recipe:
         return self.mixup > 0 or self.cutmix > 0
 
     @property
+    def clip_at(self) -> float:
+        """The bound of clipping: ``clip_value``, or else what is usual for this kind."""
+        return self.clip_value or (0.01 if self.clip == "agc" else 1.0)
+
+    @property
     def idle(self) -> tuple[str, ...]:
         """Settings that differ from the defaults and change nothing beside the others, once ``crop`` is decided."""
         names = {"pad": ("crop_scale", "color_jitter", "interpolation"), "rrc": ("padding",)}.get(self.crop, ())
@@ -258,7 +266,7 @@ class Recipe:
 _RANGES: dict[str, tuple[float, float]] = {
     "input_size": (0, 8192), "epochs": (1, 100_000), "batch_size": (0, 1 << 20), "accumulate": (1, 4096),
     "lr": (0, 100), "lr_batch": (0, 1 << 20), "weight_decay": (0, 10), "layer_decay": (0.01, 1),
-    "warmup_epochs": (0, 100_000), "warmup_lr": (0, 100), "min_lr": (0, 100), "clip_value": (1e-6, 1e6),
+    "warmup_epochs": (0, 100_000), "warmup_lr": (0, 100), "min_lr": (0, 100), "clip_value": (0, 1e6),
     "drop_path": (0, 0.99), "head_dropout": (0, 0.99), "layer_scale_init": (0, 10), "label_smoothing": (0, 0.99),
     "padding": (0, 64), "hflip": (0, 1), "vflip": (0, 1), "color_jitter": (0, 2), "erasing": (0, 1),
     "cutout": (0, 1024), "mixup": (0, 100), "cutmix": (0, 100), "mix_prob": (0, 1), "refine_epochs": (0, 100_000),
@@ -325,13 +333,16 @@ def override(recipe: Recipe, settings: Iterable[str], **changes: Any) -> Recipe:
             raise SpecError(f"{name.strip()!r} is set twice", found=repr(setting))
         if not equals:
             raise SpecError("Illegal setting", expected="NAME=VALUE", found=repr(setting))
-        try:
-            changes[name.strip()] = json.loads(text)
-        except ValueError:
-            plain = {"True": True, "False": False, "None": None}.get(text, text)
-            is_list = typing.get_origin(_TYPES.get(name.strip())) is tuple
-            changes[name.strip()] = text.split(",") if is_list else plain
+        changes[name.strip()] = _parsed(text, is_list=typing.get_origin(_TYPES.get(name.strip())) is tuple)
     return recipe.with_changes(**changes)
+
+
+def _parsed(text: str, *, is_list: bool) -> object:
+    """Return the value of a text that is JSON, a list without its brackets, or meant as it stands."""
+    for json_text in (text, f"[{text}]") if is_list else (text,):
+        with contextlib.suppress(ValueError):
+            return json.loads(json_text)
+    return text.split(",") if is_list else {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _assignments(data: bytes) -> dict[str, Any]:

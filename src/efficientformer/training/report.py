@@ -34,6 +34,7 @@ def write_report(folder: RunFolder, recipe: Recipe, evaluation: Evaluation, prog
             ("best epoch", f"{progress.best_epoch} of {_epochs(metrics, recipe)}"),
             ("training time", duration(progress.seconds)),
             ("parameters", f"{count(evaluation.manifest.spec).params:,}"),
+            ("unreadable training pictures", f"{max((line.get('skipped', 0) for line in metrics), default=0):,}"),
         ]
     )
     page.heading("Curves")

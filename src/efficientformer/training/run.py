@@ -35,7 +35,7 @@ from efficientformer.training.optim import build_optimizer, hold_still
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.report import write_report
 from efficientformer.training.setup import PlainNetwork, Prepared, build_task, prepare
-from efficientformer.training.state import RunFolder
+from efficientformer.training.state import Launch, RunFolder
 from efficientformer.training.subject import Subject
 from efficientformer.training.task import AUTOCAST
 from efficientformer.training.watch import Watch
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EVAL_BATCH = 256  # at most
-SHOWN = 20  # unreadable pictures that are named
+NO_STEP = 0xFFFFFFF0  # Slurm numbers from here on what is no step of srun's: a batch script, an interactive shell
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _go(
     if resumed is not None and note["digest"] != prepared.digest:
         raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
     run = _assemble(prepared, resumed or _new_folder(output, prepared, path, accelerator), accelerator, stop)
-    with _taken_up(run, prepared, path, new=resumed is None, quiet=quiet):
+    with _taken_up(run, prepared, path, _launch(accelerator, device), new=resumed is None, quiet=quiet):
         return _train(run, prepared, path)
 
 
@@ -159,10 +159,7 @@ def _train(run: Run, prepared: Prepared, path: Path) -> Outcome:
         f"{recipe.precision}, {run.accelerator.num_processes} process(es), into "
         f"{folder}"
     )
-    known = dict(run.loader.skipped)  # those decoded before the first step
-    _name_skipped(run, "training", sorted(known.items()))
     finished = run.train()
-    _name_skipped(run, "training", sorted(run.loader.skipped.items() - known.items()))
     if not finished:
         run.watch.note(f"Stopped after step {run.progress.step}. Go on: {run.folder.resume_command}")
         return Outcome(folder, False, run.progress.step, None)
@@ -203,21 +200,21 @@ def _assemble(prepared: Prepared, folder: RunFolder, accelerator: Accelerator, s
 
 
 @contextmanager
-def _taken_up(run: Run, prepared: Prepared, path: Path, *, new: bool, quiet: bool) -> Iterator[None]:
+def _taken_up(run: Run, prepared: Prepared, path: Path, launch: Launch, *, new: bool, quiet: bool) -> Iterator[None]:
     """Keep other processes out of a run's folder, made if it is new, and bring the run to the step it stands at."""
     folder, is_main = run.folder.path, run.accelerator.is_main_process
     there = folder.is_dir()
     with ExitStack() as held:
         if is_main and there:
             held.enter_context(alone_in(folder))
-        _take_up(run, prepared, path, new=new, quiet=quiet)
+        _take_up(run, prepared, path, launch, new=new, quiet=quiet)
         if is_main and not there:
             held.enter_context(alone_in(folder))
         held.callback(run.watch.close)
         yield
 
 
-def _take_up(run: Run, prepared: Prepared, path: Path, *, new: bool, quiet: bool) -> None:
+def _take_up(run: Run, prepared: Prepared, path: Path, launch: Launch, *, new: bool, quiet: bool) -> None:
     """Bring a run to the step it stands at, make its folder if it is new, and open what tells how it goes."""
     accelerator, folder = run.accelerator, run.folder
     is_main = accelerator.is_main_process
@@ -225,9 +222,9 @@ def _take_up(run: Run, prepared: Prepared, path: Path, *, new: bool, quiet: bool
     if is_main:
         try:
             if new:
-                folder.create(run.recipe, prepared.describe_data(path))
-            elif folder.data()["path"] != str(path):
-                folder.move_data(path)
+                folder.create(run.recipe, {**prepared.describe_data(path), "launch": vars(launch)})
+            else:  # an older version did not note the launch
+                folder.note(path=str(path), launch=folder.data().get("launch", vars(launch)))
         except EfficientFormerError as error:
             problem = [str(error)]
     if accelerator.num_processes > 1:
@@ -243,6 +240,9 @@ def _take_up(run: Run, prepared: Prepared, path: Path, *, new: bool, quiet: bool
     run.evaluate = lambda network: _evaluate(run, network, prepared)
     if not new and folder.fresh:
         run.watch.note("There is no checkpoint yet: the run begins again")
+    if not new and folder.launch != launch:
+        differ = "what the processes draw and BatchNorm's statistics may differ, and the memory it needs"
+        run.watch.note(f"warning: begun as {folder.launch}, the run goes on as {launch}: {differ}")
     for note in prepared.notes if new else ():
         run.watch.note(note)
 
@@ -257,13 +257,15 @@ def _evaluate(run: Run, network: EfficientFormer, prepared: Prepared) -> dict[st
     try:
         merged = _measure(run, predictor, prepared.val, keep_worst=0)
     except EngineError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            raise run.no_memory("to measure the network", error.__cause__) from error
+        if error.__cause__ is not None:  # something else that torch says
+            raise
         raise TrainingError(
             f"The network answers with no numbers after step {progress.step - 1}", hint=run.advice
         ) from error
-    except torch.OutOfMemoryError as error:
-        raise run.no_memory("to measure the network", error) from error
     if progress.best_epoch < 0:
-        _name_skipped(run, "validation", [(each.name, each.reason) for each in merged.skipped])
+        run.watch.left_out("validation", [(each.name, each.reason) for each in merged.skipped])
     epoch = progress.step // run.steps_per_epoch
     figures = {"val_top1": merged.top1, "val_top5": merged.top5, "val_loss": merged.loss}
     better = (merged.top1, -merged.loss) > (progress.best_top1, -progress.best_loss)
@@ -278,14 +280,6 @@ def _evaluate(run: Run, network: EfficientFormer, prepared: Prepared) -> dict[st
             with run.folder.naming(progress.step):
                 prepared.subject.save(run.folder.weights(name), network, manifest)
     return figures
-
-
-def _name_skipped(run: Run, part: str, skipped: list[tuple[str, str]]) -> None:
-    """Name the pictures that could not be read, the first twenty of them."""
-    for name, reason in skipped[:SHOWN]:
-        run.watch.note(f"left out of the {part} pictures: {name}: {reason}")
-    if len(skipped) > SHOWN:
-        run.watch.note(f"... and {len(skipped) - SHOWN:,} more; efficientformer data check names them all")
 
 
 def _measured_manifest(manifest: Manifest, evaluation: Evaluation, epoch: int) -> Manifest:
@@ -333,7 +327,7 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
         raise missing_extra("train", "Training", error) from error
     # Accelerate keeps device and precision for the life of the process; this run may want others than the one before
     AcceleratorState._reset_state(reset_partial_state=True)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _world()
     on_cpu = device == "cpu" or (world > 1 and not torch.cuda.is_available())  # else each would train on its own
     accelerator = Accelerator(mixed_precision=mixed_precision(recipe, device), cpu=on_cpu)
     if accelerator.num_processes != world:
@@ -344,6 +338,33 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
             hint="Start them with torchrun, also under Slurm: srun ... torchrun ...",
         )
     return accelerator
+
+
+def _world() -> int:
+    """Return how many processes train together.
+
+    Raises:
+        UsageError: If this is one of several that know nothing of each other.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    step = os.environ.get("SLURM_STEP_ID", "")
+    in_step = step.isdecimal() and int(step) < NO_STEP  # elsewhere in a job the tasks are yet to be started
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *(["SLURM_NTASKS"] if in_step else [])):
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1:
+            raise UsageError(
+                f"Each of {count} processes would train on its own: none knows of the others",
+                found=f"{name}={count}, and no WORLD_SIZE",
+                hint="Start them with torchrun, under Slurm one for each node: srun --ntasks-per-node 1 torchrun "
+                "--nproc-per-node N -m efficientformer train ...; if it is meant so, set WORLD_SIZE=1",
+            )
+    return 1
+
+
+def _launch(accelerator: Accelerator, device: str) -> Launch:
+    world = accelerator.num_processes
+    return Launch(world, max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world))), device)
 
 
 def mixed_precision(recipe: Recipe, device: str) -> str:

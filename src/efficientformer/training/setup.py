@@ -17,11 +17,12 @@ from torch import Tensor
 
 from efficientformer.data.augment import Augmentation
 from efficientformer.data.draws import DrawPlan
-from efficientformer.data.loader import Loader, MemoryLoader, WorkerLoader, decode_all
+from efficientformer.data.loader import Loader, MemoryLoader, WorkerLoader, decode_all, read_classes
 from efficientformer.data.source import ImageSource
 from efficientformer.data.sources import Splits, open_splits
 from efficientformer.models.network import EfficientFormer
 from efficientformer.runtime.image import decode
+from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import DataError, ImageError, UsageError
 from efficientformer.spec.manifest import Manifest
@@ -147,13 +148,16 @@ def prepare(
         model, manifest = subject.build(recipe, splits.train.classes, notes.append)
     if recipe.crop == "auto":
         recipe = recipe.with_changes(crop="pad" if max(manifest.spec.input_size) < SMALL else "rrc")
-    images, source, unreadable = None, splits.train, dict[str, str]()
+    images, source = None, splits.train
     if recipe.idle:
         notes.append(f"without effect beside the other settings: {', '.join(recipe.idle)}")
     if recipe.crop == "pad":
         images, source, skipped = decode_all(source, manifest.preprocess, recipe.workers)
-        unreadable = dict(skipped)
-        _check_classes_read(splits.train, source, tuple(unreadable.values()))
+        read = source
+    else:
+        read, skipped = read_classes(source, manifest.preprocess, recipe.workers)
+    unreadable = dict(skipped)
+    _check_classes_read(splits.train, read, tuple(unreadable.values()))
     _check_any_read(splits.val, manifest.preprocess)
     fitted = _fit_batch(recipe, len(source), world)
     if recipe.batch_size not in (0, fitted):
@@ -203,8 +207,7 @@ def _decide(recipe: Recipe, train: ImageSource) -> Recipe:
     if recipe.model == "auto" and recipe.spec is None:
         changes["model"] = EMBEDDED if typical_side(train) <= SMALL else DEFAULT_MODEL
     if recipe.workers < 0:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        changes["workers"] = min(16, cores)
+        changes["workers"] = min(16, available_cores())
     for name in ("model", "teacher", "teacher_weights", "teacher_cache"):  # a resumed run may start elsewhere
         value = getattr(recipe, name)
         if value and (name == "teacher_cache" or Path(value).is_file()):
@@ -266,6 +269,8 @@ def build_network(recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple
             load_into(model, checkpoint, reset_head=reset, drop_dist_head=not spec.distilled)
         for warning in said:
             note(str(warning.message))
+        if not reset:
+            _note_other_split(recipe, manifest, note)
     name = "custom" if recipe.spec is not None else Path(recipe.model).name if is_file else recipe.model
     provenance = {
         "model": name,
@@ -276,6 +281,19 @@ def build_network(recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple
     if checkpoint is not None:
         provenance["started_from"] = checkpoint.sha256
     return model, Manifest(spec, preprocess, classes, {}, provenance)
+
+
+def _note_other_split(recipe: Recipe, start: Manifest, note: Note) -> None:
+    """Say so if the weights were trained with another division of pictures, on which this run may be measured."""
+    before = {name: start.provenance[name] for name in ("seed", "val_fraction") if name in start.provenance}
+    now = {"seed": str(recipe.seed), "val_fraction": f"{recipe.val_fraction:g}"}
+    if start.provenance.get("source") == "trained" and any(now[name] != value for name, value in before.items()):
+        settings = " ".join(f"--set {name}={value}" for name, value in before.items())
+        note(
+            "the weights were trained with another seed or val_fraction: unless the data set has a validation part of "
+            "its own, they know pictures that are now held out, and figures will be too good; "
+            f"{settings} keeps these apart"
+        )
 
 
 def new_network(recipe: Recipe, spec: ArchSpec) -> EfficientFormer:

@@ -1,6 +1,6 @@
 """The run folder, and the state a run goes on from: written whole or not at all, read without running anything.
 
-recipe.json            the resolved recipe; data.json: the data set and its classes
+recipe.json            the resolved recipe; data.json: the data set and its classes, and how the run was started
 state.pt               network, averaged network, optimiser, step: what --resume needs
 best.safetensors       the best weights so far by validation top-1; last.safetensors: the newest
 metrics.jsonl          one line per epoch and per 50 steps; tensorboard/, train.log, curves.png
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from efficientformer.spec.errors import CheckpointError, TrainingError, UsageError
+from efficientformer.spec.fields import check_choice, check_count, check_int, check_keys
 from efficientformer.training.lock import LOCK
 from efficientformer.training.recipe import Recipe, load_recipe
 from efficientformer.weights.files import atomic_write
@@ -61,13 +62,45 @@ class Progress:
     hit_sum: float = 0.0
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How a run is started; another way may need more memory, and computes other numbers.
+
+    Attributes:
+        processes: Processes that train together.
+        nodes: Machines they are on.
+        device: ``auto`` or ``cpu``.
+    """
+
+    processes: int = 1
+    nodes: int = 1
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_count("processes of the launch", self.processes)
+        check_int("nodes of the launch", self.nodes, 1, self.processes)
+        check_choice("device of the launch", self.device, ("auto", "cpu"))
+
+    def __str__(self) -> str:
+        return f"{self.processes} process(es) on {self.nodes} machine(s), device {self.device}"
+
+    def command(self, arguments: str) -> str:
+        """Return the command that starts ``efficientformer`` with some arguments this way."""
+        cpu = " --device cpu" if self.device == "cpu" else ""
+        if self.processes == 1:
+            return f"efficientformer {arguments}{cpu}"
+        meet = f"--nnodes {self.nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " if self.nodes > 1 else ""
+        each = self.processes // self.nodes
+        return f"torchrun {meet}--nproc-per-node {each} -m efficientformer {arguments}{cpu}"
+
+
 @dataclass
 class RunFolder:
     """A folder that holds one run.
 
     Args:
         path: The folder.
-        command: What goes on with the run; by default ``efficientformer train --resume``.
+        command: What goes on with the run; by default ``efficientformer train --resume``, started as the run was.
     """
 
     path: Path
@@ -98,7 +131,15 @@ class RunFolder:
     @property
     def resume_command(self) -> str:
         """The command that goes on with this run."""
-        return self.command or f"efficientformer train --resume {shlex.quote(str(self.path))}"
+        return self.command or self.launch.command(f"train --resume {shlex.quote(str(self.path))}")
+
+    @property
+    def launch(self) -> Launch:
+        """How the run was started first; a single process if that was not noted."""
+        try:
+            return Launch(**self.data().get("launch", {}))
+        except UsageError:  # whoever needs the data set says so
+            return Launch()
 
     @property
     def fresh(self) -> bool:
@@ -133,13 +174,17 @@ class RunFolder:
         wanted = {"path": str, "digest": str, "manifest": str, "train": int, "notes": list}
         if not isinstance(data, dict) or not all(isinstance(data.get(key), kind) for key, kind in wanted.items()):
             raise UsageError(f"{self.path / 'data.json'} is damaged", expected=f"an object with {', '.join(wanted)}")
+        Launch(**check_keys(f"launch of {self.path / 'data.json'}", data.get("launch", {}), Launch))
         return data
 
-    def move_data(self, path: Path) -> None:
-        """Note that the data set lies elsewhere now."""
-        note = {**self.data(), "path": str(path)}
+    def note(self, **changes: object) -> None:
+        """Change what ``create`` noted."""
+        before = self.data()
+        after = {**before, **changes}
+        if after == before:
+            return
         with atomic_write(self.path / "data.json") as file:
-            file.write((json.dumps(note, indent=2) + "\n").encode())
+            file.write((json.dumps(after, indent=2) + "\n").encode())
 
     def save_state(self, parts: Mapping[str, Any], progress: Progress) -> None:
         """Write everything a run needs to go on from here.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from efficientformer.spec.errors import missing_extra
 
 LINE_EVERY_S = 30.0  # between lines where no terminal can redraw one
+SHOWN = 20  # unreadable pictures that are named at once
 
 
 class Watch:
@@ -32,6 +33,7 @@ class Watch:
         self._total, self._images_per_step, self._quiet = total, images_per_step, quiet or folder is None
         self._began, self._first, self._said = time.monotonic(), first, time.monotonic()
         self._done = 0  # pictures of this part of the run
+        self._newest = ""  # figures, which come less often than steps
         self._log = self._events = self._bar = None
         if folder is not None:
             try:
@@ -60,12 +62,14 @@ class Watch:
         """Pictures a second since this part of the run began, evaluations included."""
         return self._done / max(1e-9, time.monotonic() - self._began)
 
-    def step(self, step: int, epoch: int, epochs: int, loss: float | None, top1: float | None) -> None:
-        """Take note of a step done; ``loss`` and ``top1`` are the newest known, if any."""
+    def step(self, step: int, epoch: int, epochs: int, figures: Mapping[str, float], best: float | None) -> None:
+        """Take note of a step done, of its figures if it has any, and of the best validation top-1 so far."""
         self._done = (step - self._first) * self._images_per_step
         text = f"epoch {epoch + 1}/{epochs}  {self.images_per_s:,.0f} images/s"
-        text += f"  loss {loss:.3f}" if loss is not None else ""
-        text += f"  val top-1 {top1:.2f} %" if top1 is not None else ""
+        if figures:
+            self._newest = f"  loss {figures['loss']:.3f}  top-1 {figures['train_top1']:.2f} %"
+        text += self._newest
+        text += f"  best val top-1 {best:.2f} %" if best is not None else ""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         elif not self._quiet and time.monotonic() - self._said > LINE_EVERY_S:
@@ -83,6 +87,13 @@ class Watch:
             self._bar.console.print(text, markup=False, highlight=False)
         elif not self._quiet:
             sys.stderr.write(f"{text}\n")
+
+    def left_out(self, part: str, skipped: Sequence[tuple[str, str]]) -> None:
+        """Name the pictures that could not be read, the first twenty of them."""
+        for name, reason in skipped[:SHOWN]:
+            self.note(f"left out of the {part} pictures: {name}: {reason}")
+        if len(skipped) > SHOWN:
+            self.note(f"... and {len(skipped) - SHOWN:,} more; efficientformer data check names them all")
 
     def scalars(self, values: Mapping[str, float | int | None], step: int) -> None:
         """Add values to TensorBoard."""
