@@ -19,13 +19,13 @@ from pyarrow import dataset
 
 from efficientformer.cluster import storage
 from efficientformer.cluster.parts import BEGUN_FILE, DONE_FILE, Parts
-from efficientformer.cluster.predict import Options, Worker, _attempts, predict_on_cluster
+from efficientformer.cluster.predict import Options, Worker, _attempts, count_rows, predict_on_cluster
 from efficientformer.cluster.storage import UNFINISHED, Place
 from efficientformer.export import deployable as deployable_module
 from efficientformer.export.deployable import embedded_file
 from efficientformer.runtime.classifier import FileClassifier, Prediction
 from efficientformer.runtime.records import arrow_schema
-from efficientformer.spec.errors import DataError, UsageError
+from efficientformer.spec.errors import DataError, EngineError, UsageError
 from tests.pictures import write_folders
 
 OPTIONS = Options(engine="onnxruntime")
@@ -180,14 +180,21 @@ def test_a_part_is_missing_until_it_is_whole(tmp_path):
     parts = Parts(place, "json", {}, ["a.png", "b.png"])
     parts.begin(2)
     opens = place.filesystem.open_output_stream
-    stops = SimpleNamespace(open_output_stream=opens, move=Mock(side_effect=KeyboardInterrupt))
+    stops = SimpleNamespace(type_name="local", open_output_stream=opens, move=Mock(side_effect=KeyboardInterrupt))
     for part in parts.missing():
         with pytest.raises(KeyboardInterrupt):
             replace(place, filesystem=stops).write(part.name, b"row")
     begun = Parts(place, "json", {}, ["a.png", "b.png"])
     assert [part.paths for part in begun.missing()] == [["a.png"], ["b.png"]]
+    gone = next(path for path in tmp_path.iterdir() if path.name.endswith(UNFINISHED))
+    gone.unlink()  # by a worker that has just ended it
     begun.tidy()
     assert [path.name for path in tmp_path.iterdir()] == [BEGUN_FILE]
+    (tmp_path / parts.missing()[0].name).touch()  # what a machine that lost its power may leave
+    assert [part.paths for part in Parts(place, "json", {}, ["a.png", "b.png"]).missing()] == [["a.png"], ["b.png"]]
+    (tmp_path / "part-000000000.parquet").write_bytes(b"half")
+    with pytest.raises(EngineError, match=r"part-000000000\.parquet is damaged"):
+        count_rows(place, "parquet")
 
 
 def test_other_pictures_and_a_note_that_is_none_are_refused(tmp_path):

@@ -68,10 +68,12 @@ def phone(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("kind", ["json", "onnx"])
+@pytest.mark.parametrize("kind", ["network.json", "network.onnx", "folder/model.onnx"])
 def test_a_table_says_what_a_network_takes_elsewhere(cli, tmp_path, phone, kind):
-    spec, file = SMALL["v1"], tmp_path / f"network.{kind}"
-    file.write_text(spec.to_json()) if kind == "json" else write_network(spec, file)
+    spec, file = SMALL["v1"], tmp_path / kind
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(spec.to_json()) if file.suffix == ".json" else write_network(spec, file)
+    file = file if file.parent == tmp_path else file.parent  # as quantize leaves it
     code, out, err = cli("profile", file, "--table", phone, "--json")
     assert code == 0, err
     found = json.loads(out)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from efficientformer.cli.app import app
 from efficientformer.data.sources import open_splits
 from efficientformer.latency.design import TableSpace, all_parts
-from efficientformer.latency.table import Cost, LatencyTable
+from efficientformer.latency.table import HERE, Cost, LatencyTable
 from efficientformer.slimming import device, judge, judging, run
 from efficientformer.slimming.device import Measured
 from efficientformer.slimming.importance import Importances
@@ -437,6 +437,10 @@ def test_a_missed_budget_is_an_error_and_is_measured_again(place, finished, cli,
     result = tmp_path / "run" / "targets" / "0.6ms" / "result.json"
     result.write_text(json.dumps({**json.loads(result.read_text()), "measured_ms": 0.8, "quiet_ms": 0.7}))
     monkeypatch.setattr(device, "measured", lambda table, specs, start: [Measured(0.9, 0.65) for _ in specs])
+    assert cli("slim", "--resume", tmp_path / "run", "--quiet")[0] == 1
+    assert json.loads(result.read_text())["quiet_ms"] == 0.7, "its engine is not here: it cannot be measured again"
+    monkeypatch.setattr(LatencyTable, "origin", HERE)
+    shutil.rmtree(tmp_path / "run" / "targets" / "0.6ms" / "train")  # large, and of no use any more
     code, out, err = cli("slim", "--resume", tmp_path / "run", "--quiet")
     assert (code, str(tmp_path / "run" / "slimmed-0.6ms.safetensors") in out) == (1, True)
     assert "measured 0.650 ms; budget NOT held" in err

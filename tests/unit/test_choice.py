@@ -153,3 +153,9 @@ def test_classifier_chooses_and_says_why():
 def test_what_classifier_refuses(options, text):
     with pytest.raises(UsageError, match=text):
         Classifier(**options)
+
+
+def test_no_engine_at_all_is_said(monkeypatch):
+    monkeypatch.setattr(module, "installed_engines", tuple)
+    with pytest.raises(EngineError, match="No engine can be imported"):
+        choose(FILE)

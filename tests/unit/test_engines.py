@@ -28,7 +28,7 @@ def break_openvino(monkeypatch, folder):
     """Put an OpenVINO whose import fails before the one that is installed."""
     (folder / "openvino").mkdir(exist_ok=True)
     (folder / "openvino" / "__init__.py").write_text("raise AttributeError('built for another numpy')")
-    monkeypatch.delitem(sys.modules, "openvino")
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
     monkeypatch.syspath_prepend(folder)
 
 
@@ -59,7 +59,7 @@ def test_what_cannot_be_imported_is_not_taken(monkeypatch, tmp_path):
         assert (installed_engines(), damaged_engines()) == (("onnxruntime",), ("openvino",))
         assert open_engine(FILE).key == "onnxruntime"
     (tmp_path / "openvino" / "__init__.py").unlink()  # a mere folder of that name, without a library anywhere
-    monkeypatch.delitem(sys.modules, "openvino")
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert (installed_engines(), damaged_engines()) == (("onnxruntime",), ())
     assert open_engine(FILE).key == "onnxruntime"

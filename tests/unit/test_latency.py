@@ -385,7 +385,8 @@ def test_free_memory_is_that_of_the_container(monkeypatch, tmp_path):
     (tmp_path / "membership").write_text("0::/service\n")
     for folder in (tmp_path, own):
         (folder / "memory.max").write_text("max\n")
-        (folder / "memory.current").write_text("1000\n")
+        (folder / "memory.current").write_text("1500\n")
+        (folder / "memory.stat").write_text("anon 1000\ninactive_file 500\nactive_file 0\n")
     assert groups.free_memory() > 1 << 20
     (tmp_path / "memory.max").write_text("5000\n")
     assert groups.free_memory() == 4000
@@ -399,7 +400,8 @@ def test_free_memory_is_that_of_the_older_kind_of_container(monkeypatch, tmp_pat
     (tmp_path / "membership").write_text("4:memory:/\n")
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("5000\n")
-    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("4000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("4600\n")
+    (tmp_path / "memory" / "memory.stat").write_text("inactive_file 100\ntotal_inactive_file 600\n")
     assert groups.free_memory() == 1000
 
 

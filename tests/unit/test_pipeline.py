@@ -171,6 +171,8 @@ def test_arrays_of_pictures_and_of_paths_are_several():
     small = [np.array(Image.open(photo).convert("RGB").resize((40, 40))) for photo in PHOTOS[:3]]
     stacked = classify.predict(np.stack(small))
     assert [each.label for each in stacked] == [classify(array).label for array in small]
+    grey = [array[..., 0] for array in small]
+    assert [each.label for each in classify.predict(np.stack(grey))] == [classify(array).label for array in grey]
     for paths in (np.array([str(photo) for photo in PHOTOS]), np.array(PHOTOS, object)):
         assert [each.label for each in classify.predict(paths)] == [singles[photo].label for photo in PHOTOS]
 

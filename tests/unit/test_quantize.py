@@ -40,6 +40,7 @@ from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import v1_spec
 from efficientformer.spec.zoo import resolve
 from efficientformer.weights.cache import Cache
+from tests.unit.test_engines import break_openvino
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = v1_spec((16, 16, 32, 32), (1, 0, 0, 1), 0, input_size=32, num_classes=10, stem_stride=2)
@@ -466,3 +467,9 @@ def test_reports_are_plain_data(made):
     report, _ = made
     assert dataclasses.is_dataclass(report)
     assert set(report.to_dict()["sizes"]) == {"float", "new"}
+
+
+def test_an_engine_that_cannot_be_asked_is_an_error(monkeypatch, tmp_path):
+    break_openvino(monkeypatch, tmp_path)
+    with pytest.raises(EngineError, match=r"cannot be imported.*openvino"):
+        quantize("efficientformer_cifar10", tmp_path, tmp_path / "int8")

@@ -104,8 +104,8 @@ class Journal:
 
         Nothing is changed before the lock: another process may have created and filled the file by now.
         """
-        _is_there(self.path)
         try:
+            _is_there(self.path)
             self._file: BinaryIO = os.fdopen(os.open(self.path, _AS_IT_IS, 0o666), "r+b")
         except OSError as error:
             hint = "Choose a file in a writable folder"
@@ -114,7 +114,9 @@ class Journal:
         if self._locked is False:
             self._file.close()
             raise UsageError(f"Another process is writing {self.path}", hint="Wait for it, or name another output")
-        with contextlib.suppress(FileNotFoundError):
+        if self._locked is None:  # no process waits for another: whoever opened it has it
+            return True
+        with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
                 return True
         self._file.close()

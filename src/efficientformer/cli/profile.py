@@ -46,7 +46,7 @@ def profile(
         expected = "a network, or --observations"
         raise UsageError("Nothing to profile" if not observations else "Too much to do at once", expected=expected)
     if table is not None:
-        if observations or output or threads or {engine, precision} != {"auto"}:
+        if observations or random_weights or output or threads or {engine, precision} != {"auto"}:
             raise UsageError("A table says what its own engine takes", hint="Leave other options than --json out")
         _predict(_spec_of(model, checkpoint, offline), table, as_json=as_json)
         return
@@ -105,13 +105,11 @@ def _untrained(model: str, checkpoint: Path | None, random_weights: bool) -> Arc
 
 def _spec_of(model: str, checkpoint: Path | None, offline: bool) -> ArchSpec:
     """Return the architecture of a zoo network, of a spec, or of a file; weights are not fetched for it."""
-    from efficientformer.export.deployable import deployable
+    from efficientformer.export.deployable import deployable, file_of
     from efficientformer.runtime.engines import open_engine
 
-    if checkpoint is None and not Path(model).is_file():
+    if checkpoint is None and (model.endswith(".json") or file_of(model) is None):
         spec = _untrained(model, None, random_weights=True)
-    elif checkpoint is None and model.endswith(".json"):
-        spec = _untrained(model, None, random_weights=False)
     else:
         file = deployable(model, checkpoint=checkpoint, offline=offline or None)
         spec = open_engine(file, "onnxruntime").manifest.spec

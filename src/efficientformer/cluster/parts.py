@@ -88,7 +88,12 @@ class Parts:
         """Remove what does not hold while parts are missing: files that were being written, the note of the end."""
         for name in self._names:
             if name.endswith(UNFINISHED) or name == DONE_FILE:
-                self._target.filesystem.delete_file(f"{self._target.path}/{name}")
+                try:
+                    self._target.filesystem.delete_file(f"{self._target.path}/{name}")
+                except FileNotFoundError:  # a worker of the run that was killed has just ended it
+                    continue
+                except OSError as error:
+                    raise UsageError(f"Cannot write to {self._target.name!r}", found=str(error)) from error
 
     def _begun(self) -> int:
         """Return how many parts the run was begun with, after checking that it was this one; 0 if there was none."""

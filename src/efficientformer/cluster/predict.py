@@ -359,11 +359,15 @@ def _errors(target: Place, path: str, format_: str) -> Any:  # noqa: ANN401 (a p
     Each file is read by itself: pyarrow's scanner of JSON data sets waits for the thread it runs in where pyarrow has
     one thread only, as it has with ``OMP_NUM_THREADS=1``.
     """
+    from pyarrow import ArrowInvalid, parquet
     from pyarrow import json as arrow_json
-    from pyarrow import parquet
 
-    with target.filesystem.open_input_file(path) as file:
-        if format_ == "parquet":
-            return parquet.read_table(file, columns=["error"])["error"]
-        parsing = arrow_json.ParseOptions(explicit_schema=arrow_schema())
-        return arrow_json.read_json(file, arrow_json.ReadOptions(use_threads=False), parsing)["error"]
+    try:
+        with target.filesystem.open_input_file(path) as file:
+            if format_ == "parquet":
+                return parquet.read_table(file, columns=["error"])["error"]
+            parsing = arrow_json.ParseOptions(explicit_schema=arrow_schema())
+            return arrow_json.read_json(file, arrow_json.ReadOptions(use_threads=False), parsing)["error"]
+    except (ArrowInvalid, KeyError) as error:
+        hint = "Remove it and run again: the same command goes on with the parts that are missing"
+        raise EngineError(f"The part {path} is damaged", found=str(error)[:300], hint=hint) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -105,7 +106,7 @@ class Place:
             raise ImageError(f"Cannot read {path!r}", expected="a readable picture file", found=str(error)) from error
 
     def names(self) -> set[str]:
-        """Return the names in the folder; none if there is no such folder.
+        """Return the names in the folder but for empty files; none if there is no such folder.
 
         Raises:
             UsageError: If it cannot be listed.
@@ -116,7 +117,8 @@ class Place:
             found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
         except OSError as error:
             raise UsageError(f"Cannot write to {self.name!r}", found=str(error)) from error
-        return {info.base_name for info in found}
+        # a file without a byte was being written when its machine died: none of ours is empty
+        return {info.base_name for info in found if info.type != fs.FileType.File or info.size}
 
     def load(self, name: str) -> bytes:
         """Return the bytes of a file in the folder."""
@@ -125,7 +127,14 @@ class Place:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file in the folder, which has its name only once it is whole."""
-        hidden = f"{self.path}/.{name}.{secrets.token_hex(4)}{UNFINISHED}"
-        with self.filesystem.open_output_stream(hidden) as file:
+        whole = f"{self.path}/{name}"
+        # an object of a cloud's store is there once its stream is closed, and is renamed by a copy, if at all
+        grows = self.filesystem.type_name in ("local", "hdfs")
+        path = f"{self.path}/.{name}.{secrets.token_hex(4)}{UNFINISHED}" if grows else whole
+        with self.filesystem.open_output_stream(path) as file:
             file.write(data)
-        self.filesystem.move(hidden, f"{self.path}/{name}")
+        if self.filesystem.type_name == "local":
+            with open(path, "rb+") as written:  # noqa: PTH123 (not a path of the user's)
+                os.fsync(written.fileno())
+        if grows:
+            self.filesystem.move(path, whole)

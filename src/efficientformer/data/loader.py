@@ -209,9 +209,16 @@ def _end_with_training(_: int) -> None:
     worker looks at the server it was forked from, and that one lives on as long as its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):  # Windows has none, and kills on SIGTERM
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))
+    if hasattr(signal, "pthread_sigmask"):  # Windows has none, and kills on SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_late, daemon=True).start()
     threading.Thread(target=_follow, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_late() -> None:
+    """Wait for SIGTERM, and have the system end this process a while later, whatever it hangs in by then."""
+    signal.sigwait({signal.SIGTERM})
+    signal.alarm(GRACE_S)
 
 
 def _follow(parent: BaseProcess) -> None:

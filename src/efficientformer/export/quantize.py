@@ -19,9 +19,9 @@ import numpy.typing as npt
 from efficientformer.export.calibration import Pictures, gather_pictures
 from efficientformer.export.deployable import deployable, quantised_target
 from efficientformer.export.qdq import Progress, Quantiser, store_weights_half, store_weights_int8
-from efficientformer.runtime.engines import Engine, installed_engines, open_engine
+from efficientformer.runtime.engines import Engine, damaged_engines, installed_engines, open_engine
 from efficientformer.runtime.timing import Timing, environment, time_together
-from efficientformer.spec.errors import ExportError, UsageError
+from efficientformer.spec.errors import EngineError, ExportError, UsageError
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
 from efficientformer.weights.cache import CacheError, writing_to
@@ -144,6 +144,7 @@ def quantize(
     Raises:
         UsageError: If an argument makes no sense, or the folder holds something else.
         DataError: If there are too few pictures.
+        EngineError: If an engine is installed that cannot be imported.
         ExportError: If the allowed drop cannot be held; nothing is written.
         MissingExtraError: If a library of the quantize extra is missing.
     """
@@ -153,6 +154,9 @@ def quantize(
     if not 0 <= max_drop <= 100 or pictures < 1 or holdout < 1:
         found = f"max_drop {max_drop}, {pictures} and {holdout} pictures"
         raise UsageError("Illegal quantisation", expected="a drop from 0 to 100, pictures from 1", found=found)
+    if damaged := damaged_engines():
+        hint = "Install it anew, or uninstall it: what is quantised is measured in every engine installed"
+        raise EngineError("An engine is installed and cannot be imported", found=", ".join(damaged), hint=hint)
     output = _checked_folder(Path(output))
     source = deployable(model, checkpoint=checkpoint, offline=offline)
     kept = None if weights_only else quantised_target(model, checkpoint=checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -75,9 +76,13 @@ def free_memory() -> int:
 
 def _left(folder: Path) -> int | None:
     """Return the bytes that a control group can still have; None if it does not say."""
-    versions = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # 2, 1
-    for names in versions:
+    versions = (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    )  # 2, 1
+    for *names, cached in versions:
         with suppress(OSError, ValueError):  # ValueError: "max", in version 2
             limit, used = (int((folder / name).read_text()) for name in names)
-            return max(0, limit - used)
+            found = re.search(rf"^{cached} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            return max(0, limit - used + (int(found[1]) if found else 0))  # files that were read are given up
     return None

@@ -22,6 +22,7 @@ from efficientformer.runtime.engines import (
     can_import,
     damaged_engines,
     installed_engines,
+    no_engine,
     open_engine,
 )
 from efficientformer.runtime.samples import sample_batch
@@ -83,7 +84,7 @@ def choose(path: Path, precision: str = "auto", *, threads: int | None = None, s
 def _measure(path: Path, precision: str, threads: int | None) -> Choice:
     candidates, refused = _candidates(path, precision, threads)
     if not candidates:
-        raise refused[-1]
+        raise refused[-1] if refused else no_engine()
     damaged = _left_out("because the import fails", damaged_engines())
     if len(candidates) == 1:
         only = candidates[0]

@@ -140,7 +140,8 @@ class EngineClassifier:
         The first few are drawn before this returns: so few open no second engine.
 
         Args:
-            pictures: As for one picture, arrays also as one (N, H, W, 3), or what ``runtime.inputs.gather`` found.
+            pictures: As for one picture, arrays also as one (N, H, W, 3) or (N, H, W), or what
+                ``runtime.inputs.gather`` found.
             batch_size: Pictures per run of the engine; None takes 1 for engines of exported files, 64 for torch.
             workers: Threads that decode and run; None takes one per core.
             decode: ``exact``, or ``fast``: large JPEGs are decoded at a half, a quarter or an eighth of their size
@@ -224,7 +225,9 @@ class FileClassifier(EngineClassifier):
 def _is_one(pictures: object) -> bool:
     """Whether what should be several pictures is one; an array of one would be taken for its rows."""
     if isinstance(pictures, np.ndarray):
-        return pictures.ndim < 4 and pictures.dtype.kind not in "OU"  # paths in an array are several
+        if pictures.dtype.kind in "OU":  # paths
+            return False
+        return pictures.ndim < 3 or (pictures.ndim == 3 and pictures.shape[-1] == 3)  # else grey ones are stacked
     return isinstance(pictures, str | os.PathLike | Encoded | Image.Image | Input) or hasattr(pictures, "read")
 
 

@@ -34,7 +34,9 @@ class Measured:
     quiet_ms: float
 
 
-def open_table(plan: Plan, space: Space, folder: Path, given: Path | None, *, quiet: bool) -> LatencyTable:
+def open_table(
+    plan: Plan, space: Space, folder: Path, given: Path | None, *, quiet: bool, anew: bool = False
+) -> LatencyTable:
     """Return the latency table of a run: the one given, the one in its folder, or a new one measured here.
 
     Args:
@@ -43,6 +45,7 @@ def open_table(plan: Plan, space: Space, folder: Path, given: Path | None, *, qu
         folder: The run folder; the table is kept there.
         given: A table from elsewhere.
         quiet: Show no progress.
+        anew: Measure though there is a table in the folder, which is replaced then.
 
     Raises:
         UsageError: If the table is of another engine than the plan.
@@ -50,7 +53,7 @@ def open_table(plan: Plan, space: Space, folder: Path, given: Path | None, *, qu
         EngineError: If the engine is not on this machine.
     """
     kept = folder / TABLE
-    if given is None and kept.exists():
+    if given is None and kept.exists() and not anew:
         return _kept_table(plan, kept)
     if given is not None:
         table = LatencyTable.load(given)
@@ -62,18 +65,21 @@ def open_table(plan: Plan, space: Space, folder: Path, given: Path | None, *, qu
     return LatencyTable.load(kept)  # rounded as a resumed run reads it, whose search is to be the same
 
 
-def discard_unfit(plan: Plan, space: Space, path: Path) -> None:
-    """Remove a table that a refused run measured, if this one asks for another engine, or for other networks."""
-    table = LatencyTable.load(path) if path.exists() else None
-    if table is None or ASKED not in table.environment:  # a table that somebody put there is theirs
-        return
+def keeps_table_for(plan: Plan, space: Space, path: Path) -> bool:
+    """Whether there is a table that a run can begin with: of what it asks for, if a refused run measured it."""
+    if not path.exists():
+        return False
+    try:
+        table = LatencyTable.load(path)
+    except SpecError:  # which is said where it is opened
+        return True
+    if ASKED not in table.environment:  # somebody put it there
+        return True
     try:
         check_table(plan, space, table)
-        fits = table.environment[ASKED] == _asked(plan)
     except UsageError:
-        fits = False
-    if not fits:
-        path.unlink()
+        return False
+    return bool(table.environment[ASKED] == _asked(plan))
 
 
 def _asked(plan: Plan) -> list[Any]:

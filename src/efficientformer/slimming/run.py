@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from efficientformer.latency.table import LatencyTable
+from efficientformer.latency.table import HERE, LatencyTable
 from efficientformer.models.network import EfficientFormer
 from efficientformer.slimming import device
 from efficientformer.slimming.device import Measured
@@ -276,9 +276,9 @@ class _SlimRun:
             outcome = self._train(recipe, folder / "train", PlainNetwork(self._command))
             if not outcome.finished:
                 return None
-        # of a run that goes on, a budget that did not hold is measured again: the machine may have been busy
-        if not done or Finished(target, step, weights, **_result(result)).holds is False:
-            self._deliver(folder, weights, step, target)
+            self._deliver(folder / "train" / "best.safetensors", weights, step, target)
+        elif Finished(target, step, weights, **_result(result)).holds is False and self.table.origin == HERE:
+            self._deliver(weights, weights, step, target)  # measured again: the machine may have been busy
         return Finished(target, step, weights, **_result(result))
 
     def _final_recipe(self, sliced: Path, step: Step) -> Recipe:
@@ -291,9 +291,9 @@ class _SlimRun:
             return recipe.with_changes(model=str(sliced.absolute()), spec=None, input_size=0, **changes)
         return recipe.with_changes(model="auto", spec=step.candidate.spec.to_dict(), input_size=0, **changes)
 
-    def _deliver(self, folder: Path, weights: Path, step: Step, target: float) -> None:
+    def _deliver(self, trained: Path, weights: Path, step: Step, target: float) -> None:
         """Write the trained network beside the report, with what was promised and what it keeps."""
-        checkpoint = load_checkpoint(folder / "train" / "best.safetensors")
+        checkpoint = load_checkpoint(trained)
         manifest = checkpoint.manifest
         assert manifest is not None
         found = device.measured(self.table, [checkpoint.spec], self.space.start)
@@ -309,7 +309,7 @@ class _SlimRun:
         )
         save_native(weights, checkpoint.state, manifest)
         measured = {name: figures.get(name) for name in ("measured_ms", "quiet_ms")}
-        _write(folder / "result.json", {"top1": float(manifest.metrics["top1"]), **measured})
+        _write(self._target(target) / "result.json", {"top1": float(manifest.metrics["top1"]), **measured})
 
 
 def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, quiet: bool) -> _SlimRun:
@@ -325,13 +325,12 @@ def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, qui
     space = plan.options.space(start_network(plan))
     make_folder(folder)
     held.enter_context(alone_in(folder))
-    device.discard_unfit(plan, space, kept)
-    found = kept.exists()
+    found = device.keeps_table_for(plan, space, kept)
     # not a run, if it is refused: the folder can be used again, and its own table too
     with _removing_if_refused(folder / PLAN, *(() if table is None else (kept,))):
         if table is None:
             plan.save(folder)  # a run that is killed while it measures can be resumed; a given table is quickly kept
-        latencies = device.open_table(plan, space, folder, table, quiet=quiet)
+        latencies = device.open_table(plan, space, folder, table, quiet=quiet, anew=not found)
         plan.save(folder)
         device.check_table(plan, space, latencies)
         check_targets(space, latencies, plan.targets, plan.options.max_params)

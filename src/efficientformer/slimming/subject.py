@@ -54,7 +54,7 @@ class SupernetSubject:
 
     def build(self, recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple[EfficientFormer, Manifest]:
         """Return the supernet of the recipe's network, with its weights if it starts from any."""
-        network, manifest = build_network(recipe, classes, note)
+        network, manifest = build_network(recipe, classes, note, self.final)
         torch.manual_seed(recipe.seed)
         supernet = Supernet.around(
             network,

@@ -162,12 +162,11 @@ def freeze(model: EfficientFormer, prefixes: Iterable[str]) -> list[nn.Module]:
     names = [name for name, _ in model.named_parameters()]
     for prefix in prefixes:
         chosen = [n for n in names if not n.startswith(HEADS)] if prefix == "body" else _under(prefix, names)
-        chosen = [name for name in chosen if not getattr(model.get_parameter(name), "always_learns", False)]
         if not chosen:
             parts = ", ".join(dict.fromkeys(_PART.findall(name)[0] for name in names))
             raise UsageError(f"freeze={prefix!r} matches nothing", hint=f"Parts are body, {parts} ...")
-        for name in chosen:
-            model.get_parameter(name).requires_grad = False
+        for parameter in map(model.get_parameter, chosen):
+            parameter.requires_grad = getattr(parameter, "always_learns", False)
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError("Everything is frozen: nothing is left to learn")
     return [

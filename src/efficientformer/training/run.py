@@ -357,7 +357,7 @@ def _world() -> int:
                 f"Each of {count} processes would train on its own: none knows of the others",
                 found=f"{name}={count}, and no WORLD_SIZE",
                 hint="Start them with torchrun, under Slurm one for each node: srun --ntasks-per-node 1 torchrun "
-                "--nproc-per-node N -m efficientformer train ...; if it is meant so, set WORLD_SIZE=1",
+                f"--nproc-per-node N -m efficientformer train ...; if it is meant so, unset {name}",
             )
     return 1
 

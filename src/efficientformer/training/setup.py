@@ -154,8 +154,10 @@ def prepare(
     if recipe.crop == "pad":
         images, source, skipped = decode_all(source, manifest.preprocess, recipe.workers)
         read = source
+    elif resumed is None:
+        read, skipped = read_classes(source, manifest.preprocess, _workers(recipe))
     else:
-        read, skipped = read_classes(source, manifest.preprocess, recipe.workers)
+        read, skipped = source, []  # looked at when it began
     unreadable = dict(skipped)
     _check_classes_read(splits.train, read, tuple(unreadable.values()))
     _check_any_read(splits.val, manifest.preprocess)
@@ -241,8 +243,16 @@ def _fit_batch(recipe: Recipe, pictures: int, world: int) -> int:
     return fitted
 
 
-def build_network(recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple[EfficientFormer, Manifest]:
+def build_network(
+    recipe: Recipe, classes: tuple[str, ...], note: Note, divided: Recipe | None = None
+) -> tuple[EfficientFormer, Manifest]:
     """Build the network, with its weights if the recipe starts from any, for the classes of the data set.
+
+    Args:
+        recipe: The recipe.
+        classes: The classes.
+        note: Told what the user should know.
+        divided: The recipe whose seed and ``val_fraction`` divide the pictures, if that is another.
 
     Returns:
         The network in training mode, and its manifest without figures.
@@ -270,7 +280,7 @@ def build_network(recipe: Recipe, classes: tuple[str, ...], note: Note) -> tuple
         for warning in said:
             note(str(warning.message))
         if not reset:
-            _note_other_split(recipe, manifest, note)
+            _note_other_split(divided or recipe, manifest, note)
     name = "custom" if recipe.spec is not None else Path(recipe.model).name if is_file else recipe.model
     provenance = {
         "model": name,
@@ -330,8 +340,12 @@ def open_loader(
     cut_until = (recipe.epochs - recipe.refine_epochs) * plan.steps_per_epoch
     if images is not None:
         return MemoryLoader(images, plan, source.labels, augmentation, preprocess, cut_until)
-    workers = max(1, recipe.workers // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    return WorkerLoader(source, plan, augmentation, preprocess, cut_until, workers)
+    return WorkerLoader(source, plan, augmentation, preprocess, cut_until, _workers(recipe))
+
+
+def _workers(recipe: Recipe) -> int:
+    """Return this process's share of the workers that a machine's processes have together."""
+    return max(1, recipe.workers // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def build_task(

@@ -57,6 +57,13 @@ def damaged_engines() -> tuple[str, ...]:
     return tuple(name for name in _FASTEST_FIRST if _is_installed(name) and not can_import(name))
 
 
+def no_engine() -> EngineError:
+    """Build the error for a machine on which no engine can be imported."""
+    found = ", ".join(damaged_engines()) or "none installed"
+    hint = "python -c 'import onnxruntime' says why; install it anew"
+    return EngineError("No engine can be imported", expected="onnxruntime", found=found, hint=hint)
+
+
 def can_import(engine: str) -> bool:
     """Whether an engine's library is installed and whole: it is imported, which whoever asks is about to do."""
     if not _is_installed(engine):
