@@ -184,7 +184,7 @@ def get_model(
     else:
         with terminal_progress() as progress:
             checkpoint, manifest = load_named(model, pretrained, offline=offline, progress=progress)
-        spec = manifest.spec
+        spec = model if isinstance(model, ArchSpec) else manifest.spec
     network = build(
         overrides.apply(spec),
         checkpoint,

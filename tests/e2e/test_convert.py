@@ -1,6 +1,8 @@
 """``convert``, checkpoints in ``predict``, ``get_model``: weights of every layout, from file to label."""
 
 import json
+import os
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from efficientformer import Classifier, get_model
 from efficientformer.export import onnx as onnx_module
+from efficientformer.export.deployable import quantised_target
 from efficientformer.export.onnx import export_onnx
 from efficientformer.models.network import EfficientFormer
 from efficientformer.spec import zoo
@@ -22,7 +25,7 @@ from efficientformer.spec.variants import VARIANTS, v1_spec, v2_spec
 from efficientformer.spec.zoo import TIMM_PREPROCESS, resolve
 from efficientformer.weights.cache import Cache
 from efficientformer.weights.checkpoint import load_checkpoint, save_foreign, save_native
-from efficientformer.weights.pretrained import build
+from efficientformer.weights.pretrained import build, load_published
 from tests.contract.test_torch_free import run_without_torch
 from tests.parity.regimes import random_state
 from tests.unit.test_fold import randomised
@@ -121,6 +124,11 @@ def test_nothing_is_overwritten_and_mistakes_are_usage_errors(cli, native, tmp_p
     assert cli("convert", native, tmp_path / "x.pth", "--to", "keras")[0] == 2
     assert cli("convert", native, tmp_path / "x.safetensors", "--model", "efficientformer_l1")[0] == 1
     assert not (tmp_path / "x.safetensors").exists()
+    assert cli("convert", "efficientformer_cifar10", tmp_path / "x.safetensors", "--ema")[0] == 2
+    (tmp_path / "folder").mkdir()
+    for place in (target / "x.onnx", tmp_path / "folder"):  # below a file, and a folder
+        code, _, err = cli("convert", native, place, "--to", "onnx", "--force")
+        assert (code, "Cannot write" in err) == (2, True)
     code, _, err = cli("convert", tmp_path / "nothing.pth", tmp_path / "x.onnx")
     assert code == 2
     assert "There is no file" in err
@@ -171,6 +179,25 @@ def test_a_zoo_name_is_built_once_from_weights_put_by_hand_and_then_needs_no_tor
     assert manifest.provenance["source"] == "timm"
     ((_, out, err),) = run_without_torch(("predict", photo, "--model", "efficientformerv2_s0", "-f", "json"))
     assert json.loads(out) == found, err
+    int8 = quantised_target("efficientformerv2_s0")
+    int8.write_bytes(b"what took an hour")
+    os.utime(weights, (2**31, 2**31))  # as after a copy of the cache
+    Classifier("efficientformerv2_s0")
+    assert int8.exists(), "the weights are those it was made of"
+
+
+def test_torch_and_engines_take_the_same_of_several_weights(monkeypatch, tmp_path):
+    shrink(monkeypatch, "efficientformerv2_s0", v2_spec((16, 16, 24, 32), ((2,), (), (), ()), 0))
+    card = resolve("s0").card
+    second, first = card.sources[1], card.sources[0]
+    for source in (second, first):
+        path = Cache().path(card.name, source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        manifest = Manifest(card.spec, PreprocessSpec(card.spec.input_size))  # as convert writes it, of any file
+        save_native(tmp_path / "converted.safetensors", random_state(card.spec, 0), manifest)
+        shutil.copy(tmp_path / "converted.safetensors", path)
+        assert Classifier("efficientformerv2_s0").manifest.provenance["source"] == source.name
+        assert load_published(card)[1].provenance["source"] == source.name
 
 
 def test_a_file_that_differs_from_its_network_gets_no_name(small, tmp_path, monkeypatch):
@@ -218,6 +245,8 @@ def test_get_model_says_what_it_changes(native, model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         get_model(SPEC, pretrained=native)
+    with pytest.warns(UserWarning, match="(?i)table"):
+        assert get_model(SPEC.with_input_size(96), pretrained=native).spec.input_size == (96, 96)
     with pytest.raises(CheckpointError, match="another network"):
         get_model("efficientformer_l1", pretrained=native)
     with pytest.raises(UsageError, match="Two weights files"):

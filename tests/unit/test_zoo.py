@@ -18,6 +18,8 @@ from efficientformer.spec.zoo import EMBEDDED, LAYOUT_PREPROCESS, cards, list_mo
         ("efficientformer-l7_8xb128_in1k", "efficientformer_l7", None),
         ("efficientformer_l1.snap_dist_in1k", "efficientformer_l1", "timm"),
         ("timm/efficientformerv2_s0.snap_dist_in1k", "efficientformerv2_s0", "timm"),
+        ("hf_hub:timm/efficientformerv2_s0.snap_dist_in1k", "efficientformerv2_s0", "timm"),
+        ("hf-hub:snap-research/efficientformer-l1-300", "efficientformer_l1", "transformers"),
         ("snap-research/efficientformer-l1-300", "efficientformer_l1", "transformers"),
         ("efficientformer_l1_300d", "efficientformer_l1", "snap-300"),
         ("eformer_l_450", "efficientformerv2_l", "snap"),

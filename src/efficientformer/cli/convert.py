@@ -43,6 +43,8 @@ def convert(
         to = Layout.ONNX if target.suffix == ".onnx" else Layout.NATIVE
     if target.exists() and not force:
         raise UsageError(f"{target} exists", hint="Choose another name, or --force to replace it")
+    if ema and not Path(source).is_file():
+        raise UsageError("Published weights have no averaged ones beside them", hint="Leave --ema out")
     if half and to not in (Layout.NATIVE, Layout.ONNX):
         raise UsageError(f"The {to} layout is written in single precision", hint="Leave --half out")
     try:

@@ -9,6 +9,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from efficientformer.runtime.engines import open_engine
 from efficientformer.spec.errors import CheckpointError, EngineError, UsageError, missing_extra
 from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, ModelCard, WeightsSource, resolve
 from efficientformer.weights.cache import Cache, Progress, cache_root, writing_to
@@ -216,7 +217,9 @@ def _built_before(card: ModelCard, source: WeightsSource | None) -> Path | None:
     cache = Cache()
     for candidate in card.sources if source is None else (source,):
         target, weights = _target(card, candidate), cache.path(card.name, candidate)
-        if target.exists() and (not weights.exists() or weights.stat().st_mtime <= target.stat().st_mtime):
+        if weights.exists():  # those that torch takes, too, whatever was built of others
+            return target if target.exists() and weights.stat().st_mtime <= target.stat().st_mtime else None
+        if target.exists():
             return target
     return None
 
@@ -231,10 +234,22 @@ def _build_named(
     taken = card.source(manifest.provenance["source"])
     assert taken is not None
     target = _target(card, taken)
-    with writing_to(target.parent):
-        _int8_beside(target).unlink(missing_ok=True)  # made of the weights that were there before
+    if not _is_of(target, checkpoint):  # then neither is the int8 file beside it
+        with writing_to(target.parent):
+            _int8_beside(target).unlink(missing_ok=True)
     _export(checkpoint, manifest, target)
     return target
+
+
+def _is_of(target: Path, checkpoint: Checkpoint) -> bool:
+    """Whether a built file is of these weights: a copied cache has other times."""
+    if not target.exists():
+        return False
+    try:
+        built = open_engine(target, "onnxruntime").manifest.provenance
+    except EngineError:
+        return False
+    return built.get("sha256") == checkpoint.sha256
 
 
 def _export(checkpoint: Checkpoint, manifest: Manifest, target: Path) -> None:

@@ -18,7 +18,7 @@ from efficientformer.export.qdq import halve_weights
 from efficientformer.export.verify import Agreement, verify
 from efficientformer.models.fold import fold
 from efficientformer.models.network import EfficientFormer
-from efficientformer.spec.errors import missing_extra
+from efficientformer.spec.errors import UsageError, missing_extra
 from efficientformer.spec.manifest import METADATA_KEY, Manifest
 
 OPSET = 20  # the first with Gelu as one operator
@@ -43,19 +43,18 @@ def export_onnx(
     Raises:
         MissingExtraError: If the torch extra is not installed.
         ExportError: If the file's logits are not the network's.
+        UsageError: If no file can be written there.
     """
     path = Path(path)
     model = copy.deepcopy(model).float().cpu().eval()
-    proto = _to_proto(model)
-    if half_storage:
-        halve_weights(proto)
-    entry = proto.metadata_props.add()
-    entry.key, entry.value = METADATA_KEY, manifest.to_json()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
+    handle, temporary = _hidden_file(path)
     try:
         with os.fdopen(handle, "wb") as file:
+            proto = _to_proto(model)
+            if half_storage:
+                halve_weights(proto)
+            entry = proto.metadata_props.add()
+            entry.key, entry.value = METADATA_KEY, manifest.to_json()
             file.write(proto.SerializeToString())
             file.flush()
             os.fsync(file.fileno())
@@ -65,6 +64,19 @@ def export_onnx(
     finally:
         temporary.unlink(missing_ok=True)
     return agreement
+
+
+def _hidden_file(path: Path) -> tuple[int, Path]:
+    """Open a file beside the one that is to be written; its number and its path."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        hint = "Choose a file in a writable folder"
+        raise UsageError(f"Cannot write {path}", found=error.strerror or str(error), hint=hint) from error
+    return handle, Path(name)
 
 
 def _to_proto(model: EfficientFormer) -> Any:  # noqa: ANN401 (an onnx.ModelProto; onnx has no types)

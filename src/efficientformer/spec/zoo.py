@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -165,12 +166,12 @@ def resolve(name: str) -> Resolved:
 
     Args:
         name: ``efficientformer_l1``, ``L1``, or another project's name for it, which also asks for its weights:
-            ``efficientformer-l1_3rdparty_8xb128_in1k``, ``timm/efficientformer_l1.snap_dist_in1k``.
+            ``efficientformer-l1_3rdparty_8xb128_in1k``, ``hf_hub:timm/efficientformer_l1.snap_dist_in1k``.
 
     Raises:
         UnknownModelError: If no card has that name; the message lists the nearest ones.
     """
-    wanted = name.lower().removeprefix("timm/").removeprefix("hf_hub:")
+    wanted = re.sub("^(hf[-_]hub:)?(timm/)?", "", name.lower())
     names: dict[str, ModelCard] = {}
     for card in cards():
         for source in card.sources:

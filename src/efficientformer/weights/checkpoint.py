@@ -67,7 +67,8 @@ def load_checkpoint(
         layout: ``auto``, or the layout the names must be in.
         ema: Take the averaged weights of a training checkpoint. None takes the plain ones, as the authors evaluate,
             and warns if the file holds both.
-        spec: The architecture, where the file cannot say it all (stem stride, grids that are not square).
+        spec: The architecture, where the file cannot say it all (stem stride, grids that are not square); one of ours
+            says it.
 
     Raises:
         UsageError: If ``layout`` is unknown.
@@ -85,7 +86,7 @@ def load_checkpoint(
             layout = detect_layout(file.state)
         manifest = None if file.manifest is None else Manifest.from_json(file.manifest)
         notes = file.notes
-        if spec is None and manifest is not None:
+        if manifest is not None:
             spec = manifest.spec
         elif spec is None:
             spec = infer_spec(file.state, layout)
@@ -152,7 +153,7 @@ def save_foreign(path: str | Path, state: Mapping[str, Tensor], spec: ArchSpec, 
     _check_geometry(spec, layout)
     tensors = {name: _stored(name, tensor, None) for name, tensor in from_ours(state, layout, spec).items()}
     wrapped: dict[str, Any] = {"snap": {"model": tensors}, "mmpretrain": {"meta": {}, "state_dict": tensors}}
-    _write(path, tensors, None, wrapped.get(layout, tensors))
+    _write(path, tensors, {"format": "pt"}, wrapped.get(layout, tensors))  # which older transformers insist on
 
 
 def _check_geometry(spec: ArchSpec, layout: str) -> None:
@@ -186,7 +187,7 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return stored
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None, pickled: object = None) -> None:
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], pickled: object = None) -> None:
     with atomic_write(path) as file:
         if path.suffix == ".safetensors":
             file.write(safetensors.torch.save(tensors, metadata))

@@ -105,8 +105,10 @@ def describe(
         card: The zoo card they are known to belong to, if any.
         source: The published source they came from, if any.
     """
-    if checkpoint.manifest is not None:
-        return checkpoint.manifest
+    if (own := checkpoint.manifest) is not None:
+        if source is None:
+            return own
+        return dataclasses.replace(own, provenance={**own.provenance, "source": source.name})  # put there by hand
     spec = checkpoint.spec
     provenance = {"file": path.name, "sha256": checkpoint.sha256, "layout": checkpoint.layout}
     if card is not None and source is not None:
