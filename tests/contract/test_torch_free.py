@@ -70,9 +70,14 @@ def test_an_exported_file_is_measured(tmp_path):
 
 
 def test_list_and_info():
-    (_, listed, _), (_, told, _) = run_without_torch(("list",), ("info", "L1", "--json"))
+    assets = ROOT / "src" / "efficientformer" / "assets"
+    files = [assets / f"efficientformer_cifar10{ending}" for ending in (".onnx", ".safetensors")]
+    lines = (("list",), ("info", "L1", "--json"), *(("info", file, "--json") for file in files))
+    (_, listed, _), (_, told, _), (_, exported, _), (code, _, err) = run_without_torch(*lines)
     assert "efficientformerv2_s0" in listed
     assert json.loads(told)["params"] == 12_289_928
+    assert json.loads(exported)["provenance"]["source"] == "embedded"
+    assert (code, "efficientformer[torch]" in err) == (1, True)
 
 
 def test_what_needs_torch_names_the_extra():

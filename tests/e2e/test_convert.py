@@ -1,5 +1,6 @@
 """``convert``, checkpoints in ``predict``, ``get_model``: weights of every layout, from file to label."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from efficientformer.export.deployable import quantised_target
 from efficientformer.export.onnx import export_onnx
 from efficientformer.models.network import EfficientFormer
 from efficientformer.spec import zoo
+from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import CheckpointError, ExportError, UsageError
 from efficientformer.spec.labels import label_names
 from efficientformer.spec.manifest import Manifest
@@ -87,6 +89,13 @@ def test_round_trip_through_every_layout(cli, native, model, tmp_path, layout, s
     assert code == 0, err
     assert out.strip() == str(there)
     assert load_checkpoint(there).layout == layout
+    told = json.loads(cli("info", there, "--json")[1])
+    digest = hashlib.sha256(there.read_bytes()).hexdigest()
+    assert (told["layout"], told["sha256"]) == (layout, digest)
+    assert ArchSpec.from_dict(told["spec"]) == SPEC
+    assert told["params"] == sum(tensor.numel() for tensor in model.parameters())
+    code, out, _ = cli("info", there)
+    assert (code, f"layout      {layout}" in out, "without names" in out) == (0, True, True)
     assert cli("convert", there, back)[0] == 0
     state = load_checkpoint(back).state
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())

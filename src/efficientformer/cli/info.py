@@ -1,8 +1,9 @@
-"""``efficientformer info``: all that is known of one network."""
+"""``efficientformer info``: all that is known of one network, or of one file."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,40 +12,115 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from efficientformer.spec.arch import ArchSpec
+    from efficientformer.spec.manifest import Manifest
     from efficientformer.spec.zoo import ModelCard
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="A zoo name or alias.")],
+    model: Annotated[str, typer.Argument(help="A zoo name or alias, a weights file, or an exported file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a network: architecture, true and published counts, stages, preprocessing, sources."""
-    from efficientformer.spec.errors import UnknownModelError, UsageError
+    """Show a network: architecture, true and published counts, stages, preprocessing, sources; or what a file holds."""
+    from rich.console import Console
+
     from efficientformer.spec.zoo import resolve
 
-    try:
-        card = resolve(model).card
-    except UnknownModelError:
-        if not Path(model).is_file():
-            raise
-        hint = "For a file: efficientformer test measures it, profile shows its parts"
-        raise UsageError(f"{model} is a file", expected="a name of the zoo", hint=hint) from None
+    console = Console(highlight=False)
+    file = _file(model)
+    if file is not None:
+        held = _read(file)
+        if as_json:
+            typer.echo(json.dumps(held.as_dict(), indent=2))
+            return
+        _print_held(console, held)
+        _print_stages(console, held.manifest.spec)
+        return
+    card = resolve(model).card
     if as_json:
         typer.echo(json.dumps(_as_dict(card), indent=2))
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
     _print_facts(console, card)
-    _print_stages(console, card)
+    _print_stages(console, card.spec)
     _print_sources(console, card)
 
 
-def _as_dict(card: ModelCard) -> dict[str, Any]:
-    from efficientformer.spec.count import count, count_parts
+@dataclass(frozen=True)
+class _Held:
+    """What a file holds.
 
-    total = count(card.spec)
-    parts = [
+    Attributes:
+        file: The file.
+        layout: Whose names its tensors have; ``exported`` of a file for engines.
+        sha256: Digest of its bytes.
+        manifest: Architecture, preprocessing, labels, figures, origin.
+        notes: What was noticed while it was read.
+    """
+
+    file: Path
+    layout: str
+    sha256: str
+    manifest: Manifest
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        manifest = self.manifest
+        return {
+            "file": str(self.file),
+            "layout": self.layout,
+            "sha256": self.sha256,
+            "notes": list(self.notes),
+            **_counts(manifest.spec),
+            "preprocess": manifest.preprocess.to_dict(),
+            "labels": list(manifest.labels),
+            "metrics": dict(manifest.metrics),
+            "provenance": dict(manifest.provenance),
+            "parts": _parts(manifest.spec),
+            "spec": manifest.spec.to_dict(),
+        }
+
+
+def _file(model: str) -> Path | None:
+    """Return the file a name stands for: one, or that in a folder of ``quantize``'s; None if it is no path."""
+    path = Path(model)
+    inside = path / "model.onnx"
+    return path if path.is_file() else inside if inside.is_file() else None
+
+
+def _read(file: Path) -> _Held:
+    """Read a file: an exported one without torch, weights with it."""
+    if file.suffix == ".onnx":
+        from hashlib import sha256
+
+        from efficientformer.runtime.engines import open_engine
+
+        manifest = open_engine(file, "onnxruntime").manifest
+        return _Held(file, "exported", sha256(file.read_bytes()).hexdigest(), manifest)
+    from efficientformer.spec.errors import missing_extra
+
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise missing_extra("torch", "Reading weights", error) from error
+    from efficientformer.weights.pretrained import load_named
+
+    checkpoint, manifest = load_named(str(file), str(file))
+    return _Held(file, checkpoint.layout, checkpoint.sha256, manifest, tuple(checkpoint.report.notes))
+
+
+def _counts(spec: ArchSpec) -> dict[str, int]:
+    from efficientformer.spec.count import count
+
+    total = count(spec)
+    names = ("params", "macs", "conv_macs", "linear_macs", "attention_macs")
+    return {name: getattr(total, name) for name in names}
+
+
+def _parts(spec: ArchSpec) -> list[dict[str, Any]]:
+    from efficientformer.spec.count import count_parts
+
+    return [
         {
             "name": part.name,
             "kind": part.kind,
@@ -52,8 +128,11 @@ def _as_dict(card: ModelCard) -> dict[str, Any]:
             "macs": part.count.macs,
             "shape": part.shape,
         }
-        for part in count_parts(card.spec)
+        for part in count_parts(spec)
     ]
+
+
+def _as_dict(card: ModelCard) -> dict[str, Any]:
     sources = [
         {
             "name": source.name,
@@ -72,18 +151,14 @@ def _as_dict(card: ModelCard) -> dict[str, Any]:
         "data_set": card.data_set,
         "paper": card.paper or None,
         "training": card.training,
-        "params": total.params,
-        "macs": total.macs,
-        "conv_macs": total.conv_macs,
-        "linear_macs": total.linear_macs,
-        "attention_macs": total.attention_macs,
+        **_counts(card.spec),
         "published_params_m": card.published_params,
         "published_macs_g": card.published_macs,
         "published_latency_ms": card.latency_ms,
         "note": card.note,
         "preprocess": card.manifest(card.best_source).preprocess.to_dict(),
         "sources": sources,
-        "parts": parts,
+        "parts": _parts(card.spec),
         "spec": card.spec.to_dict(),
     }
 
@@ -110,7 +185,35 @@ def _print_facts(console: Console, card: ModelCard) -> None:
             console.print(f"  {name:<11} {fact}", soft_wrap=True, markup=False)
 
 
-def _print_stages(console: Console, card: ModelCard) -> None:
+def _print_held(console: Console, held: _Held) -> None:
+    from rich.markup import escape
+
+    from efficientformer.runtime.records import printable
+
+    manifest = held.manifest
+    spec, labels = manifest.spec, manifest.labels
+    counts = _counts(spec)
+    some = ", ".join(labels[:6]) + (" ..." if len(labels) > 6 else "")
+    facts = {
+        "layout": held.layout,
+        "sha256": held.sha256,
+        "input": f"{spec.in_chans}x{'x'.join(map(str, spec.input_size))}; {spec.legal_sizes()}",
+        "preprocess": manifest.preprocess.describe(),
+        "classes": f"{spec.num_classes}" + (f": {some}" if labels else ", without names")
+        + (", two heads (distilled)" if spec.distilled else ""),
+        "parameters": f"{counts['params']:,}",
+        "MACs": f"{counts['macs']:,}",
+        "figures": ", ".join(f"{name} {value:g}" for name, value in manifest.metrics.items()),
+        "origin": ", ".join(f"{name} {value}" for name, value in manifest.provenance.items() if name != "sha256"),
+        "notes": "; ".join(held.notes),
+    }  # fmt: skip
+    console.print(f"[bold]{escape(printable(str(held.file)))}[/bold]", soft_wrap=True)
+    for name, fact in facts.items():
+        if fact:
+            console.print(f"  {name:<11} {printable(fact)}", soft_wrap=True, markup=False)
+
+
+def _print_stages(console: Console, spec: ArchSpec) -> None:
     from rich.table import Table
 
     from efficientformer.spec.count import Count, count_parts
@@ -118,12 +221,12 @@ def _print_stages(console: Console, card: ModelCard) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("part", "blocks", "output", "params", "MACs"):
         table.add_column(heading, justify="left" if heading in ("part", "blocks", "output") else "right")
-    parts = count_parts(card.spec)
-    groups = ["stem", *(f"stages.{i}" for i in range(len(card.spec.stages))), "norm", "head"]
+    parts = count_parts(spec)
+    groups = ["stem", *(f"stages.{i}" for i in range(len(spec.stages))), "norm", "head"]
     for group in groups:
         members = [part for part in parts if part.name.startswith(group)]
         total = sum((part.count for part in members), Count())
-        blocks = _blocks(card.spec.stages[int(group[-1])].blocks) if group.startswith("stages") else ""
+        blocks = _blocks(spec.stages[int(group[-1])].blocks) if group.startswith("stages") else ""
         title = f"stage {int(group[-1]) + 1}" if group.startswith("stages") else group
         shape = "x".join(map(str, members[-1].shape)) if members else ""
         if group.startswith("stages") and not members:
