@@ -22,6 +22,7 @@ from efficientformer.export.deployable import deployable, embedded_file, quantis
 from efficientformer.export.qdq import Quantiser, halve_weights
 from efficientformer.export.quantize import quantize
 from efficientformer.latency.graph import network_proto, write_network
+from efficientformer.latency.int8 import quantise
 from efficientformer.runtime.engines import installed_engines, open_engine
 from efficientformer.runtime.image import decode, preprocess
 from efficientformer.runtime.processor import overflows
@@ -473,3 +474,10 @@ def test_an_engine_that_cannot_be_asked_is_an_error(monkeypatch, tmp_path):
     break_openvino(monkeypatch, tmp_path)
     with pytest.raises(EngineError, match=r"cannot be imported.*openvino"):
         quantize("efficientformer_cifar10", tmp_path, tmp_path / "int8")
+
+
+def test_logits_are_not_rounded(tmp_path):
+    path = write_network(v1_spec((16, 16, 32, 32), (1, 1, 1, 1), 1, input_size=32, num_classes=10), tmp_path / "n.onnx")
+    quantise(path)
+    for file in (path, quantised_file("efficientformer_cifar10")):
+        assert next(node.op_type for node in onnx.load(file).graph.node if "logits" in node.output) == "Gemm"
