@@ -751,6 +751,15 @@ def test_no_memory_to_measure_names_what_to_do(data, tmp_path, monkeypatch):
     assert asked == [8]  # four times a step's pictures, whatever there are to measure on
 
 
+def test_a_network_that_cannot_be_measured_ends_the_run_with_its_step(data, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(TorchPredictor, "_run", fails)
+    with pytest.raises(TrainingError, match=r"cannot be measured after step \d+; found no kernel image"):
+        train(SHORT, data, tmp_path / "run")
+
+
 @pytest.mark.usefixtures("no_training_report")
 def test_the_batch_fits_the_pictures_that_can_be_read(tmp_path):
     root = write_folders(tmp_path / "data", per_class=4)

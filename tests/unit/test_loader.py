@@ -1,5 +1,6 @@
 """Loaders: the right pictures under the right labels, in the planned order, whatever goes wrong on the way."""
 
+import ctypes
 import dataclasses
 import multiprocessing
 import os
@@ -149,16 +150,24 @@ def test_sigterm_for_a_whole_group_ends_no_worker():
 
 def test_a_worker_ends_a_while_after_sigterm_all_the_same(monkeypatch):
     monkeypatch.setattr("efficientformer.data.loader.GRACE_S", 1)
-    worker = multiprocessing.get_context("fork").Process(target=_wait_for_the_end)
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=_hang, args=(ready,))
     worker.start()
+    assert ready.wait(10)
+    time.sleep(0.5)  # until it hangs
+    worker.terminate()
     worker.join(10)
     assert worker.exitcode == -signal.SIGALRM
 
 
-def _wait_for_the_end():
+def _hang(ready=None):
     _end_with_training(0)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
+    if ready is not None:
+        ready.set()
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)  # as zeros: PTHREAD_MUTEX_INITIALIZER
+    for _ in range(2):  # the second waits for ever, where no handler of Python's is called
+        libc.pthread_mutex_lock(mutex)
 
 
 def test_a_worker_ends_when_the_training_process_is_killed():
@@ -170,7 +179,7 @@ def test_a_worker_ends_when_the_training_process_is_killed():
 
 
 def _start_a_worker_and_die():
-    multiprocessing.get_context("fork").Process(target=_wait_for_the_end).start()
+    multiprocessing.get_context("fork").Process(target=_hang).start()
     os.kill(os.getpid(), signal.SIGKILL)
 
 

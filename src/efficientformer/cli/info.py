@@ -24,12 +24,13 @@ def info(
     """Show a network: architecture, true and published counts, stages, preprocessing, sources; or what a file holds."""
     from rich.console import Console
 
+    from efficientformer.export.deployable import file_of
     from efficientformer.spec.zoo import resolve
 
     console = Console(highlight=False)
-    file = _file(model)
-    if file is not None:
-        held = _read(file)
+    file = file_of(model)
+    if file is not None and Path(file).is_file():
+        held = _read(Path(file))
         if as_json:
             typer.echo(json.dumps(held.as_dict(), indent=2))
             return
@@ -79,13 +80,6 @@ class _Held:
             "parts": _parts(manifest.spec),
             "spec": manifest.spec.to_dict(),
         }
-
-
-def _file(model: str) -> Path | None:
-    """Return the file a name stands for: one, or that in a folder of ``quantize``'s; None if it is no path."""
-    path = Path(model)
-    inside = path / "model.onnx"
-    return path if path.is_file() else inside if inside.is_file() else None
 
 
 def _read(file: Path) -> _Held:

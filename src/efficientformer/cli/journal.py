@@ -114,7 +114,7 @@ class Journal:
         if self._locked is False:
             self._file.close()
             raise UsageError(f"Another process is writing {self.path}", hint="Wait for it, or name another output")
-        if self._locked is None:  # no process waits for another: whoever opened it has it
+        if self._locked is None:  # nothing tells whose it is
             return True
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):

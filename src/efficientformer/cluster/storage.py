@@ -134,7 +134,7 @@ class Place:
         with self.filesystem.open_output_stream(path) as file:
             file.write(data)
         if self.filesystem.type_name == "local":
-            with open(path, "rb+") as written:  # noqa: PTH123 (not a path of the user's)
+            with Path(path).open("rb+") as written:
                 os.fsync(written.fileno())
         if grows:
             self.filesystem.move(path, whole)

@@ -171,20 +171,9 @@ class LatencyTable:
         Raises:
             UsageError: If the table lacks a part; the message names it and the command that measures it.
         """
-        self._check_kind(spec)
-        if missing := self.missing(spec, interpolate=interpolate):
-            raise UsageError(
-                f"The latency table has no {missing[0]!r}",
-                expected=f"every part of the network among its {len(self.costs):,}",
-                found=f"{len(missing)} missing" + (f", also {missing[1]!r}" if len(missing) > 1 else ""),
-                hint=f"Measure it: {self._command(spec)}",
-            )
-        ms = sum(share.ms for share in self._shares(spec, interpolate))
-        variance = sum(
-            (count * cost.error_ms) ** 2
-            for part, count in Counter(parts_of(spec)).items()
-            if (cost := self._lookup(part, interpolate)) is not None
-        )
+        costs = self._costs(spec, interpolate)
+        ms = sum(share.ms for share in self._shares(spec, costs))
+        variance = sum((count * cost.error_ms) ** 2 for _, count, cost in costs)
         return LatencyPrediction(ms, 2 * math.sqrt(variance + (self.spread * ms) ** 2))
 
     def shares(self, spec: ArchSpec, *, interpolate: bool = False) -> tuple[Share, ...]:
@@ -197,18 +186,28 @@ class LatencyTable:
         Raises:
             UsageError: As ``predict``.
         """
-        self.predict(spec, interpolate=interpolate)
-        return tuple(self._shares(spec, interpolate))
+        return tuple(self._shares(spec, self._costs(spec, interpolate)))
 
-    def _shares(self, spec: ArchSpec, interpolate: bool) -> Iterator[Share]:
+    def _shares(self, spec: ArchSpec, costs: list[tuple[Part, int, Cost]]) -> Iterator[Share]:
         yield Share("base", 1, self.base.ms)
-        for part, count in Counter(parts_of(spec)).items():
-            cost = self._lookup(part, interpolate)
-            assert cost is not None
-            yield Share(part.key, count, count * cost.ms)
+        yield from (Share(part.key, count, count * cost.ms) for part, count, cost in costs)
         millions = steps(weights_of(spec) / 1e6, tuple(self.weights))
-        costs = zip(millions, self.weights.values(), strict=True)
-        yield Share("weights", 1, sum(share * cost.ms for share, cost in costs))
+        priced = zip(millions, self.weights.values(), strict=True)
+        yield Share("weights", 1, sum(share * cost.ms for share, cost in priced))
+
+    def _costs(self, spec: ArchSpec, interpolate: bool) -> list[tuple[Part, int, Cost]]:
+        """Return each part of a network, how often it has it, and the cost of one; UsageError if one is missing."""
+        self._check_kind(spec)
+        if missing := self.missing(spec, interpolate=interpolate):
+            raise UsageError(
+                f"The latency table has no {missing[0]!r}",
+                expected=f"every part of the network among its {len(self.costs):,}",
+                found=f"{len(missing)} missing" + (f", also {missing[1]!r}" if len(missing) > 1 else ""),
+                hint=f"Measure it: {self._command(spec)}",
+            )
+        counted = Counter(parts_of(spec)).items()
+        found = [(part, count, self._lookup(part, interpolate)) for part, count in counted]
+        return [(part, count, cost) for part, count, cost in found if cost is not None]
 
     def _check_kind(self, spec: ArchSpec) -> None:
         """Refuse networks whose parts have the same keys but other insides."""

@@ -259,10 +259,9 @@ def _evaluate(run: Run, network: EfficientFormer, prepared: Prepared) -> dict[st
     except EngineError as error:
         if isinstance(error.__cause__, torch.OutOfMemoryError):
             raise run.no_memory("to measure the network", error.__cause__) from error
-        if error.__cause__ is not None:  # something else that torch says
-            raise
+        what = "answers with no numbers" if error.__cause__ is None else "cannot be measured"
         raise TrainingError(
-            f"The network answers with no numbers after step {progress.step - 1}", hint=run.advice
+            f"The network {what} after step {progress.step - 1}", found=error.found, hint=run.advice
         ) from error
     if progress.best_epoch < 0:
         run.watch.left_out("validation", [(each.name, each.reason) for each in merged.skipped])

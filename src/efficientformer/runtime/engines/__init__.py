@@ -65,12 +65,16 @@ def no_engine() -> EngineError:
 
 
 def can_import(engine: str) -> bool:
-    """Whether an engine's library is installed and whole: it is imported, which whoever asks is about to do."""
+    """Whether an engine's library is installed and whole: it is imported, which whoever asks is about to do.
+
+    One that is damaged is warned of, since another will do its work.
+    """
     if not _is_installed(engine):
         return False
     try:
         import_module(engine)
-    except Exception:  # a damaged library raises anything
+    except Exception as error:  # a damaged library raises anything
+        warnings.warn(f"{engine} is installed, its import fails, and it is left out: {error}", stacklevel=3)
         return False
     return True
 
