@@ -92,3 +92,10 @@ def test_labels():
     assert label_names("imagenet1k")[0] == "tench, Tinca tinca"
     assert synsets()[:2] == ("n01440764", "n01443537")
     assert label_names("cifar10")[3] == "cat"
+
+
+@pytest.mark.parametrize("file", ["best.safetensors", "model.safetensors", "pytorch_model.bin"])
+def test_a_folder_with_weights_says_how_to_name_them(file, tmp_path):
+    (tmp_path / file).touch()
+    with pytest.raises(UnknownModelError, match=f"is a folder. Name the weights in it: .*{file}"):
+        resolve(str(tmp_path))

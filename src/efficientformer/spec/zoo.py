@@ -18,6 +18,9 @@ from efficientformer.spec.variants import VARIANTS
 EMBEDDED = "efficientformer_cifar10"
 FILE_SUFFIXES = (".onnx", ".safetensors", ".pth", ".pt", ".bin")  # a name that ends so is meant as a path
 
+# What a training run of ours, and timm's and transformers' ways to save a network, call the weights in their folders.
+_IN_FOLDERS = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+
 # Evaluation preprocessing of each project, the one its published figures belong to. They differ in the short edge,
 # in EXIF handling and in the rounding of the crop.
 SNAP_PREPROCESS = PreprocessSpec(resize_size=256)  # util/datasets.py: int(256 / 224 * size)
@@ -181,9 +184,9 @@ def resolve(name: str) -> Resolved:
         names |= {alias.lower(): card for alias in (*card.aliases, card.name)}
     if wanted in names:
         return Resolved(names[wanted], None)
-    if (Path(name) / "best.safetensors").is_file():
-        hint = f"Name its weights: {Path(name) / 'best.safetensors'}"
-        raise UnknownModelError(f"{name!r} is the folder of a training run", hint=hint)
+    for weights in (Path(name) / file for file in _IN_FOLDERS):
+        if weights.is_file():
+            raise UnknownModelError(f"{name!r} is a folder", hint=f"Name the weights in it: {weights}")
     if name.lower().endswith(FILE_SUFFIXES):
         raise UnknownModelError(f"There is no file {name!r}, and no model of that name", hint="Check the path")
     close = nearest(wanted, names)

@@ -45,6 +45,7 @@ class Checkpoint:
         manifest: What the file says about itself; None in foreign files.
         report: What became of every key of the file.
         sha256: SHA-256 of the file, in hex.
+        labels: Class names that a foreign file gives, in order of the logits; empty if it gives none.
     """
 
     state: dict[str, Tensor]
@@ -53,6 +54,7 @@ class Checkpoint:
     manifest: Manifest | None
     report: Report
     sha256: str
+    labels: tuple[str, ...] = ()
 
 
 def load_checkpoint(
@@ -97,7 +99,7 @@ def load_checkpoint(
         text = f"{path.name} holds averaged (EMA) weights too; took the plain ones (ema=True takes the others)"
         warnings.warn(text, WeightsWarning, stacklevel=2)
     report = dataclasses.replace(report, notes=notes)
-    return Checkpoint(state, spec, layout, manifest, report, file.sha256)
+    return Checkpoint(state, spec, layout, manifest, report, file.sha256, file.labels)
 
 
 def save_native(

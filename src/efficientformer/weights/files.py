@@ -53,6 +53,7 @@ class WeightsFile:
         manifest: The manifest's JSON text, if the file carries one of ours.
         notes: What was chosen or cut off on the way.
         ambiguous: Whether the file holds averaged (EMA) weights too, and nobody said which ones to take.
+        labels: Class names, where a pickle of mmpretrain's has them; else empty.
         sha256: SHA-256 of the file, in hex.
     """
 
@@ -60,6 +61,7 @@ class WeightsFile:
     manifest: str | None
     notes: tuple[str, ...]
     ambiguous: bool
+    labels: tuple[str, ...]
     sha256: str
 
 
@@ -77,18 +79,16 @@ def read_weights(path: Path, ema: bool | None) -> WeightsFile:
         kind = _sniff(path, file)
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    manifest: str | None = None
-    notes: tuple[str, ...] = ()
-    ambiguous = False
+    size = path.stat().st_size
     if kind == "safetensors":
         if ema:
             raise CheckpointError(
                 "There are no averaged (EMA) weights", found="a safetensors file, which holds one network"
             )
         found, manifest = _read_safetensors(path)
-    else:
-        found, notes, ambiguous = read_pickle(path, kind, ema)
-    return WeightsFile(_clean(found, path.stat().st_size), manifest, notes, ambiguous, sha256)
+        return WeightsFile(_clean(found, size), manifest, (), False, (), sha256)
+    read = read_pickle(path, kind, ema)
+    return WeightsFile(_clean(read.state, size), None, read.notes, read.ambiguous, read.labels, sha256)
 
 
 def _sniff(path: Path, file: IO[bytes]) -> str:

@@ -10,6 +10,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,46 @@ _UNSAFE_HINT = (
 )
 
 
-def read_pickle(path: Path, kind: str, ema: bool | None) -> tuple[dict[Any, Any], tuple[str, ...], bool]:
+class _Unread:
+    """Stands for an object of a training checkpoint that is of no use here: made of anything, it does nothing."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+# What frameworks put into training checkpoints beside the weights: paths among the options, and mmengine's log, whose
+# objects hold numpy arrays and, by getattr, their own methods. No such thing is imported or called.
+_STOOD_FOR = (
+    *(f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    *(f"pathlib._local.{name}" for name in ("PosixPath", "WindowsPath")),  # Python 3.13
+    "mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    "numpy.ndarray", "numpy.dtype",
+)  # fmt: skip
+_CLASSES = ("classes", "CLASSES")  # mmengine's name and mmcv's
+
+
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """What one pickle holds.
+
+    Attributes:
+        state: The state dict as found, without the prefixes of wrappers.
+        notes: What was chosen or cut off on the way.
+        ambiguous: Whether averaged weights were passed over and nobody said which ones to take.
+        labels: Class names in order of the logits, where mmpretrain wrote them; else empty.
+    """
+
+    state: dict[Any, Any]
+    notes: tuple[str, ...]
+    ambiguous: bool
+    labels: tuple[str, ...]
+
+
+def read_pickle(path: Path, kind: str, ema: bool | None) -> Pickled:
     """Read the state dict of a pickle.
 
     Args:
@@ -39,20 +79,17 @@ def read_pickle(path: Path, kind: str, ema: bool | None) -> tuple[dict[Any, Any]
         kind: ``zip``, or ``legacy`` for torch's format before 1.6.
         ema: Take the averaged weights; None takes the plain ones where there are both.
 
-    Returns:
-        The state dict as found, without the prefixes of wrappers; notes; and whether ``ema`` was left open although
-        the file holds both.
-
     Raises:
         CheckpointError: If the file is damaged, wants to run code, or holds no state dict.
     """
     if kind == "zip":
         _check_archive(path)
-    state, taken, passed_over = _find_state(_load(path, kind), ema)
+    content = _load(path, kind)
+    state, taken, passed_over = _find_state(content, ema)
     state, notes = _strip_prefixes(state)
     if taken:
         notes = (f"took {'.'.join(taken)!r}{', not the averaged weights beside it' if passed_over else ''}", *notes)
-    return state, notes, passed_over and ema is None
+    return Pickled(state, notes, passed_over and ema is None, _labels(content))
 
 
 def _check_archive(path: Path) -> None:
@@ -80,7 +117,8 @@ def _check_archive(path: Path) -> None:
 
 def _load(path: Path, kind: str) -> object:
     # A namespace of training options is data only, and the authors' training checkpoints hold one.
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+    known: list[Any] = [argparse.Namespace, *((_Unread, name) for name in _STOOD_FOR)]
+    with torch.serialization.safe_globals(known), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
@@ -136,6 +174,16 @@ def _find_state(content: object, ema: bool | None) -> tuple[dict[Any, Any], tupl
     if not any(isinstance(value, torch.Tensor) for value in entries.values()):
         raise CheckpointError("The file holds no state dict", expected="tensors by name", found=found)
     return entries, taken, averaged and not took_average
+
+
+def _labels(content: object) -> tuple[str, ...]:
+    """Return the class names in mmpretrain's ``meta``: of the data set (mmengine), or its own (before)."""
+    meta = _entries(content).get("meta")
+    said = meta.get("dataset_meta", meta) if isinstance(meta, dict) else None
+    named = [said.get(name) for name in _CLASSES] if isinstance(said, dict) else []
+    classes = next(filter(None, named), ())
+    fine = isinstance(classes, list | tuple) and all(isinstance(label, str) for label in classes)
+    return tuple(classes) if fine else ()
 
 
 def _entries(content: object) -> dict[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,8 +16,9 @@ from efficientformer.spec.labels import label_names
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import IMAGENET_MEAN, PreprocessSpec
 from efficientformer.spec.zoo import EMBEDDED, LAYOUT_PREPROCESS, ModelCard, WeightsSource, resolve
+from efficientformer.weights.beside import known_labels, read_beside
 from efficientformer.weights.cache import Progress
-from efficientformer.weights.checkpoint import Checkpoint, load_checkpoint
+from efficientformer.weights.checkpoint import Checkpoint, WeightsWarning, load_checkpoint
 from efficientformer.weights.download import fetch
 from efficientformer.weights.loading import load_into
 
@@ -121,8 +123,21 @@ def describe(
         raise SpecError(
             "Pictures have 1 or 3 channels", expected="a network with in_chans 1 or 3", found=f"{spec.in_chans}"
         )
-    labels = label_names("imagenet1k") if spec.num_classes == len(label_names("imagenet1k")) else ()
-    return Manifest(spec, preprocess.with_input_size(spec.input_size), labels, {}, provenance)
+    beside = read_beside(path, checkpoint.layout, spec)
+    provenance |= {"described_by": ", ".join(beside.files)} if beside.files else {}
+    preprocess = beside.preprocess or preprocess.with_input_size(spec.input_size)
+    return Manifest(spec, preprocess, _class_names(checkpoint, beside.labels), {}, provenance)
+
+
+def _class_names(checkpoint: Checkpoint, beside: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the class names said beside a file or in it; else ImageNet-1k's, if it has as many."""
+    classes = checkpoint.spec.num_classes
+    said, usual = beside or known_labels(checkpoint.labels), label_names("imagenet1k")
+    if said and len(said) != classes:
+        text = f"The names of {len(said)} classes are left out: the network has {classes}, so they are of another one"
+        warnings.warn(text, WeightsWarning, stacklevel=3)
+        said = ()
+    return said or (usual if classes == len(usual) else ())
 
 
 def load_named(

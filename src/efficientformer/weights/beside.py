@@ -1,0 +1,178 @@
+"""What other projects write beside a network: how it is fed, and the names of its classes.
+
+timm's ``save_for_hf`` and ``push_to_hf_hub`` write a ``config.json``; transformers' ``save_pretrained`` writes a
+``config.json`` and, for the processor, a ``preprocessor_config.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from efficientformer.spec.arch import ArchSpec, load_json
+from efficientformer.spec.errors import CheckpointError, SpecError
+from efficientformer.spec.fields import as_list, as_pair, check_bool, check_number
+from efficientformer.spec.labels import label_names, synsets
+from efficientformer.spec.preprocess import PreprocessSpec
+from efficientformer.spec.zoo import LAYOUT_PREPROCESS
+
+MAX_BYTES = 1 << 24
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+
+_PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL.Image.Resampling
+_TIMM_CROP_PCT = 0.875  # timm/data/constants.py, where a configuration says nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What the files beside a network say.
+
+    Attributes:
+        labels: Class names in order of the logits; empty if they say none.
+        preprocess: The preprocessing; None if they say none.
+        files: Names of the files it is from.
+    """
+
+    labels: tuple[str, ...] = ()
+    preprocess: PreprocessSpec | None = None
+    files: tuple[str, ...] = ()
+
+
+def read_beside(weights: Path, layout: str, spec: ArchSpec) -> Beside:
+    """Read what timm or transformers wrote beside a weights file; files of anything else are not touched.
+
+    Args:
+        weights: The weights file.
+        layout: The layout it is in.
+        spec: The network in it.
+
+    Raises:
+        CheckpointError: If such a file is damaged, or asks for a preprocessing that cannot be had here.
+    """
+    if layout not in ("timm", "transformers"):
+        return Beside()
+    folder, files = weights.parent, []
+    labels: tuple[str, ...] = ()
+    preprocess = None
+    try:
+        config = _read(folder / CONFIG)
+        if config is not None and _is_efficientformer(config, layout):
+            files.append(CONFIG)
+            labels = _labels(config.get("id2label" if layout == "transformers" else "label_names"))
+            preprocess = _timm(config, spec) if layout == "timm" else None
+        if layout == "transformers" and (processor := _read(folder / PROCESSOR)) is not None:
+            files.append(PROCESSOR)
+            preprocess = _transformers(processor, spec)
+    except SpecError as error:
+        hint = "Mend it, or move it away: the network is then fed as its project feeds the published ones"
+        raise CheckpointError(
+            f"{' or '.join(files) or CONFIG} beside {weights.name}: {error.problem}",
+            expected=error.expected, found=error.found, hint=error.hint or hint,
+        ) from None  # fmt: skip
+    return Beside(labels, preprocess, tuple(files))
+
+
+def known_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Return ImageNet-1k's names as ours, however a project writes them, and all others as they are."""
+    ours = label_names("imagenet1k")
+    if len(labels) != len(ours):
+        return labels
+    alike = sum(a.partition(",")[0].lower() == b.partition(",")[0].lower() for a, b in zip(labels, ours, strict=True))
+    return ours if labels == synsets() or alike > 0.9 * len(ours) else labels
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object of a file, None if there is no such file or it is no object."""
+    if not path.is_file():
+        return None
+    if path.stat().st_size > MAX_BYTES:
+        raise SpecError(f"{path.name} is too large", expected=f"at most {MAX_BYTES >> 20} MB")
+    content = load_json(path.name, path.read_bytes())
+    return content if isinstance(content, dict) else None
+
+
+def _is_efficientformer(config: Mapping[str, Any], layout: str) -> bool:
+    name = config.get("architecture" if layout == "timm" else "model_type")
+    return isinstance(name, str) and name.startswith("efficientformer")
+
+
+def _labels(named: object) -> tuple[str, ...]:
+    """Return class names, given as a list or by their number; none for transformers' stand-ins ``LABEL_0`` ..."""
+    if isinstance(named, Mapping):
+        keys = [str(number) for number in range(len(named))]
+        if set(named) != set(keys):
+            raise SpecError("The classes are not numbered", expected=f"0 to {len(keys) - 1}", found="other keys")
+        named = [named[key] for key in keys]
+    labels = tuple(as_list("class names", named or (), 1_000_000))
+    if not all(isinstance(label, str) for label in labels):
+        raise SpecError("Illegal class names", expected="texts", found="something else")
+    return () if labels == tuple(f"LABEL_{number}" for number in range(len(labels))) else known_labels(labels)
+
+
+def _timm(config: Mapping[str, Any], spec: ArchSpec) -> PreprocessSpec:
+    """Return what timm's evaluation transform does with a configuration (timm/data/transforms_factory.py)."""
+    inner = config.get("pretrained_cfg")
+    said = inner if isinstance(inner, Mapping) else config  # older ones have it all in one
+    share, mode = said.get("crop_pct", _TIMM_CROP_PCT), said.get("crop_mode", "center")
+    check_number("crop_pct", share, 0.05, 1.0)
+    size = as_list("input_size", said.get("input_size", (3, *spec.input_size)), 3)[1:]
+    usual = LAYOUT_PREPROCESS["timm"]
+    if mode == "squash" and share == 1:
+        change: dict[str, Any] = {"resize": "squash", "resize_size": 0}
+    elif mode == "center":
+        change = {"resize_size": math.floor(max(as_pair("input_size", size)) / share)}
+    else:
+        raise SpecError("No such crop here", expected="crop_mode center", found=f"{mode!r}, crop_pct {share}")
+    return _fitted(usual, spec, size, change, said.get("interpolation"), said.get("mean"), said.get("std"))
+
+
+def _transformers(said: Mapping[str, Any], spec: ArchSpec) -> PreprocessSpec:
+    """Return what transformers' EfficientFormerImageProcessor does with a configuration."""
+    usual = LAYOUT_PREPROCESS["transformers"]
+    for name in ("do_resize", "do_rescale", "do_normalize", "do_center_crop"):
+        check_bool(name, said.get(name, True))
+    factor = said.get("rescale_factor", 1 / 255)
+    check_number("rescale_factor", factor, 0, 1)
+    if not said.get("do_resize", True) or not said.get("do_rescale", True) or abs(factor * 255 - 1) > 1e-3:
+        raise SpecError("No such preprocessing here", expected="pictures resized and rescaled by 1/255")
+    size = said.get("size", {"height": spec.input_size[0], "width": spec.input_size[1]})
+    crops = said.get("do_center_crop", True)
+    crop = list(_sides("crop_size", said.get("crop_size", list(spec.input_size))) if crops else _sides("size", size))
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        change: dict[str, Any] = {"resize_size": size["shortest_edge"]}
+    elif list(_sides("size", size)) == crop:
+        change = {"resize": "squash", "resize_size": 0}
+    else:
+        raise SpecError("No such resize here", expected="the shortest edge, or the size of the crop", found=f"{size!r}")
+    mean, std = said.get("image_mean"), said.get("image_std")
+    if not said.get("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    return _fitted(usual, spec, crop, change, _PILLOW.get(said.get("resample", 3), "of another number"), mean, std)
+
+
+def _sides(name: str, said: object) -> tuple[int, int]:
+    """Return height and width from transformers' ways to say them."""
+    if isinstance(said, Mapping):
+        if set(said) != {"height", "width"}:
+            raise SpecError(f"Illegal {name}", expected="height and width", found=f"{dict(said)!r}"[:80])
+        said = [said["height"], said["width"]]
+    return as_pair(name, said)
+
+
+def _fitted(
+    usual: PreprocessSpec, spec: ArchSpec, size: object, change: dict[str, Any], interpolation: object,
+    mean: object, std: object,
+) -> PreprocessSpec:  # fmt: skip
+    """Return ``usual`` as it is said to be, for the input of the network."""
+    change |= {"input_size": as_pair("input size", size)}
+    change |= {"interpolation": interpolation} if interpolation is not None else {}
+    said = {"mean": mean, "std": std}
+    change |= {name: tuple(as_list(name, value, 3)) for name, value in said.items() if value is not None}
+    preprocess = dataclasses.replace(usual, **change)
+    if spec.in_chans == 1 and len(preprocess.mean) != 1:
+        preprocess = preprocess.grey()
+    return preprocess.with_input_size(spec.input_size)

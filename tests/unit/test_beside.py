@@ -1,0 +1,211 @@
+"""What timm and transformers write beside a network, and what mmpretrain writes into its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.data import create_transform, resolve_data_config
+from timm.models import create_model, save_for_hf
+
+from efficientformer.models.network import EfficientFormer
+from efficientformer.spec.errors import CheckpointError
+from efficientformer.spec.labels import label_names, synsets
+from efficientformer.spec.variants import v1_spec
+from efficientformer.weights.beside import known_labels, read_beside
+from efficientformer.weights.checkpoint import WeightsWarning, load_checkpoint, save_foreign
+from efficientformer.weights.formats.translate import from_ours
+from efficientformer.weights.pretrained import load_named
+
+W = (8, 12, 16, 24)
+SPEC = v1_spec(W, (1, 1, 1, 2), 1, input_size=64, num_classes=3)
+STATE = EfficientFormer(SPEC).state_dict()
+PETS = ("cat", "dog", "hamster")
+
+
+def beside(folder: Path, layout: str, **files: object) -> Path:
+    """Write weights, and JSON files beside them."""
+    save_foreign(folder / "model.safetensors", STATE, SPEC, layout)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder / "model.safetensors"
+
+
+class TestTimm:
+    @pytest.mark.parametrize(
+        "said",
+        [
+            {},
+            {"crop_pct": 0.8, "interpolation": "bilinear"},
+            {"crop_pct": 1.0, "crop_mode": "squash", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+        ],
+        ids=["as published", "smaller crop", "squashed"],
+    )
+    def test_a_folder_written_by_timm_says_what_its_transform_does(self, said, tmp_path):
+        network = create_model("efficientformer_l1", num_classes=3)
+        how = {"model_config": {"pretrained_cfg": said, "label_names": list(PETS)}, "safe_serialization": True}
+        save_for_hf(network, tmp_path, **how)
+        manifest = load_named(str(tmp_path / "model.safetensors"), str(tmp_path / "model.safetensors"))[1]
+        config = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+        resize, crop, _, normalise = create_transform(**resolve_data_config({}, pretrained_cfg=config)).transforms
+        ours = manifest.preprocess
+        assert manifest.labels == PETS
+        assert ours.input_size == tuple(crop.size)
+        short = (0, tuple(resize.size)) if ours.resize == "squash" else (ours.resize_size, resize.size)
+        assert short in ((0, ours.input_size), (resize.size, resize.size))
+        assert ours.interpolation == resize.interpolation.value
+        assert np.allclose([ours.mean, ours.std], [normalise.mean.tolist(), normalise.std.tolist()])
+        assert manifest.provenance["described_by"] == "config.json"
+
+    def test_names_by_number(self, tmp_path):
+        names = {str(number): name for number, name in enumerate(PETS)}
+        path = beside(tmp_path, "timm", config={"architecture": "efficientformer_l1", "label_names": names})
+        assert load_named(str(path), str(path))[1].labels == PETS
+
+    def test_names_of_another_number_of_classes_are_left_out(self, tmp_path):
+        path = beside(tmp_path, "timm", config={"architecture": "efficientformer_l1", "label_names": ["cat", "dog"]})
+        with pytest.warns(WeightsWarning, match="names of 2 classes are left out: the network has 3"):
+            assert load_named(str(path), str(path))[1].labels == ()
+
+    @pytest.mark.parametrize(
+        "config", [{"architecture": "resnet18", "label_names": ["x"] * 3, "crop_pct": 9}, [], {"architecture": 3}]
+    )
+    def test_a_configuration_of_something_else_is_not_touched(self, config, tmp_path):
+        path = beside(tmp_path, "timm", config=config)
+        assert read_beside(path, "timm", SPEC).files == ()
+        assert load_named(str(path), str(path))[1].preprocess.resize_size == 64 * 235 // 224
+
+    @pytest.mark.parametrize(
+        ("config", "said"),
+        [
+            ("{", "No valid JSON in config.json"),
+            ({"crop_mode": "border"}, "No such crop here; expected crop_mode center; found 'border'"),
+            ({"crop_pct": 0}, "Illegal crop_pct"),
+            ({"interpolation": "random"}, "Illegal interpolation"),
+            ({"input_size": "large"}, "Illegal input"),
+            ({"mean": [1, 2]}, "Illegal normalisation"),
+            ({"label_names": [1, 2, 3]}, "Illegal class names"),
+            ({"label_names": {"0": "a", "2": "b"}}, "The classes are not numbered"),
+        ],
+    )
+    def test_what_cannot_be_had_is_an_error_that_names_the_file(self, config, said, tmp_path):
+        config = config if isinstance(config, str) else {"architecture": "efficientformer_l1", **config}
+        path = beside(tmp_path, "timm", config=config)
+        with pytest.raises(CheckpointError, match=f"^config.json beside model.safetensors: {said}"):
+            load_named(str(path), str(path))
+
+
+class TestTransformers:
+    CONFIG = {"model_type": "efficientformer", "id2label": dict(enumerate(PETS))}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        ("processor", "expected"),
+        [
+            ({"size": {"shortest_edge": 80}, "crop_size": {"height": 64, "width": 64}}, ("short_edge", 80, "bicubic")),
+            ({"size": {"shortest_edge": 72}, "crop_size": 64, "resample": 2}, ("short_edge", 72, "bilinear")),
+            ({"size": {"height": 64, "width": 64}, "do_center_crop": False}, ("squash", 0, "bicubic")),
+            ({"size": 64, "crop_size": 64}, ("squash", 0, "bicubic")),
+        ],
+    )
+    def test_processor_and_names(self, processor, expected, tmp_path):
+        mean = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+        path = beside(tmp_path, "transformers", config=self.CONFIG, preprocessor_config={**mean, **processor})
+        manifest = load_named(str(path), str(path))[1]
+        said = manifest.preprocess
+        assert (said.resize, said.resize_size, said.interpolation) == expected
+        assert (said.mean, said.std, said.crop_rounding) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "floor")
+        assert manifest.labels == PETS
+        assert manifest.provenance["described_by"] == "config.json, preprocessor_config.json"
+
+    def test_no_normalisation(self, tmp_path):
+        path = beside(tmp_path, "transformers", preprocessor_config={"do_normalize": False, "size": 64})
+        said = load_named(str(path), str(path))[1].preprocess
+        assert (said.mean, said.std) == ((0, 0, 0), (1, 1, 1))
+
+    def test_stand_ins_are_no_names(self, tmp_path):
+        config = {**self.CONFIG, "id2label": {number: f"LABEL_{number}" for number in range(3)}}
+        path = beside(tmp_path, "transformers", config=config)
+        assert load_named(str(path), str(path))[1].labels == ()
+
+    @pytest.mark.parametrize(
+        ("processor", "said"),
+        [
+            ({"do_rescale": False}, "No such preprocessing here"),
+            ({"rescale_factor": 1.0}, "No such preprocessing here"),
+            ({"do_resize": "yes"}, "Illegal do_resize"),
+            ({"size": {"height": 70, "width": 70}, "crop_size": 64}, "No such resize here"),
+            ({"size": {"longest_edge": 70}}, "Illegal size"),
+            ({"size": {"shortest_edge": "64"}}, "Illegal resize_size"),
+            ({"resample": 17}, "Illegal interpolation"),
+        ],
+    )
+    def test_what_cannot_be_had(self, processor, said, tmp_path):
+        path = beside(tmp_path, "transformers", preprocessor_config=processor)
+        with pytest.raises(CheckpointError, match=f"^preprocessor_config.json beside model.safetensors: {said}"):
+            load_named(str(path), str(path))
+
+
+def test_imagenet_by_any_name_is_imagenet():
+    ours = label_names("imagenet1k")
+    assert known_labels(synsets()) == ours
+    assert known_labels(tuple(label.partition(",")[0] for label in ours)) == ours
+    mine = tuple(f"part {number}" for number in range(1000))
+    assert known_labels(mine) == mine
+
+
+class TestMmpretrain:
+    @staticmethod
+    def checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch, meta: dict[str, object], **how: object) -> None:
+        """Write what mmengine's runner writes: its log holds numpy arrays, numbers and its own methods."""
+
+        class HistoryBuffer:
+            def __init__(self) -> None:
+                self.history = np.ones(3)
+
+            def mean(self) -> None: ...
+
+            def __getstate__(self) -> dict[str, object]:
+                return {**self.__dict__, "statistics_methods": {"mean": HistoryBuffer.mean}}
+
+        module = types.ModuleType("mmengine.logging.history_buffer")
+        module.HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
+        HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
+        HistoryBuffer.mean.__module__, HistoryBuffer.mean.__qualname__ = module.__name__, "HistoryBuffer.mean"
+        for name in ("mmengine", "mmengine.logging", module.__name__):
+            monkeypatch.setitem(sys.modules, name, module)
+        log = {"log_scalars": {"loss": HistoryBuffer()}, "runtime_info": {"loss": np.float64(2), "dir": Path("x")}}
+        state = from_ours(STATE, "mmpretrain", SPEC)
+        torch.save({"meta": meta, "state_dict": state, "message_hub": log}, path, **how)
+        monkeypatch.undo()  # who reads it need not have mmengine
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    @pytest.mark.parametrize("meta", [{"dataset_meta": {"classes": PETS}}, {"CLASSES": list(PETS)}])
+    def test_training_checkpoints_are_read_with_their_classes(self, meta, zipped, tmp_path, monkeypatch):
+        path = tmp_path / "epoch_3.pth"
+        self.checkpoint(path, monkeypatch, meta, _use_new_zipfile_serialization=zipped)
+        checkpoint, manifest = load_named(str(path), str(path))
+        assert manifest.labels == PETS
+        assert all(torch.equal(checkpoint.state[name], tensor) for name, tensor in STATE.items())
+
+    @pytest.mark.parametrize("meta", [{"dataset_meta": {"classes": 3}}, {"CLASSES": [1, 2, 3]}, {"dataset_meta": None}])
+    def test_what_are_no_names_is_left_out(self, meta, tmp_path, monkeypatch):
+        self.checkpoint(tmp_path / "a.pth", monkeypatch, meta)
+        assert load_checkpoint(tmp_path / "a.pth").labels == ()
+
+    def test_what_stands_for_objects_does_nothing(self, tmp_path):
+        """A pickle may ask for getattr, but gets nothing of what it asks it for."""
+
+        class Attack:
+            def __reduce__(self) -> tuple[object, ...]:
+                return getattr, (torch.device, "index")
+
+        torch.save({"state_dict": from_ours(STATE, "mmpretrain", SPEC), "x": Attack()}, tmp_path / "a.pth")
+        load_checkpoint(tmp_path / "a.pth")
+        torch.save({"state_dict": Attack()}, tmp_path / "b.pth")
+        with pytest.raises(CheckpointError, match="no state dict"):
+            load_checkpoint(tmp_path / "b.pth")
