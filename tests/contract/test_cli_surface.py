@@ -33,7 +33,7 @@ SURFACE = {
     },
     "list": {"pattern", "as_json"},
     "info": {"model", "as_json"},
-    "convert": {"source", "target", "to", "model", "input_size", "ema", "half", "force"},
+    "convert": {"source", "target", "to", "model", "input_size", "labels", "ema", "half", "force"},
     "download": {"model", "source", "verify", "offline"},
     "profile": {
         "model", "checkpoint", "random_weights", "engine", "precision", "threads", "observations", "table", "as_json",

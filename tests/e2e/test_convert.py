@@ -143,6 +143,22 @@ def test_nothing_is_overwritten_and_mistakes_are_usage_errors(cli, native, tmp_p
     assert "There is no file" in err
 
 
+@pytest.mark.parametrize("name", ["net.safetensors", "net.onnx"])
+def test_names_of_classes_go_into_the_file(cli, tmp_path, small, name):
+    foreign, names, target = tmp_path / "theirs.pth", tmp_path / "classes.txt", tmp_path / name
+    save_foreign(foreign, small.state_dict(), SMALL, "snap")
+    labels = [f"kind {number}" for number in range(SMALL.num_classes)]
+    names.write_text("\n".join(labels) + "\n\n", "utf-8-sig")
+    code, _, err = cli("convert", foreign, target, "--labels", names)
+    assert code == 0, err
+    assert json.loads(cli("info", target, "--json")[1])["labels"] == labels
+    code, _, err = cli("convert", foreign, tmp_path / "b.pth", "--to", "snap", "--labels", names)
+    assert (code, "holds no names of classes" in err) == (2, True)
+    names.write_text("one\ntwo")
+    code, _, err = cli("convert", foreign, target, "--labels", names, "--force")
+    assert (code, f"expected {SMALL.num_classes} names" in err, "found 2" in err) == (2, True, True)
+
+
 def test_another_input_size_takes_tables_and_preprocessing_along_but_no_figures(cli, tmp_path):
     target = tmp_path / "48.safetensors"
     code, _, err = cli("convert", "efficientformer_cifar10", target, "--input-size", "48")

@@ -32,12 +32,16 @@ def convert(
     ] = None,
     model: Annotated[str, typer.Option(help="Zoo network IN must hold; refuses anything else.")] = "",
     input_size: Annotated[int | None, typer.Option(help="Other input side in pixels.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Text file with the names of the classes, one per line (native and onnx).")
+    ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take a training checkpoint's averaged weights.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Store weights in half precision (native and onnx).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Convert weights between layouts; to ONNX they are folded, and the file is compared with the network."""
     from efficientformer.spec.errors import UsageError, missing_extra
+    from efficientformer.spec.labels import read_names
 
     if to is None:
         to = Layout.ONNX if target.suffix == ".onnx" else Layout.NATIVE
@@ -45,8 +49,12 @@ def convert(
         raise UsageError(f"{target} exists", hint="Choose another name, or --force to replace it")
     if ema and not Path(source).is_file():
         raise UsageError("Published weights have no averaged ones beside them", hint="Leave --ema out")
-    if half and to not in (Layout.NATIVE, Layout.ONNX):
+    ours = to in (Layout.NATIVE, Layout.ONNX)
+    if half and not ours:
         raise UsageError(f"The {to} layout is written in single precision", hint="Leave --half out")
+    if labels and not ours:
+        raise UsageError(f"The {to} layout holds no names of classes", hint="Leave --labels out")
+    names = read_names(labels) if labels else ()
     try:
         import torch  # noqa: F401
     except ImportError as error:
@@ -59,6 +67,8 @@ def convert(
             checkpoint, manifest = load_named(model or source, source, ema=ema or None, progress=progress)
         else:
             checkpoint, manifest = load_named(source, True, progress=progress)
+    if names:
+        manifest = _with_labels(manifest, names, labels)
     report = checkpoint.report
     typer.echo(
         f"read {checkpoint.layout}: {len(report.mapped)} tensors, {len(report.dropped)} left out by rule", err=True
@@ -67,6 +77,17 @@ def convert(
         typer.echo(f"  {note}", err=True)
     typer.echo(_write(checkpoint, manifest, target, to, input_size, half), err=True)
     typer.echo(target)
+
+
+def _with_labels(manifest: Manifest, names: tuple[str, ...], path: Path | None) -> Manifest:
+    import dataclasses
+
+    from efficientformer.spec.errors import UsageError
+
+    if len(names) != manifest.spec.num_classes:
+        expected = f"{manifest.spec.num_classes} names, in order of the logits"
+        raise UsageError("Other names than classes", expected=expected, found=f"{len(names)} in {path}")
+    return dataclasses.replace(manifest, labels=names)
 
 
 def _write(

@@ -14,6 +14,7 @@ import numpy as np
 from efficientformer.data.listing import ListedSource, counted, is_picture
 from efficientformer.runtime.image import MAX_BYTES
 from efficientformer.spec.errors import DataError, ImageError
+from efficientformer.spec.labels import read_names
 
 CLASSES = "classes.txt"
 MAX_CLASSES = 1 << 16  # so that one hostile number makes no endless list of class names
@@ -112,26 +113,12 @@ def open_shards(shards: list[Path]) -> ShardSource:
     folder = _folder(shards)
     for path in (folder / CLASSES, folder.parent / CLASSES):
         if path.is_file():
-            return ShardSource(shards, _read_classes(path))
+            return ShardSource(shards, read_names(path))
     return ShardSource(shards)
 
 
 def _folder(shards: Iterable[Path]) -> Path:
     return next(iter(shards)).absolute().parent
-
-
-def _read_classes(path: Path) -> tuple[str, ...]:
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_LABEL_BYTES + 1).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read {str(path)!r}", expected="class names in UTF-8", found=str(error)) from error
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not names or len(text) > MAX_LABEL_BYTES:
-        raise DataError(
-            f"Cannot use {str(path)!r}", expected="one class name a line", found=f"{len(text):,} characters"
-        )
-    return names
 
 
 def _members(file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
