@@ -133,6 +133,15 @@ def test_what_has_no_weights_yet_is_profiled_with_random_ones(cli, tmp_path):
         assert sum(".blocks." in part["name"] for part in found["parts"]) == blocks
 
 
+def test_what_has_no_weights_yet_is_profiled_in_int8(cli, tmp_path):
+    spec = v1_spec((16, 16, 16, 16), (0, 1, 0, 0), 0, input_size=32, num_classes=3, stem_stride=2)
+    (tmp_path / "start.json").write_text(spec.to_json())
+    options = ("--engine", "onnxruntime", "--threads", 1, "--precision", "int8", "--json", "--quiet")
+    code, out, err = cli("profile", tmp_path / "start.json", *options)
+    assert code == 0, err
+    assert any("Quantize" in kind["kind"] or "QLinear" in kind["kind"] for kind in json.loads(out)["kinds"])
+
+
 def test_the_four_observations(cli, tmp_path, monkeypatch):
     monkeypatch.setattr("efficientformer.latency.observations.PICTURE", (64, 64))
     monkeypatch.setattr("efficientformer.latency.observations.MIN_PASSES", 1)
@@ -181,6 +190,7 @@ def test_a_table_of_a_spec_in_a_file(cli, tmp_path):
         (("profile", "none.json"), "Cannot read the spec"),
         (("profile", "L1", "--random-weights", "--checkpoint", "x.pth"), "Leave one out"),
         (("profile", "--observations", "--precision", "int8"), "float graphs"),
+        (("profile", "--observations", "--random-weights"), "Leave --random-weights out"),
         (("profile", "efficientformer_cifar10", "--engine", "tpu"), "Illegal engine"),
         (("latency-table", "-o", "t.json", "--widths", "a"), "--widths"),
         (("latency-table", "-o", "t.json", "--widths", "1:2"), "--widths"),

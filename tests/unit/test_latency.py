@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 
-from efficientformer.latency import groups
+from efficientformer.latency import groups, observations
 from efficientformer.latency.design import TableSpace, all_parts, design, sample
 from efficientformer.latency.fit import fit_parts
 from efficientformer.latency.groups import TIES, divide, scale_to_first
@@ -53,8 +53,18 @@ def test_keys_name_every_part_and_are_read_back():
         "embedding conv 16-16 at 4x4", "first mb4d 16 at 4x4", "mb4d 16 x4 at 4x4", "embedding conv 16-24 at 2x2",
         "first mb4d 24 at 2x2", "first mb3d 24 at 2x2", "mb4d 24 x4 at 2x2", "mb3d 24 x4 at 2x2", "head 24-10 at 2x2",
     ]  # fmt: skip
-    for spec in (SPEC, *VARIANTS.values()):
+    many = dataclasses.replace(SPEC, num_classes=1_000_000)
+    for spec in (SPEC, many, *VARIANTS.values()):
         assert tuple(Part.parse(part.key) for part in parts_of(spec)) == parts_of(spec)
+
+
+def test_a_block_on_tokens_is_timed_without_the_reshapes_around_it():
+    base, reshapes, block = 1.0, 3.0, 0.25
+    ms = {"none": base, "tokens one": base + reshapes + block}
+    ms["tokens"] = ms["tokens one"] + observations.BLOCKS * block
+    timings = {name: Latency(ms.get(name, 2.0), 0.0, 0.0, 0.0, 1) for name in observations._subjects()}
+    found = {each.name: each.ms for each in observations._mixers(timings).variants}
+    assert found["block with attention on tokens (MB3D)"] == pytest.approx(block)
 
 
 @pytest.mark.parametrize("key", ["", "mb4d", "mb4d 8 at 4x4", "mb4d 08 x4 at 4x4", "stem 3-8 at 4x4", "x" * 100_000])

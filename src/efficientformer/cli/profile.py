@@ -45,6 +45,8 @@ def profile(
     if observations == bool(model or checkpoint):
         expected = "a network, or --observations"
         raise UsageError("Nothing to profile" if not observations else "Too much to do at once", expected=expected)
+    if observations and random_weights:
+        raise UsageError("The observations have networks of their own", hint="Leave --random-weights out")
     if table is not None:
         if observations or random_weights or output or threads or {engine, precision} != {"auto"}:
             raise UsageError("A table says what its own engine takes", hint="Leave other options than --json out")
@@ -62,14 +64,14 @@ def profile(
         typer.echo(json.dumps(found.to_dict(), indent=2)) if as_json else _print_observations(found)
     else:
         from efficientformer.export.deployable import deployable
-        from efficientformer.latency.graph import write_network
+        from efficientformer.latency.measure import write_untrained
         from efficientformer.latency.profile import profile_file
         from efficientformer.weights.cache import terminal_progress
 
         spec = _untrained(model, checkpoint, random_weights)
         with TemporaryDirectory(prefix="efficientformer-") as scratch:
             if spec is not None:
-                file = write_network(spec, Path(scratch) / "network.onnx", name=Path(model).name)
+                file = write_untrained(spec, Path(scratch) / "network.onnx", precision, name=Path(model).name)
             else:
                 with terminal_progress(quiet=quiet) as downloading:
                     file = deployable(

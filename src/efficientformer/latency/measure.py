@@ -209,6 +209,20 @@ def table_of(
     )
 
 
+def write_untrained(spec: ArchSpec, path: Path, precision: str, *, name: str = "") -> Path:
+    """Write a network with random weights, ``write_network``'s or for ``int8`` its quantised form; return its path.
+
+    Raises:
+        MissingExtraError: If it is to be quantised and onnx is not installed.
+    """
+    file = write_network(spec, path, name=name)
+    if precision == "int8":
+        from efficientformer.latency.int8 import quantise
+
+        quantise(file)
+    return file
+
+
 @contextmanager
 def opened(
     specs: Sequence[ArchSpec], engine: str, precision: str, threads: int | None, progress: Progress | None = None
@@ -219,11 +233,7 @@ def opened(
     with tempfile.TemporaryDirectory(prefix="efficientformer-", ignore_cleanup_errors=True) as folder:
         engines = []
         for index, spec in enumerate(specs):
-            file = write_network(spec, Path(folder) / f"{index}.onnx")
-            if precision == "int8":
-                from efficientformer.latency.int8 import quantise
-
-                quantise(file)
+            file = write_untrained(spec, Path(folder) / f"{index}.onnx", precision)
             engines.append(open_engine(file, engine, precision=precision, threads=threads))
             if progress is not None:
                 progress("opening networks", index + 1, len(specs))

@@ -23,7 +23,7 @@ Grid = tuple[int, int]
 BLOCKS = sum(BLOCK_KINDS.values(), ())
 _KEY = re.compile(
     r"(?P<kind>stem|embedding conv|embedding attn|head|(?:first )?[a-z0-9_]+) "
-    r"(?:(?P<dim>\d{1,5})-)?(?P<width>\d{1,5})"
+    r"(?:(?P<dim>\d{1,5})-)?(?P<width>\d{1,7})"
     r"(?: x(?P<expansion>\d{1,2}(?:\.\d{1,6})?))?"
     r"(?: stride (?P<stride>[124]))?"
     r" at (?P<height>\d{1,4})x(?P<breadth>\d{1,4})"
