@@ -26,7 +26,7 @@ from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import VARIANTS, v1_spec, v2_spec
 from efficientformer.spec.zoo import TIMM_PREPROCESS, resolve
 from efficientformer.weights.cache import Cache
-from efficientformer.weights.checkpoint import load_checkpoint, save_foreign, save_native
+from efficientformer.weights.checkpoint import WeightsWarning, load_checkpoint, save_foreign, save_native
 from efficientformer.weights.pretrained import build, load_published
 from tests.contract.test_torch_free import run_without_torch
 from tests.parity.regimes import random_state
@@ -141,6 +141,30 @@ def test_nothing_is_overwritten_and_mistakes_are_usage_errors(cli, native, tmp_p
     code, _, err = cli("convert", tmp_path / "nothing.pth", tmp_path / "x.onnx")
     assert code == 2
     assert "There is no file" in err
+
+
+def test_a_plain_state_dict_of_the_network_in_the_package_is_that_network_under_its_name(tmp_path):
+    own = resolve("efficientformer_cifar10").card
+    network = get_model(own.name, pretrained=True)
+    torch.save(network.state_dict(), tmp_path / "mine.pth")
+    again = get_model(own.name, pretrained=tmp_path / "mine.pth")
+    x = torch.rand(1, 3, *own.spec.input_size)
+    assert again.spec == own.spec
+    assert torch.equal(again(x), network(x))
+    manifest = Classifier(own.name, checkpoint=tmp_path / "mine.pth", engine="onnxruntime").manifest
+    assert (manifest.preprocess, manifest.labels) == (own.manifest(None).preprocess, own.manifest(None).labels)
+    with pytest.warns(WeightsWarning, match="stem's stride: 4 is assumed"):
+        get_model(str(tmp_path / "mine.pth"))
+
+
+def test_what_lies_beside_a_checkpoint_is_looked_at_again_once_it_changes(tmp_path, small):
+    path = tmp_path / "model.safetensors"
+    save_foreign(path, small.state_dict(), SMALL, "timm")
+    assert Classifier(checkpoint=path, engine="onnxruntime").manifest.labels == ()
+    names = [f"kind {number}" for number in range(SMALL.num_classes)]
+    config = {"architecture": "efficientformer_l1", "label_names": names, "input_size": [3, *SMALL.input_size]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Classifier(checkpoint=path, engine="onnxruntime").manifest.labels == tuple(names)
 
 
 @pytest.mark.parametrize("name", ["net.safetensors", "net.onnx"])

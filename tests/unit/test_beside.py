@@ -62,13 +62,28 @@ class TestTimm:
         assert np.allclose([ours.mean, ours.std], [normalise.mean.tolist(), normalise.std.tolist()])
         assert manifest.provenance["described_by"] == "config.json"
 
+    def test_a_size_that_the_weights_fit_is_taken_and_no_other(self, tmp_path):
+        config = {"architecture": "efficientformer_l1", "crop_pct": 0.9, "input_size": [3, 52, 60]}
+        path = beside(tmp_path, "timm", config=config)  # 2x2 at the end, as for 64
+        manifest = load_named(str(path), str(path))[1]
+        assert (manifest.spec.input_size, manifest.preprocess.input_size) == ((52, 60), (52, 60))
+        assert manifest.preprocess.resize_size == 66
+        config["input_size"] = [3, 96, 96]
+        beside(tmp_path, "timm", config=config)
+        with pytest.raises(CheckpointError, match="are for another input size; expected 64x64; found 96x96"):
+            load_named(str(path), str(path))
+
     def test_names_by_number(self, tmp_path):
         names = {str(number): name for number, name in enumerate(PETS)}
         path = beside(tmp_path, "timm", config={"architecture": "efficientformer_l1", "label_names": names})
         assert load_named(str(path), str(path))[1].labels == PETS
 
     def test_names_of_another_number_of_classes_are_left_out(self, tmp_path):
-        path = beside(tmp_path, "timm", config={"architecture": "efficientformer_l1", "label_names": ["cat", "dog"]})
+        path = beside(
+            tmp_path,
+            "timm",
+            config={"architecture": "efficientformer_l1", "input_size": [3, 64, 64], "label_names": ["cat", "dog"]},
+        )
         with pytest.warns(WeightsWarning, match="names of 2 classes are left out: the network has 3"):
             assert load_named(str(path), str(path))[1].labels == ()
 
@@ -109,7 +124,7 @@ class TestTransformers:
             ({"size": {"shortest_edge": 80}, "crop_size": {"height": 64, "width": 64}}, ("short_edge", 80, "bicubic")),
             ({"size": {"shortest_edge": 72}, "crop_size": 64, "resample": 2}, ("short_edge", 72, "bilinear")),
             ({"size": {"height": 64, "width": 64}, "do_center_crop": False}, ("squash", 0, "bicubic")),
-            ({"size": 64, "crop_size": 64}, ("squash", 0, "bicubic")),
+            ({"size": 64, "crop_size": 64, "do_center_crop": None}, ("squash", 0, "bicubic")),
         ],
     )
     def test_processor_and_names(self, processor, expected, tmp_path):

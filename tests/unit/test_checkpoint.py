@@ -284,7 +284,9 @@ class TestTrainingCheckpoints:
         with pytest.raises(CheckpointError, match="no averaged"):
             load_checkpoint(tmp_path / name, ema=True)
 
-    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+    @pytest.mark.parametrize(
+        "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "mine.network."]
+    )
     def test_prefixes_of_wrappers_are_cut_off(self, prefix, tmp_path):
         state = random_state(V1)
         theirs = {f"{prefix}{name}": tensor for name, tensor in from_ours(state, "snap", V1).items()}

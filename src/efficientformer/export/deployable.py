@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from efficientformer.runtime.engines import open_engine
 from efficientformer.spec.errors import CheckpointError, EngineError, UsageError, missing_extra
 from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, ModelCard, WeightsSource, resolve
+from efficientformer.weights.beside import stamp_beside
 from efficientformer.weights.cache import Cache, Progress, cache_root, writing_to
 
 if TYPE_CHECKING:
@@ -187,7 +188,8 @@ def _existing(file: Path) -> Path:
 def _kept_for(model: str, file: Path, kind: str = "") -> Path:
     """Return where what is built of a weights file is kept: another name for another content."""
     stat = file.stat()
-    identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{model}" + (f"|{kind}" if kind else "")
+    parts = (str(file.resolve()), str(stat.st_size), str(stat.st_mtime_ns), model)
+    identity = "|".join((*parts, *filter(None, (kind, stamp_beside(file)))))
     return _folder() / "files" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}{SUFFIX}"
 
 

@@ -33,7 +33,7 @@ class Beside:
 
     Attributes:
         labels: Class names in order of the logits; empty if they say none.
-        preprocess: The preprocessing; None if they say none.
+        preprocess: The preprocessing; None if they say none. Its input size is the network's.
         files: Names of the files it is from.
     """
 
@@ -74,6 +74,13 @@ def read_beside(weights: Path, layout: str, spec: ArchSpec) -> Beside:
             expected=error.expected, found=error.found, hint=error.hint or hint,
         ) from None  # fmt: skip
     return Beside(labels, preprocess, tuple(files))
+
+
+def stamp_beside(weights: Path) -> str:
+    """Return by what the files that ``read_beside`` may read are told from others of their names; empty for none."""
+    found = [weights.parent / name for name in (CONFIG, PROCESSOR)]
+    stats = [(path.name, path.stat()) for path in found if path.is_file()]
+    return "|".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
 
 
 def known_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -133,6 +140,7 @@ def _timm(config: Mapping[str, Any], spec: ArchSpec) -> PreprocessSpec:
 def _transformers(said: Mapping[str, Any], spec: ArchSpec) -> PreprocessSpec:
     """Return what transformers' EfficientFormerImageProcessor does with a configuration."""
     usual = LAYOUT_PREPROCESS["transformers"]
+    said = {name: value for name, value in said.items() if value is not None}
     for name in ("do_resize", "do_rescale", "do_normalize", "do_center_crop"):
         check_bool(name, said.get(name, True))
     factor = said.get("rescale_factor", 1 / 255)
@@ -167,12 +175,23 @@ def _fitted(
     usual: PreprocessSpec, spec: ArchSpec, size: object, change: dict[str, Any], interpolation: object,
     mean: object, std: object,
 ) -> PreprocessSpec:  # fmt: skip
-    """Return ``usual`` as it is said to be, for the input of the network."""
-    change |= {"input_size": as_pair("input size", size)}
+    """Return ``usual`` as it is said to be."""
+    height, width = as_pair("input size", size)
+    if not _fits(spec, spec.with_input_size((height, width))):
+        expected = "x".join(map(str, spec.input_size))
+        raise SpecError("The weights are for another input size", expected=expected, found=f"{height}x{width}")
+    change |= {"input_size": (height, width)}
     change |= {"interpolation": interpolation} if interpolation is not None else {}
     said = {"mean": mean, "std": std}
     change |= {name: tuple(as_list(name, value, 3)) for name, value in said.items() if value is not None}
     preprocess = dataclasses.replace(usual, **change)
     if spec.in_chans == 1 and len(preprocess.mean) != 1:
         preprocess = preprocess.grey()
-    return preprocess.with_input_size(spec.input_size)
+    return preprocess
+
+
+def _fits(spec: ArchSpec, other: ArchSpec) -> bool:
+    """Whether the weights of a network are those of the same for another input size: its attention has equal grids."""
+    attend = {i for i, stage in enumerate(spec.stages) if any(block.has_attention for block in stage.blocks)}
+    embed = {j for i, stage in enumerate(spec.stages) if stage.embedding == "attn" for j in (i - 1, i)}
+    return all(spec.grids[index] == other.grids[index] for index in attend | embed)

@@ -22,8 +22,8 @@ from efficientformer.spec.errors import CheckpointError
 # `ema_state_dict` is not among them: its hook swaps the two, so that one holds the weights that are *not* averaged.
 _PLAIN = ("model", "state_dict")
 _AVERAGED = ("model_ema", "state_dict_ema")
-# What wrappers put before every name.
-_PREFIXES = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile"}
+# Wrappers by what they put before every name; others, such as a module that has the network as a part, do it too.
+_WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile", "model.": "Lightning, or another"}
 _MAX_NESTING = 4
 
 _UNSAFE_HINT = (
@@ -201,8 +201,10 @@ def _strip_prefixes(state: dict[Any, Any]) -> tuple[dict[Any, Any], tuple[str, .
     """Cut off what wrappers put before every name; a prefix that some names lack stays, and is an error later."""
     notes: tuple[str, ...] = ()
     for _ in range(_MAX_NESTING):
-        for prefix, wrapper in _PREFIXES.items():
-            if all(isinstance(name, str) and name.startswith(prefix) for name in state):
-                state = {name.removeprefix(prefix): value for name, value in state.items()}
-                notes += (f"cut {prefix!r} ({wrapper}) off {len(state)} names",)
+        first = {name.partition(".")[0] if isinstance(name, str) else "" for name in state}
+        prefix = f"{first.pop()}." if len(first) == 1 else ""  # no network is all stem, or all head
+        if len(prefix) < 2 or not all(name.startswith(prefix) for name in state):
+            break
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+        notes += (f"cut {prefix!r} ({_WRAPPERS.get(prefix, 'a wrapper')}) off {len(state)} names",)
     return state, notes

@@ -116,7 +116,10 @@ def describe(
     if card is not None and source is not None:
         published = card.manifest(source)
         return dataclasses.replace(published, spec=spec, provenance={**published.provenance, **provenance})
-    preprocess = LAYOUT_PREPROCESS.get(checkpoint.layout, PreprocessSpec())
+    preprocess, usual_labels = LAYOUT_PREPROCESS.get(checkpoint.layout, PreprocessSpec()), label_names("imagenet1k")
+    if card is not None and not card.sources:  # the network in the package, which is not for ImageNet
+        own = card.manifest(None)
+        preprocess, usual_labels = own.preprocess, own.labels
     if spec.in_chans == 1:
         preprocess = preprocess.grey()
     elif spec.in_chans != len(IMAGENET_MEAN):
@@ -126,13 +129,14 @@ def describe(
     beside = read_beside(path, checkpoint.layout, spec)
     provenance |= {"described_by": ", ".join(beside.files)} if beside.files else {}
     preprocess = beside.preprocess or preprocess.with_input_size(spec.input_size)
-    return Manifest(spec, preprocess, _class_names(checkpoint, beside.labels), {}, provenance)
+    spec = spec.with_input_size(preprocess.input_size)
+    return Manifest(spec, preprocess, _class_names(checkpoint, beside.labels, usual_labels), {}, provenance)
 
 
-def _class_names(checkpoint: Checkpoint, beside: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the class names said beside a file or in it; else ImageNet-1k's, if it has as many."""
+def _class_names(checkpoint: Checkpoint, beside: tuple[str, ...], usual: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the class names said beside a file or in it; else the usual ones, if it has as many."""
     classes = checkpoint.spec.num_classes
-    said, usual = beside or known_labels(checkpoint.labels), label_names("imagenet1k")
+    said = beside or known_labels(checkpoint.labels)
     if said and len(said) != classes:
         text = f"The names of {len(said)} classes are left out: the network has {classes}, so they are of another one"
         warnings.warn(text, WeightsWarning, stacklevel=3)
@@ -176,7 +180,11 @@ def load_named(
     checkpoint = load_checkpoint(path, ema=ema, spec=model if isinstance(model, ArchSpec) else None)
     if card is not None:
         _check_same_network(checkpoint, card, path)
-    return checkpoint, describe(checkpoint, path)
+        checkpoint = _with_stem_of(checkpoint, card)
+    elif checkpoint.layout == "native" and checkpoint.manifest is None and not isinstance(model, ArchSpec):
+        text = f"{path.name} does not say its stem's stride: {checkpoint.spec.stem_stride} is assumed, as published"
+        warnings.warn(f"{text}; name the network too if it has another", WeightsWarning, stacklevel=2)
+    return checkpoint, describe(checkpoint, path, card)
 
 
 def build(
@@ -199,6 +207,17 @@ def build(
         other_classes = checkpoint.spec.num_classes != spec.num_classes
         load_into(model, checkpoint, reset_head=other_classes, drop_dist_head=not spec.distilled)
     return model
+
+
+def _with_stem_of(checkpoint: Checkpoint, card: ModelCard) -> Checkpoint:
+    """Return the checkpoint with the stem stride of its card, which no foreign file says, and the size that fits it."""
+    found, stride = checkpoint.spec, card.spec.stem_stride
+    if checkpoint.manifest is not None or found.stem_stride == stride:
+        return checkpoint
+    height, width = (side * stride // found.stem_stride for side in found.input_size)
+    return dataclasses.replace(
+        checkpoint, spec=dataclasses.replace(found, stem_stride=stride, input_size=(height, width))
+    )
 
 
 def _check_same_network(checkpoint: Checkpoint, card: ModelCard, path: Path) -> None:
