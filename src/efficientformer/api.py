@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from efficientformer.export.deployable import check_weights, deployable, file_of
 from efficientformer.runtime.choice import choose
 from efficientformer.runtime.classifier import EngineClassifier
-from efficientformer.runtime.engines import ENGINES, PRECISIONS, Engine, check_threads, open_engine
+from efficientformer.runtime.engines import ENGINES, PRECISIONS, Engine, check_threads, file_stamp, open_engine
 from efficientformer.runtime.image import Source
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import UnknownModelError, UsageError, missing_extra
 from efficientformer.spec.fields import check_choice
-from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, resolve
+from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, name_of, resolve
+from efficientformer.weights.beside import stamp_beside
 from efficientformer.weights.cache import cache_root
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ class Classifier(EngineClassifier):
 
     def __init__(
         self,
-        model: str = "",
+        model: str | Path = "",
         *,
         checkpoint: str | Path | None = None,
         engine: str = "auto",
@@ -82,6 +84,7 @@ class Classifier(EngineClassifier):
         offline: bool | None = None,
         progress: DownloadProgress | None = None,
     ) -> None:
+        model, device = name_of(model), str(device)  # torch.device is taken, too
         check_choice("engine", engine, (*ENGINES, *TORCH_ENGINES))
         check_choice("precision", precision, PRECISIONS)
         check_threads(threads, streams)
@@ -103,7 +106,7 @@ class Classifier(EngineClassifier):
         super().__init__(opened, reason=reason)
 
 
-def inference_model(model: str | EngineClassifier, image: Source) -> dict[str, Any]:
+def inference_model(model: str | Path | EngineClassifier, image: Source) -> dict[str, Any]:
     """Classify one picture, as mmpretrain's function of this name does; a network named again is not built again.
 
     Args:
@@ -119,19 +122,24 @@ def inference_model(model: str | EngineClassifier, image: Source) -> dict[str, A
         UnknownModelError: If no network has that name.
         ImageError: If the picture cannot be read.
     """
-    classifier = model if isinstance(model, EngineClassifier) else _classifier(str(model))
-    return classifier(image).to_dict()
+    if not isinstance(model, EngineClassifier):
+        name = name_of(model)
+        file = file_of(name)
+        path = None if file is None else Path(file).resolve()
+        model = _classifier(str(path or name), path and (file_stamp(path), stamp_beside(path)))
+    return model(image).to_dict()
 
 
 @lru_cache(maxsize=4)
-def _classifier(model: str) -> Classifier:
+def _classifier(model: str, _stamps: object) -> Classifier:
+    """Open a network; one of a file, told from others of its name by stamps, is opened again once it changes."""
     return Classifier(model)
 
 
 def get_model(
-    model: str | ArchSpec,
+    model: str | Path | ArchSpec,
     *,
-    pretrained: bool | str | Path = False,
+    pretrained: bool | str | Path | None = False,
     input_size: int | Sequence[int] | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
@@ -174,12 +182,14 @@ def get_model(
     from efficientformer.weights.cache import terminal_progress
     from efficientformer.weights.pretrained import Overrides, build, load_named
 
+    model = model if isinstance(model, ArchSpec) else name_of(model)
+    pretrained = False if pretrained is None else pretrained
     if isinstance(model, str) and not isinstance(pretrained, bool):
         check_weights(model, pretrained)
     size = tuple(input_size) if isinstance(input_size, Sequence) else input_size
     overrides = Overrides(size, num_classes, in_chans, distilled)  # type: ignore[arg-type]  # checked by apply
     checkpoint = None
-    if pretrained is False and not (isinstance(model, str) and Path(model).is_file()):
+    if pretrained is False and (isinstance(model, ArchSpec) or not os.path.isfile(model)):  # noqa: PTH113 (any name)
         spec = model if isinstance(model, ArchSpec) else resolve(model).card.spec
     else:
         with terminal_progress() as progress:
@@ -196,7 +206,7 @@ def get_model(
 
 
 def evaluate_model(
-    model: str,
+    model: str | Path,
     data: str | Path,
     *,
     checkpoint: str | Path | None = None,
@@ -251,7 +261,7 @@ def evaluate_model(
     from efficientformer.evaluation.distributed import join
     from efficientformer.evaluation.evaluate import evaluate
 
-    name = _without_config(model)
+    name, device = _without_config(name_of(model)), str(device)
     part, source = _pictures(data, split)
     with join() as team:
         with team.first_alone():

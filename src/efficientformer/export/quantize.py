@@ -24,6 +24,7 @@ from efficientformer.runtime.timing import Timing, environment, time_together
 from efficientformer.spec.errors import EngineError, ExportError, UsageError
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
+from efficientformer.spec.zoo import name_of
 from efficientformer.weights.cache import CacheError, writing_to
 
 WEIGHTS_ONLY = ("", "int8", "fp16")
@@ -102,7 +103,7 @@ class QuantisationReport:
 
 
 def quantize(
-    model: str,
+    model: str | Path,
     data: str | Path,
     output: str | Path,
     *,
@@ -148,6 +149,7 @@ def quantize(
         ExportError: If the allowed drop cannot be held; nothing is written.
         MissingExtraError: If a library of the quantize extra is missing.
     """
+    model = name_of(model)
     check_choice("weights_only", weights_only, WEIGHTS_ONLY)
     check_choice("engine", engine, INT8_FOR)
     check_choice("weight_bits", weight_bits, WEIGHT_BITS)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from efficientformer.spec.arch import ArchSpec
-from efficientformer.spec.errors import UnknownModelError, nearest
+from efficientformer.spec.errors import UnknownModelError, UsageError, nearest
 from efficientformer.spec.labels import label_names
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
@@ -164,6 +165,22 @@ def list_models(pattern: str = "*") -> list[str]:
     ]
 
 
+def name_of(model: object) -> str:
+    """Return what names a network, as text: a path may be given as one.
+
+    Raises:
+        UsageError: If it is neither text nor a path.
+    """
+    if isinstance(model, str | os.PathLike):
+        return os.fsdecode(model)
+    raise UsageError(
+        "This names no network",
+        expected="a name of the zoo, or a weights or exported file",
+        found=f"a {type(model).__name__}",
+        hint="Of a network in memory give the file it was saved to: torch.save(network.state_dict(), 'mine.pth')",
+    )
+
+
 def resolve(name: str) -> Resolved:
     """Find a network by its canonical name or any alias, without regard to case.
 
@@ -185,7 +202,7 @@ def resolve(name: str) -> Resolved:
     if wanted in names:
         return Resolved(names[wanted], None)
     for weights in (Path(name) / file for file in _IN_FOLDERS):
-        if weights.is_file():
+        if os.path.isfile(weights):  # noqa: PTH113 (no error for names no file can have)
             raise UnknownModelError(f"{name!r} is a folder", hint=f"Name the weights in it: {weights}")
     if name.lower().endswith(FILE_SUFFIXES):
         raise UnknownModelError(f"There is no file {name!r}, and no model of that name", hint="Check the path")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from dataclasses import dataclass
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.arch import ArchSpec
@@ -45,10 +48,16 @@ class Overrides:
         Raises:
             SpecError: If that is no legal network.
         """
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.input_size is not None:
-            given["input_size"] = as_pair("input size", self.input_size)
+            given["input_size"] = tuple(_plain(side) for side in as_pair("input size", _plain(self.input_size)))
+        given |= {name: _plain(given[name]) for name in ("num_classes", "in_chans")}
         return dataclasses.replace(spec, **{name: value for name, value in given.items() if value is not None})
+
+
+def _plain(value: object) -> object:
+    """Return numpy's whole numbers, which come out of labels, as Python's; all else as it is, to be checked."""
+    return value if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
 
 
 def find_weights(
@@ -170,7 +179,7 @@ def load_named(
         if pretrained is True:
             raise UsageError("A spec has no published weights", hint="Give a file: pretrained='FILE'")
         path, card = Path(str(pretrained)), None
-    elif Path(model).is_file():
+    elif os.path.isfile(model):  # noqa: PTH113 (no error for names no file can have)
         path, card = Path(model), None
     else:
         found = resolve(model)
