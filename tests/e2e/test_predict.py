@@ -176,6 +176,17 @@ def test_the_ending_says_the_format_and_the_option_beats_it(cli, photo, tmp_path
     assert (tmp_path / "labels.tsv").read_text().startswith("path,error")
 
 
+@pytest.mark.parametrize("options", [(), ("-f", "json")])
+def test_a_file_named_json_is_one_array(cli, photo, tmp_path, options):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    target = tmp_path / "labels.JSON"
+    assert cli("predict", tmp_path, "-o", target, *options)[0] == 1
+    bad, good = json.loads(target.read_text())
+    assert "error" in bad
+    assert good["pred_class"] == "cat"
+    assert len(target.read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize("format_", ["json", "csv"])  # written at once, and as the command ends
 def test_a_full_disk_is_one_error_line(photo, format_):
     command = [sys.executable, "-m", "efficientformer", "predict", photo, "-q", "-f", format_]
@@ -207,7 +218,7 @@ def test_an_output_that_is_a_link_stays_one_and_files_have_the_permissions_of_th
     finally:
         os.umask(before)
     assert link.readlink() == target
-    assert lines(target.read_text())[0]["pred_class"] == "cat"
+    assert json.loads(target.read_text())[0]["pred_class"] == "cat"
     for path in (target, next((tmp_path / "out").iterdir())):
         assert path.stat().st_mode & 0o777 == 0o640
 

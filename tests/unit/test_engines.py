@@ -1,5 +1,8 @@
 """Both engines run one file, agree, and say what they compute in; what cannot be done is refused by name."""
 
+import copy
+import multiprocessing
+import pickle
 import shutil
 import subprocess
 import sys
@@ -100,6 +103,59 @@ def test_the_first_runs_of_a_process_do_not_lock_each_other_out():
     """Without care one process in three hangs here, so ten that do not are no luck."""
     done = subprocess.run([sys.executable, "-c", FIRST_RUNS], capture_output=True, text=True, timeout=400, check=True)
     assert done.stdout.split("\n")[0] == str([0] * 10), done.stdout + done.stderr
+
+
+FORKED = """
+import os, signal, sys
+from pathlib import Path
+from efficientformer import Classifier
+classify, photos = Classifier(engine="openvino", threads=2), sorted(Path(sys.argv[1]).glob("*.jpg"))
+def labels():
+    return [each.label for each in classify.predict(photos)], [each.label for each in classify.predict(photos[:2])]
+def forked(work):
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        work()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+def same():
+    assert labels() == right
+    assert classify(photos[0]).label == right[0][0]
+right = labels()
+assert len(photos) >= 8
+forked(lambda: (same(), forked(same)))
+same()
+print("right", flush=True)
+"""
+
+
+def test_a_forked_child_opens_its_own_network_for_it_has_no_threads_of_the_other():
+    command = [sys.executable, "-c", FORKED, Path(__file__).parents[2] / "examples"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert (done.stdout, done.returncode) == ("right\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_a_classifier_can_be_copied_and_sent_to_other_processes(name, tmp_path, monkeypatch):
+    shutil.copy(FILE, tmp_path / "network.onnx")
+    monkeypatch.chdir(tmp_path)
+    classify = Classifier("network.onnx", engine=name, precision="fp32", threads=2)
+    photo = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    right = classify(photo)
+    classify.open_for_many()
+    monkeypatch.chdir("/")
+    for twin in (copy.deepcopy(classify), pickle.loads(pickle.dumps(classify))):
+        assert (twin.engine, twin.reason, twin._for_many) == (classify.engine, classify.reason, None)
+        assert (twin._engine.streams, twin.open_for_many().streams) == (1, 2)
+        np.testing.assert_allclose(twin(photo).scores, right.scores, atol=1e-6)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        (found,) = pool.map(classify, [photo])
+    np.testing.assert_allclose(found.scores, right.scores, atol=1e-6)
+    sent = pickle.dumps(classify)
+    (tmp_path / "network.onnx").write_bytes(FILE.read_bytes()[:-1])
+    with pytest.raises(EngineError, match="changed or removed"):
+        pickle.loads(sent)
 
 
 def test_smaller_batches_reuse_a_larger_one_and_few_are_kept():

@@ -4,7 +4,9 @@ import os
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO, StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,6 +178,30 @@ def test_32_bit_grey_has_no_known_range(label, data):
         decode(data)
 
 
+def tiff(zero_is, bits, data):
+    """Return a TIFF of one row of 4 grey pixels, which Pillow writes neither in 12 bits nor with 0 for white."""
+    zero = {"white": 0, "black": 1}[zero_is]
+    entries = {256: 4, 257: 1, 258: bits, 259: 1, 262: zero, 273: 110, 277: 1, 279: len(data)}
+    rows = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries.items())
+    directory = struct.pack("<H", len(entries)) + rows + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8) + directory + data
+
+
+@pytest.mark.parametrize(
+    ("zero_is", "bits", "values", "want"),
+    [
+        ("black", 12, [0, 2047, 1024, 4095], [0, 127, 64, 255]),
+        ("black", 16, [0, 257, 32896, 65535], [0, 1, 128, 255]),
+        ("white", 16, [0, 257, 32896, 65535], [255, 254, 127, 0]),
+        ("white", 8, [0, 1, 128, 255], [255, 254, 127, 0]),  # Pillow sees to it
+    ],
+)
+def test_a_tiff_says_how_deep_its_grey_is_and_whether_0_is_white(zero_is, bits, values, want):
+    packed = int("".join(f"{value:012b}" for value in values), 2).to_bytes(6, "big")
+    data = packed if bits == 12 else np.array(values, f"<u{bits // 8}").tobytes()
+    assert np.asarray(decode(tiff(zero_is, bits, data), mode="L")).tolist() == [want]
+
+
 # --- EXIF -----------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +261,34 @@ def _pipe(data):
 def test_a_pillow_image_that_needs_nothing_is_not_copied():
     picture = Image.fromarray(RGB)
     assert decode(picture) is picture
+
+
+def test_a_pillow_image_keeps_its_size_when_files_are_shrunk():
+    data = save(photo(640, 480), "JPEG")
+    spec = PreprocessSpec(resize_size=235)
+    assert decode(data, shrink_for=spec).size == (320, 240)
+    opened = Image.open(BytesIO(data))
+    assert decode(opened, shrink_for=spec).size == opened.size == (640, 480)
+
+
+def test_a_pillow_image_may_be_given_to_several_threads_at_once():
+    data = save(photo(1600, 1200), "JPEG", quality=95)
+    right = np.asarray(decode(data))
+    for _ in range(3):
+        opened = Image.open(BytesIO(data))
+        with ThreadPoolExecutor(4) as pool:
+            for each in pool.map(decode, [opened] * 4):
+                np.testing.assert_array_equal(np.asarray(each), right)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_folders_and_addresses_are_not_read_and_the_hint_says_what_does(kind, tmp_path):
+    for name, found in ((str(tmp_path), "a folder"), ("https://host/a.jpg", "an address")):
+        with pytest.raises(ImageError, match=f"found {found}") as caught:
+            decode(kind(name))
+        assert f"classify.predict(gather([{name!r}])), with gather from efficientformer.runtime.inputs" in str(
+            caught.value
+        )
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,52 @@ def test_inputs_are_drawn_a_bounded_number_ahead(chunk):
     assert len(drawn) < 400
 
 
+def until(true):
+    """Wait for something, for a while."""
+    end = time.monotonic() + 10
+    while not true() and time.monotonic() < end:
+        time.sleep(0.001)
+    assert true()
+
+
+def test_a_result_does_not_wait_for_a_stream_that_is_slow():
+    """A frame comes when those before it are worked on, but for one that takes long: results then come at once."""
+    drawn, done, go_on = [], set(), threading.Event()
+
+    def frames():
+        for number in range(24):
+            if number == 10:
+                go_on.set()
+            until(lambda: {*range(number)} - {3 if number < 11 else -1} <= done)  # noqa: B023 (called here)
+            time.sleep(0.02)
+            drawn.append(number)
+            yield number
+
+    def work(taken):
+        if taken == [3]:
+            go_on.wait(10)
+        done.update(taken)
+        return taken
+
+    behind = [drawn[-1] - number for number in in_order(frames(), work, workers=4)]
+    assert max(behind[:3]) <= 1
+    assert behind[10] <= 3
+    assert max(behind[14:]) <= 1
+
+
+def test_threads_have_work_while_the_caller_is_slow():
+    done = []
+
+    def work(taken):
+        time.sleep(0.005)
+        done.append(taken)
+        return taken
+
+    for number in in_order(range(30), work, workers=2):
+        if number > 2:  # how long a draw and a chunk take is known from the first
+            until(lambda: len(done) > min(number + AHEAD, 29))  # noqa: B023 (called here)
+
+
 def test_an_error_comes_in_its_place_and_leaves_no_thread():
     before = threading.active_count()
 
@@ -135,6 +181,33 @@ def test_a_few_pictures_open_no_second_engine(count, opened, monkeypatch):
     assert len(asked) == opened
 
 
+def test_a_stream_is_not_asked_for_many_before_its_first_result(monkeypatch):
+    classifier, drawn, done = open_classifier("onnxruntime"), [], []
+    monkeypatch.setattr(classifier, "_for_many", None)
+    original = classifier._classify
+    monkeypatch.setattr(classifier, "_classify", lambda *given: (original(*given), done.append(1))[0])
+
+    def frames():
+        for number in range(12):
+            until(lambda: len(done) == number)  # noqa: B023 (called here)
+            time.sleep(0.1)
+            drawn.append(number)
+            yield PHOTOS[0]
+
+    for number, _ in enumerate(classifier.predict(frames())):
+        assert len(drawn) <= number + 2
+    assert classifier._for_many is not None
+
+
+def test_how_many_a_list_holds_decides_at_once(monkeypatch):
+    classifier = open_classifier("onnxruntime")
+    monkeypatch.setattr(classifier, "_for_many", None)
+    classifier.predict(PHOTOS[:7])
+    assert classifier._for_many is None
+    classifier.predict([*PHOTOS, *PHOTOS])
+    assert classifier._for_many is not None
+
+
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"workers": 0}, {"decode": "quick"}])
 def test_illegal_options(options):
     with pytest.raises(UsageError):
@@ -166,9 +239,23 @@ def test_one_picture_is_not_several(one):
         open_classifier("onnxruntime").predict(one)
 
 
+@pytest.mark.parametrize("shape", [(40, 50, 4), (40, 50, 1), (3, 40, 50), (4, 40, 50), (1, 40, 50)])
+def test_one_picture_of_another_layout_is_not_a_stack_of_its_rows(shape):
+    with pytest.raises(UsageError, match=r"stack of grey ones as a list: classify\.predict\(list\(stack\)\)"):
+        open_classifier("onnxruntime").predict(np.zeros(shape, np.uint8))
+
+
+@pytest.mark.parametrize("name", ["photos/", Path("photos"), "https://host/a.jpg", Path("https://host/a.jpg")])
+def test_the_name_of_a_folder_or_an_address_is_told_how_to_be_given(name, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"Use classify\.predict\(gather\(\['(photos/?|https://host/a\.jpg)'\]\)\)"):
+        open_classifier("onnxruntime").predict(name)
+
+
 def test_arrays_of_pictures_and_of_paths_are_several():
     classify, singles = open_classifier("onnxruntime"), one_by_one("onnxruntime")
-    small = [np.array(Image.open(photo).convert("RGB").resize((40, 40))) for photo in PHOTOS[:3]]
+    small = [np.array(Image.open(photo).convert("RGB").resize((40, 40))) for photo in PHOTOS[:5]]
     stacked = classify.predict(np.stack(small))
     assert [each.label for each in stacked] == [classify(array).label for array in small]
     grey = [array[..., 0] for array in small]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from efficientformer.runtime.image import decode
 from efficientformer.spec.errors import UsageError
 
 MAX_SIDE = 1280  # copies are for looking at
+NO_CHARACTER = "\uffff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +74,25 @@ def annotate(result: Result, folder: Path) -> Copy:
     source = result.input.read()
     image = decode(source, mode="RGB", exif=True, name=result.path)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
-    text = f"{result.prediction.name.partition(',')[0]}  {result.prediction.score:.1%}"
     size = max(12, image.width // 24)
-    bar = 2 * size
-    canvas = Image.new("RGB", (max(image.width, 8 * size), image.height + bar), "#202020")
+    font, bar = ImageFont.load_default(size), 2 * size
+    name = result.prediction.name.partition(",")[0]
+    text = f"{name if _has_glyphs(font, name) else f'class {result.prediction.label}'}  {result.prediction.score:.1%}"
+    # a name without end is cut where the largest picture ends
+    width = max(image.width, 8 * size, min(MAX_SIDE, size + math.ceil(font.getlength(text))))
+    canvas = Image.new("RGB", (width, image.height + bar), "#202020")
     canvas.paste(image, (0, 0))
     draw = ImageDraw.Draw(canvas)
-    draw.text((size // 2, image.height + bar // 2), text, "white", ImageFont.load_default(size), anchor="lm")
+    draw.text((size // 2, image.height + bar // 2), text, "white", font, anchor="lm")
     file = io.BytesIO()
     canvas.save(file, "JPEG", quality=90)
     return Copy(folder, _stem(result.path), file.getvalue())
+
+
+def _has_glyphs(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str) -> bool:
+    """Tell whether a font can write a text in one line: what it lacks looks like what no font has."""
+    lacking = tuple(font.getmask(NO_CHARACTER))
+    return text.isprintable() and all(tuple(font.getmask(char)) != lacking for char in set(text))
 
 
 def _stem(name: str) -> str:

@@ -178,13 +178,12 @@ def _to_terminal(results: Iterable[Result], format_: str, top_k: int) -> tuple[i
     """Print results; return how many there were, and how many of them errors."""
     from efficientformer.cli.results import WRITERS
 
-    writer = WRITERS[format_](None, top_k)
     total = skipped = 0
-    for result in results:
-        writer.write(result.record(top_k))
-        total += 1
-        skipped += bool(result.error)
-    writer.close()
+    with contextlib.closing(WRITERS[format_](None, top_k)) as writer:  # interrupted, it shows what there is
+        for result in results:
+            writer.write(result.record(top_k))
+            total += 1
+            skipped += bool(result.error)
     return total, skipped
 
 

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from efficientformer.runtime.inputs import Input
 
 SUFFIXES = {
-    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "table",
+    ".json": "array", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "table",
 }  # fmt: skip
 ROWS = 8192  # rows of a Parquet file's row group
+BLOCK = 256  # rows of a table that are laid out together
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,24 @@ class JsonWriter(Writer):
         self._file.flush()
 
 
+class ArrayWriter(Writer):
+    """One array of all records, each on a line: a file's JSON must be one value for most who read it."""
+
+    def __init__(self, path: Path | None, top_k: int) -> None:
+        super().__init__(path, top_k)
+        self._before = "[\n"
+
+    def write(self, record: Record) -> None:
+        """Write one line, and end the one before."""
+        self._file.write(self._before + json.dumps(record))
+        self._before = ",\n"
+
+    def close(self) -> None:
+        """End the array."""
+        self._file.write("[]\n" if self._before == "[\n" else "\n]\n")
+        super().close()
+
+
 class _Rows:
     """Ends rows of ``csv`` with a line feed; written as with both line breaks, either is quoted in their cells."""
 
@@ -125,36 +144,42 @@ class CsvWriter(Writer):
 
 
 class TableWriter(Writer):
-    """A table with one row a picture, shown at the end."""
+    """A table with one row a picture, shown in blocks: columns are as wide as a block needs."""
 
     def __init__(self, path: Path | None, top_k: int) -> None:
         super().__init__(path, top_k)
         self._rows: list[tuple[str, ...]] = []
+        self._begun = False
 
     def write(self, record: Record) -> None:
-        """Keep one row."""
-        if "error" in record:
-            self._rows.append((printable(record["path"]), "skipped", "", ""))
-            return
-        best, *others = record["top_k"]
-        rest = ", ".join(f"{_short(other['class'])} {other['score']:.1%}" for other in others)
-        self._rows.append((printable(record["path"]), _short(best["class"]), f"{best['score']:.1%}", rest))
+        """Keep one row, and print the rows kept when they are a block."""
+        self._rows.append(_cells(record))
+        if len(self._rows) == BLOCK:
+            self._print()
 
     def close(self) -> None:
-        """Print the table."""
+        """Print the rest."""
+        if self._rows or not self._begun:
+            self._print()
+        super().close()
+
+    def _print(self) -> None:
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=None, header_style="bold", pad_edge=False)
+        table = Table(box=None, header_style="bold", pad_edge=False, show_header=not self._begun)
         table.add_column("picture", overflow="fold")
         table.add_column("class", style="green")
         table.add_column("score", justify="right")
         table.add_column("then", style="dim")
         for row in self._rows:
             table.add_row(*(Text(cell) for cell in row))  # Text: a name such as "[b].jpg" is no markup
+        if self._file.isatty() and sys.stderr.isatty():
+            self._file.write("\r\x1b[2K")  # a progress bar stands on this line, and is drawn anew on the next
         Console(file=self._file, highlight=False).print(table)
-        super().close()
+        self._begun = True
+        self._rows.clear()
 
 
 class ParquetWriter(Writer):
@@ -189,17 +214,20 @@ class ParquetWriter(Writer):
 
 
 WRITERS: dict[str, type[Writer]] = {
-    "table": TableWriter, "json": JsonWriter, "csv": CsvWriter, "parquet": ParquetWriter,
+    "table": TableWriter, "json": JsonWriter, "array": ArrayWriter, "csv": CsvWriter, "parquet": ParquetWriter,
 }  # fmt: skip
 
 
 def choose_format(wanted: str, output: Path | None) -> str:
     """Return the format asked for, or that of the output file's ending, or the table for the terminal.
 
+    JSON in a file whose name ends in .json is an ``array``.
+
     Raises:
         UsageError: If Parquet is to go to the terminal, or the ending says nothing.
     """
-    chosen = wanted or (SUFFIXES.get(output.suffix.lower(), "") if output else "table")
+    named = SUFFIXES.get(output.suffix.lower(), "") if output else "table"
+    chosen = named if (wanted, named) == ("json", "array") else wanted or named
     if not chosen:
         expected, hint = f"a name in {', '.join(SUFFIXES)}", "Or say which with --format"
         raise UsageError(f"The name {output} says no format", expected=expected, hint=hint)
@@ -270,6 +298,15 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"Cannot create the folder {folder}", found=str(error)) from error
+
+
+def _cells(record: Record) -> tuple[str, ...]:
+    """Return a record's row of a table."""
+    if "error" in record:
+        return printable(record["path"]), "skipped", "", ""
+    best, *others = record["top_k"]
+    rest = ", ".join(f"{_short(other['class'])} {other['score']:.1%}" for other in others)
+    return printable(record["path"]), _short(best["class"]), f"{best['score']:.1%}", rest
 
 
 def _short(name: str) -> str:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from efficientformer.runtime.engines import Engine, open_engine
-from efficientformer.runtime.image import Encoded, Source, decode, normalise, resize_crop
+from efficientformer.runtime.image import Encoded, Source, decode, how_to_gather, is_address, normalise, resize_crop
 from efficientformer.runtime.inputs import Input
 from efficientformer.runtime.pipeline import in_order
 from efficientformer.runtime.processor import available_cores
@@ -93,6 +93,10 @@ class EngineClassifier:
         self._engine, self.reason = engine, reason
         self._for_many: Engine | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs: engines open their file anew, that for many pictures when it is asked for."""
+        return self.__dict__ | {"_for_many": None}
+
     @property
     def engine(self) -> str:
         """The engine that runs, its version and precision."""
@@ -137,7 +141,8 @@ class EngineClassifier:
 
         Each core takes a picture from file to label, so decoding and inference overlap. A CPU's engines run pictures
         one by one, which keeps their maps in the caches (compare: efficientformer benchmark --threads 1 --batch 1,16).
-        The first few are drawn before this returns: so few open no second engine.
+        At most four batches a worker are drawn ahead; a finished result waits for no picture of a slow stream but one
+        that is being drawn already. A few pictures open no second engine.
 
         Args:
             pictures: As for one picture, arrays also as one (N, H, W, 3) or (N, H, W), or what
@@ -153,30 +158,37 @@ class EngineClassifier:
             EngineError: While iterating, if the network gives no numbers.
         """
         if _is_one(pictures):
-            hint = "Give a list, as in classify.predict([picture]), or call classify(picture)"
-            found = f"one {type(pictures).__name__}"
             raise UsageError(
-                "This is not several pictures", expected="pictures to iterate over", found=found, hint=hint
+                "This is not several pictures",
+                expected="pictures to iterate over",
+                found=f"one {type(pictures).__name__}",
+                hint=_how_to_give(pictures),
             )
         for name, value in (("batch size", batch_size), ("number of workers", workers)):
             if value is not None:
                 check_count(name, value)
         check_choice("decode", decode, DECODINGS)
         remaining = iter(pictures)
-        first = list(islice(remaining, FEW))
-        engine = self._engine if len(first) < FEW and self._for_many is None else self.open_for_many()
+        engine = self._engine if length_hint(pictures) < FEW and self._for_many is None else self.open_for_many()
         chunk = batch_size or (64 if engine.streams == 1 and engine.key == "torch" else 1)
-        turns = threading.BoundedSemaphore(engine.streams)
+        running = engine, threading.BoundedSemaphore(engine.streams)
+
+        def drawn() -> Iterator[Source | Input]:
+            nonlocal running
+            for number, picture in enumerate(remaining, 1):  # a stream does not say how many they are
+                if number == FEW and running[0] is not (many := self.open_for_many()):
+                    running = many, threading.BoundedSemaphore(many.streams)
+                yield picture
 
         def work(taken: list[Source | Input]) -> list[Prediction | Failed]:
             prepared = [self._try_prepare(picture, decode) for picture in taken]
             images = [image for image in prepared if isinstance(image, Image.Image)]
+            engine, turns = running
             with turns:
                 found = iter(self._classify(engine, images) if images else ())
             return [next(found) if isinstance(image, Image.Image) else image for image in prepared]
 
-        drawn = chain(first, remaining)
-        return in_order(drawn, work, workers=workers or max(engine.streams, available_cores()), chunk=chunk)
+        return in_order(drawn(), work, workers=workers or max(engine.streams, available_cores()), chunk=chunk)
 
     def open_for_many(self) -> Engine:
         """Return the engine that ``predict`` runs many pictures on, opened when first asked for."""
@@ -227,8 +239,20 @@ def _is_one(pictures: object) -> bool:
     if isinstance(pictures, np.ndarray):
         if pictures.dtype.kind in "OU":  # paths
             return False
-        return pictures.ndim < 3 or (pictures.ndim == 3 and pictures.shape[-1] == 3)  # else grey ones are stacked
+        channels = {pictures.shape[0], pictures.shape[-1]} & {1, 3, 4} if pictures.ndim == 3 else ()
+        return pictures.ndim < 3 or bool(channels)  # else grey ones are stacked
     return isinstance(pictures, str | os.PathLike | Encoded | Image.Image | Input) or hasattr(pictures, "read")
+
+
+def _how_to_give(picture: object) -> str:
+    """Return the hint for one picture, or one name, in the place of several."""
+    if isinstance(picture, str | os.PathLike):
+        is_folder = os.path.isdir(picture)  # noqa: PTH112 (no error for names no file can have)
+        if is_folder or is_address(picture):
+            return how_to_gather(picture)
+    if isinstance(picture, np.ndarray) and picture.ndim == 3:
+        return "Give one as classify.predict([picture]), a stack of grey ones as a list: classify.predict(list(stack))"
+    return "Give a list, as in classify.predict([picture]), or call classify(picture)"
 
 
 def check_finite(logits: npt.NDArray[np.float32], engine: str) -> None:

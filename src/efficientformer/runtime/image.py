@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import stat
 import threading
 import warnings
@@ -65,8 +66,9 @@ def decode(
 ) -> Image.Image:
     """Decode one picture completely, trusting nothing in it.
 
-    Of animations the first frame counts; transparency is dropped as Pillow's ``convert`` drops it; 16-bit grey is
-    rescaled to 8 bits. What Pillow's global switches say (``MAX_IMAGE_PIXELS``, ``LOAD_TRUNCATED_IMAGES``) is ignored.
+    Of animations the first frame counts; transparency is dropped as Pillow's ``convert`` drops it; 12-bit and 16-bit
+    grey is rescaled to 8 bits. What Pillow's global switches say (``MAX_IMAGE_PIXELS``, ``LOAD_TRUNCATED_IMAGES``) is
+    ignored.
 
     Args:
         source: A path, the bytes of a file, an open binary file, a Pillow image, or a uint8 array: (H, W, 3) in the
@@ -78,6 +80,7 @@ def decode(
         name: What messages call the picture; by default the path, or the kind of source.
         shrink_for: Decode a JPEG at a half, a quarter or an eighth of its size, which is faster, where that is still
             at least what this preprocessing resizes it to. The pixels are then not quite those of the full picture.
+            A Pillow image stays as it is.
 
     Returns:
         The loaded picture, (W, H) in ``mode``; ``source`` itself if that is a Pillow image which needs no change.
@@ -89,12 +92,13 @@ def decode(
     name = name or _name_of(source)
     if isinstance(source, np.ndarray):
         source = _from_array(source, name)
+    given = isinstance(source, Image.Image)
     data = source if isinstance(source, Image.Image) else _read(source, name)
     try:
-        with _pillow_guard(max_pixels):
+        with _pillow_guard(max_pixels), _loading(data) if given else contextlib.nullcontext():
             image = data if isinstance(data, Image.Image) else _open(data, name)
             _check_size(image.size, max_pixels, name)
-            if shrink_for is not None and isinstance(image, ImageFile.ImageFile):
+            if shrink_for is not None and not given:  # what the caller opened keeps its size
                 image.draft(None, _least_size(image.size, shrink_for))  # None: any mode
             image.load()
             turn = _orientation(image) if exif else None
@@ -186,15 +190,29 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     try:
         info = Path(path).stat()
         if not stat.S_ISREG(info.st_mode):
-            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe, socket or device"
-            raise ImageError(f"Cannot read {name}", expected="a picture file", found=kind)
+            is_folder = stat.S_ISDIR(info.st_mode)
+            found, hint = ("a folder", how_to_gather(path)) if is_folder else ("a pipe, socket or device", "")
+            raise ImageError(f"Cannot read {name}", expected="a picture file", found=found, hint=hint)
         if info.st_size > MAX_BYTES:
             raise _too_many_bytes(name)
         with Path(path).open("rb") as file:
             return file.read(info.st_size)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(f"Cannot read {name}", expected="a readable picture file", found=reason) from error
+        reason, hint = getattr(error, "strerror", None) or str(error), ""
+        if is_address(path):
+            reason, hint = "an address", how_to_gather(path)
+        raise ImageError(f"Cannot read {name}", expected="a readable picture file", found=reason, hint=hint) from error
+
+
+def is_address(name: str | os.PathLike[str]) -> bool:
+    """Tell whether a name is a URL, or the path that was made of one."""
+    return re.match("https?:/", os.fspath(name), re.IGNORECASE) is not None
+
+
+def how_to_gather(name: str | os.PathLike[str]) -> str:
+    """Return the hint for a folder or an address in the place of a picture: nothing is listed or downloaded unasked."""
+    given = re.sub("^(https?):/+", r"\1://", os.fspath(name))  # a path has lost a slash
+    return f"Use classify.predict(gather([{given!r}])), with gather from efficientformer.runtime.inputs"
 
 
 def read_stream(stream: IO[bytes], name: str) -> bytes:
@@ -249,6 +267,12 @@ class _PillowGuard:
 
 
 _pillow_guard = _PillowGuard()
+_LOADERS = tuple(threading.Lock() for _ in range(64))
+
+
+def _loading(image: object) -> threading.Lock:
+    """Return the lock of a caller's image: another thread may be given the same, and an open file is read once."""
+    return _LOADERS[id(image) % len(_LOADERS)]  # those that share one by chance wait for each other, no more
 
 
 def _name_of(source: Source) -> str:
@@ -347,13 +371,21 @@ def _convert(image: Image.Image, mode: str, name: str) -> Image.Image:
     if image.mode == mode:
         return image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 0..65535 to 0..255, rounded
-        image = Image.fromarray(grey.astype(np.uint8))
+        image = _in_8_bits(image)
     elif image.mode in ("I", "F"):
         found = f"32-bit {'floats' if image.mode == 'F' else 'integers'}, whose range no standard fixes"
         problem, hint = f"Cannot tell black from white in {name}", "Rescale it to 0..255 first"
         raise ImageError(problem, expected="8 or 16 bits per channel", found=found, hint=hint)
     return image.convert(mode)
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Return deep grey rescaled; a TIFF says how deep, and whether 0 is white, which Pillow heeds in 8 bits only."""
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    white = (1 << tags.get(ExifTags.Base.BitsPerSample, (16,))[0]) - 1
+    grey = (np.asarray(image).astype(np.uint32) * 255 + white // 2) // white  # 0..white to 0..255, rounded
+    zero_is_white = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+    return Image.fromarray((255 - grey if zero_is_white else grey).astype(np.uint8))
 
 
 def _least_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:

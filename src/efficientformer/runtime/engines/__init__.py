@@ -192,6 +192,26 @@ def check_stamp(path: Path, stamp: tuple[int, int] | None) -> None:
         )
 
 
+def reopen(
+    path: Path, stamp: tuple[int, int] | None, engine: str, precision: str, threads: int | None, streams: int
+) -> Engine:
+    """Open a file that is open already once more: for other callers, or in another process.
+
+    Args:
+        path: The file.
+        stamp: Its ``file_stamp`` when it was opened before.
+        engine: As ``open_engine`` takes it, as the rest.
+        precision: What the open one computes in.
+        threads: What the open one was given.
+        streams: Callers at a time.
+
+    Raises:
+        EngineError: If the file is no longer the one that was opened.
+    """
+    check_stamp(path, stamp)
+    return open_engine(path, engine, precision=precision, threads=threads, streams=streams)
+
+
 def failed_run(engine: str, shape: tuple[int, ...], error: Exception | str, hint: str = "") -> EngineError:
     """Build the error for a batch that an engine does not run.
 

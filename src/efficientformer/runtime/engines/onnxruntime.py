@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from efficientformer.runtime.engines import check_ports, check_stamp, failed_run, file_stamp, settle_precision
+from efficientformer.runtime.engines import Engine, check_ports, failed_run, file_stamp, reopen, settle_precision
 from efficientformer.runtime.manifests import parse_manifest
 from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import EngineError
@@ -56,7 +57,7 @@ class OnnxRuntimeEngine:
         found = [list(port.shape[1:]) for port in (*inputs, *outputs)]
         check_ports(path, self.manifest, found, is_float=inputs[0].type == "tensor(float)")
         self._input = str(inputs[0].name)
-        self.streams, self._path, self._threads = streams, path, threads
+        self.streams, self._path, self._threads = streams, path.absolute(), threads
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return logits (N, num_classes) for preprocessed images (N, C, H, W).
@@ -70,7 +71,11 @@ class OnnxRuntimeEngine:
             raise failed_run(self.name, batch.shape, error) from error
         return logits
 
-    def for_many(self) -> OnnxRuntimeEngine:
+    def __reduce__(self) -> tuple[Callable[..., Engine], tuple[object, ...]]:
+        """Have a copy, or another process, open the file anew: a session stays where it is."""
+        return reopen, (self._path, self._stamp, self.key, self.precision, self._threads, self.streams)
+
+    def for_many(self) -> Engine:
         """Return an engine in which each core takes a picture of its own: no core waits for another's layer.
 
         Raises:
@@ -79,5 +84,4 @@ class OnnxRuntimeEngine:
         cores = self._threads or available_cores()
         if cores == self.streams:
             return self
-        check_stamp(self._path, self._stamp)
-        return OnnxRuntimeEngine(self._path, precision=self.precision, threads=self._threads, streams=cores)
+        return reopen(self._path, self._stamp, self.key, self.precision, self._threads, cores)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from efficientformer.runtime.engines import check_ports, check_stamp, failed_run, file_stamp, settle_precision
+from efficientformer.runtime.engines import Engine, check_ports, failed_run, file_stamp, reopen, settle_precision
 from efficientformer.runtime.manifests import parse_manifest
 from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import EngineError, missing_extra
@@ -23,6 +24,7 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 # OpenVINO's Python binding sets up its tables when an array first passes through it. Two threads that do so at once can
 # wait for each other for ever, one holding Python's lock and the other that of the table.
 _FIRST_RUN = threading.Lock()
+_AFTER_FORK = threading.Lock()
 MAX_COMPILED = 2  # batch sizes kept compiled at a time: one picture, and full batches
 
 
@@ -46,6 +48,7 @@ class OpenVinoEngine:
 
     key = "openvino"
     _has_run = False  # any engine of this process
+    _forked: OpenVinoEngine | None = None  # what stands in for this one after a fork
 
     def __init__(self, path: Path, *, precision: str = "auto", threads: int | None = None, streams: int = 1) -> None:
         try:
@@ -82,7 +85,8 @@ class OpenVinoEngine:
             # pinned threads of two processes, or of two networks in one, would sit on the same cores
             "ENABLE_CPU_PINNING": False,
         }
-        self.streams, self._path, self._threads = streams, path, threads
+        self.streams, self._path, self._threads = streams, path.absolute(), threads
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._compiled: OrderedDict[int, queue.SimpleQueue[Any]] = OrderedDict()
         self.exact = False  # whether each batch size runs as it is, for those who time it: all are compiled and kept
@@ -94,9 +98,31 @@ class OpenVinoEngine:
             EngineError: If OpenVINO fails.
         """
         try:
-            return self._run(batch)
+            return self._here()._run(batch)
         except RuntimeError as error:
             raise failed_run(self.name, batch.shape, error) from error
+
+    def __reduce__(self) -> tuple[Callable[..., Engine], tuple[object, ...]]:
+        """Have a copy, or another process, open the file anew: a compiled network stays where it is."""
+        return reopen, self._opened(self.streams)
+
+    def _opened(self, streams: int) -> tuple[Path, tuple[int, int] | None, str, str, int | None, int]:
+        """Return what ``reopen`` takes."""
+        return self._path, self._stamp, self.key, self.precision, self._threads, streams
+
+    def _here(self) -> OpenVinoEngine:
+        """Return the engine that runs in this process: after a fork another one.
+
+        A child has none of the threads that OpenVINO began in its parent, and would wait for them for ever. The engine
+        that came with it is kept: taking it down waits for them too.
+        """
+        if os.getpid() == self._process:
+            return self
+        with _AFTER_FORK:
+            if self._forked is None:
+                self._forked = cast(OpenVinoEngine, reopen(*self._opened(self.streams)))
+                self._forked.exact = self.exact
+        return self._forked._here()  # a child may have children
 
     def _run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         count = len(batch)
@@ -135,7 +161,7 @@ class OpenVinoEngine:
             requests.put(compiled.create_infer_request())
         return requests
 
-    def for_many(self) -> OpenVinoEngine:
+    def for_many(self) -> Engine:
         """Return an engine in which each core takes a picture of its own: no core waits for another's layer.
 
         Raises:
@@ -144,8 +170,17 @@ class OpenVinoEngine:
         cores = self._threads or available_cores()
         if cores == self.streams:
             return self
-        check_stamp(self._path, self._stamp)
-        return OpenVinoEngine(self._path, precision=self.precision, threads=self._threads, streams=cores)
+        return reopen(*self._opened(cores))
+
+
+def _renew_locks() -> None:
+    """Free the locks in a forked child: a thread that held one was left behind."""
+    global _FIRST_RUN, _AFTER_FORK
+    _FIRST_RUN, _AFTER_FORK = threading.Lock(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 @contextmanager

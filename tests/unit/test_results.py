@@ -1,0 +1,64 @@
+"""Results as they are shown and written: nothing that is known is lost, and what is shown does not pile up."""
+
+import json
+
+import pytest
+
+from efficientformer.cli.predict import _to_terminal
+from efficientformer.cli.results import BLOCK, WRITERS, Result, TableWriter
+
+
+def result(number):
+    return Result(f"{number}.jpg", None, "no picture", None)
+
+
+@pytest.mark.parametrize("format_", ["table", "json", "csv"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_what_ends_a_run_loses_no_result(format_, error, capfd):
+    def results():
+        yield from map(result, range(3))
+        raise error
+
+    with pytest.raises(error):
+        _to_terminal(results(), format_, 1)
+    shown = capfd.readouterr().out
+    assert all(f"{number}.jpg" in shown for number in range(3))
+
+
+def test_a_table_is_shown_in_blocks_under_one_header(capfd):
+    writer, shown = TableWriter(None, 1), ""
+    for number in range(2 * BLOCK + 1):
+        writer.write(result(number).record(1))
+        assert len(writer._rows) < BLOCK
+        if number == BLOCK:
+            shown = capfd.readouterr().out
+            assert len(shown.splitlines()) == 1 + BLOCK
+    writer.close()
+    rows = [line.split()[0] for line in (shown + capfd.readouterr().out).splitlines()]
+    assert rows == ["picture", *(f"{number}.jpg" for number in range(2 * BLOCK + 1))]
+
+
+@pytest.mark.parametrize("count", [0, BLOCK])
+def test_a_table_has_its_header_once_whatever_it_holds(count, capfd):
+    assert _to_terminal(map(result, range(count)), "table", 1) == (count, count)
+    assert len(capfd.readouterr().out.splitlines()) == 1 + count
+
+
+def test_a_progress_bar_makes_room_for_a_block(capfd, monkeypatch):
+    writer = TableWriter(None, 1)
+    monkeypatch.setattr(writer._file, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    writer.write(result(1).record(1))
+    writer.close()
+    assert capfd.readouterr().out.startswith("\r\x1b[2K")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_an_array_is_json_with_a_record_a_line(count, tmp_path):
+    writer = WRITERS["array"](tmp_path / "x", 1)
+    records = [{"path": f"{number}\udcff.jpg", "error": "x"} for number in range(count)]
+    for record in records:
+        writer.write(record)
+    writer.close()
+    assert json.loads((tmp_path / "x").read_text()) == records
+    assert len((tmp_path / "x").read_text().splitlines()) == (count + 2 if count else 1)
