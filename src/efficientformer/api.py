@@ -48,6 +48,9 @@ class Classifier(EngineClassifier):
     ``engine="auto"`` the engines and precisions there are here are measured once for each file, and
     the fastest whose results are right is taken from then on; ``reason`` tells what was measured.
 
+    One that runs an exported file can be copied, pickled, and used in forked processes: each opens the file anew, which
+    must still be there unchanged.
+
     Args:
         model: A zoo name or alias, a weights file, or an exported file; by default the network in the package.
         checkpoint: A weights file to use instead of the zoo's weights.

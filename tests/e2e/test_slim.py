@@ -26,9 +26,10 @@ from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.plan import Options, Plan
 from efficientformer.slimming.search import Step
 from efficientformer.slimming.space import Space
+from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.count import count
-from efficientformer.spec.errors import TrainingError, UsageError
+from efficientformer.spec.errors import DataError, TrainingError, UsageError
 from efficientformer.spec.variants import v1_spec
 from efficientformer.training import loop
 from efficientformer.training.lock import alone_in
@@ -108,6 +109,8 @@ def test_one_command_to_a_network_within_the_budget(place, finished):
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png") == 2
     assert "not on this machine" in page
+    assert "the most accurate of the cuts that meet it" in page
+    assert json.loads((folder / "path.json").read_text())[0]["measured_ms"] is None
 
 
 def test_the_result_is_a_model_like_any_other(place, finished, cli):
@@ -244,6 +247,30 @@ def test_a_supernet_of_other_pictures_is_refused(place, finished, tmp_path):
         run.slim(resume=copy)
 
 
+def test_a_resumed_run_keeps_to_its_pictures(finished, tmp_path):
+    """Also where only a final training is left to do, and without a word of it in the plan."""
+    copy, other = tmp_path / "run", write_folders(tmp_path / "other", per_class=21)
+    ours = ("tensorboard", "train", "result.json", "slimmed-*")
+    shutil.copytree(finished[0], copy, ignore=shutil.ignore_patterns(*ours))
+    plan = (copy / "slim.json").read_text()
+    for data, says in ((other, "other pictures"), (tmp_path / "typo", "typo")):
+        with pytest.raises((UsageError, DataError), match=says):
+            run.slim(resume=copy, data=data)
+        assert (copy / "slim.json").read_text() == plan
+    (copy / "slim.json").write_text(plan.replace(str(finished[0].parent / "data"), str(other)))
+    with pytest.raises(UsageError, match="other pictures"):
+        run.slim(resume=copy)
+
+
+def test_statistics_are_estimated_on_pictures_in_random_order(finished):
+    plan = Plan.load(finished[0])
+    subject = SupernetSubject(plan.options, plan.supernet.seed, plan.final)
+    bench = judging.Bench.open(finished[0], plan, plan.options.space(plan.start), subject)
+    labels = bench.calibration.labels.tolist()
+    assert len(labels) == 16
+    assert labels != sorted(labels)
+
+
 @pytest.mark.usefixtures("no_training_report")
 def test_a_frozen_part_the_search_has_cut_away_is_no_obstacle(place, tmp_path):
     line = command(place, "--target-latency", "0.35ms", "--set", 'freeze=["stages.0.blocks.0", "stem"]', "--quiet")
@@ -336,6 +363,8 @@ def test_a_second_target_comes_from_the_same_search(place, finished, cli):
         (("--target-latency", "0.6", "--set", "spec=null"), "Say --model"),
         (("--target-latency", "0.6", "--set", "final.input_size=32"), "supernet.input_size"),
         (("--target-latency", "0.6", "--set", "views=2", "--set", "teacher=x", "--set", "teacher_cache=y"), "for each"),
+        (("--target-latency", "0.6", "--set", "final.randaugment=much"), "final: Illegal randaugment"),
+        (("--target-latency", "0.6", "--set", "final.freeze=steem"), "freeze='steem' matches nothing"),
         (("--target-latency", "0.6", "--model", "none.json"), "Cannot read the spec"),
         (("--target-latency", "0.6", "--table", "{place}/hole.json"), "no 'embedding conv 8-24 at 4x4'"),
         (("--target-latency", "0.6", "--set", "search.width_step=4", "--set", "search.min_width=4"), "parts of the"),
@@ -518,9 +547,9 @@ def test_a_network_that_takes_longer_than_predicted_is_cut_further(place, shuffl
     assert run.slim(resume=tmp_path / "other").networks[0].step == network.step
     monkeypatch.setattr(device, "measured", lambda _, specs, start: [Measured(9.0, 9.0) for _ in specs])
     with pytest.raises(TrainingError, match="measured within") as missed:
-        run.slim(resume=tmp_path / "other", targets=[0.4])
+        run.slim(resume=tmp_path / "run", targets=[0.4])
     assert "--target-latency 0.4ms" in missed.value.hint
-    assert [each.target_ms for each in run.slim(resume=tmp_path / "other").networks] == [BUDGET]
+    assert [each.target_ms for each in run.slim(resume=tmp_path / "run").networks] == [BUDGET]
 
 
 @pytest.mark.usefixtures("no_training_report")

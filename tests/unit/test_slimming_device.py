@@ -117,6 +117,14 @@ def test_a_table_of_other_attention_names_the_file_it_takes():
         device.check_table(PLAN, Space(start), table_of(table_space(Space(V2))))
 
 
+def test_a_table_of_another_kind_is_not_one_that_lacks_parts():
+    with pytest.raises(UsageError, match="another family; expected v2; found v1"):
+        device.check_table(PLAN, Space(V1), table_of(table_space(Space(V2))))
+    other = table_of(table_space(Space(V1)), input_sizes=((32, 32), (64, 32)))
+    with pytest.raises(UsageError, match=r"another input size; expected 64x64; found 32x32,64x32.*--input-size 64x64"):
+        device.check_table(PLAN, Space(V1.with_input_size(64)), other)
+
+
 def test_a_busy_machine_is_noticed_by_the_table_s_spread_not_by_wide_error_bars(monkeypatch):
     space = TableSpace(widths=(32, 48, 64, 128), depths=(1, 1, 2, 2), num_classes=3, stem_strides=(1,))
     wide = {part.key: Cost(0.01, 0.5) for part in all_parts(space)}  # costs that no network shows one by one

@@ -13,9 +13,10 @@ from efficientformer.data.loader import Batch
 from efficientformer.data.sources import open_source
 from efficientformer.models.network import EfficientFormer
 from efficientformer.slimming import judge
-from efficientformer.slimming.extract import frozen_parts
+from efficientformer.slimming.extract import Pool, frozen_parts
 from efficientformer.slimming.judge import Pictures, PoolJudge, Recovery, estimate_statistics
 from efficientformer.slimming.space import IDENTITY, Space
+from efficientformer.slimming.supernet import Supernet
 from efficientformer.spec.errors import DataError
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import v1_spec
@@ -40,17 +41,19 @@ def test_unreadable_pictures_are_left_out_with_their_labels(source, tmp_path):
     assert len(pictures.images) == len(pictures.labels) == 11
     assert pictures.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 3
     broken = [index for index in range(len(source)) if source.name(index).endswith("red/001.png")]
-    with pytest.raises(DataError, match="None of the pictures"):
+    with pytest.raises(DataError, match="Too few of the pictures can be read; expected at least 1 of 1; found 0"):
         Pictures.read(source, np.array(broken), PREPROCESS)
+    with pytest.raises(DataError, match="expected at least 2 of 2; found 1"):
+        Pictures.read(source, np.array([0, *broken]), PREPROCESS, least=2)
 
 
-def recover(network, task, steps=1, dtype=None, **changes):
+def recover(network, task, steps=1, dtype=None, candidate=None, **changes):
     """Train a network as a judge does after a cut, on batches of four pictures."""
     draws = Draws(*np.zeros((3, 4), np.int64), step=0)
     batch = Batch(torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]), draws, cut=False)
     loader = SimpleNamespace(batches=lambda first, end: iter([batch] * steps))
     recovery = Recovery(steps, 1.0, Recipe(opt="sgd", opt_args={}, **changes), task, loader)
-    PoolJudge(None, None, None, recovery, CPU, dtype)._recover(network, Space(SPEC).largest)
+    PoolJudge(None, None, None, recovery, CPU, dtype)._recover(network, candidate or Space(SPEC).largest)
 
 
 class Watched:
@@ -104,6 +107,21 @@ def test_a_recovery_leaves_alone_what_the_recipe_freezes():
         assert stem is (changes.get("freeze") == ("stem",))
 
 
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_a_recovery_goes_on_training_what_no_recipe_freezes(norm):
+    """A block that lost its attention inherits nothing, and has no statistics of earlier training either."""
+    pool, start = Pool.of(Supernet(SPEC)), Space(SPEC).largest
+    everything, task = ("body", "norm", "head", "head_dist"), Supervised(Recipe(), 3)
+    for candidate in (start, start.with_kind(3, 0, "mb4d")):
+        network = pool.slimmed(candidate).network(candidate)
+        before = copy.deepcopy(network.state_dict())
+        recover(network, task, 2, candidate=candidate, freeze=everything, norm=norm)
+        moved = {name for name, tensor in network.state_dict().items() if not torch.equal(before[name], tensor)}
+        assert all(name.startswith("stages.3.blocks.0.") for name in moved)
+        new = {"stages.3.blocks.0.mlp.fc1.conv.weight", "stages.3.blocks.0.mlp.fc1.norm.running_mean"}
+        assert (new & moved) == (new if candidate is not start else set())
+
+
 def test_frozen_parts_go_by_the_start_networks_numbers():
     spec = v1_spec((8, 8, 16, 16), (3, 1, 1, 1), 1, input_size=16, num_classes=3, stem_stride=1)
     cut = Space(spec).largest.with_kind(0, 0, IDENTITY).with_kind(3, 0, "mb4d")
@@ -116,14 +134,15 @@ def test_frozen_parts_go_by_the_start_networks_numbers():
         "stages.0.blocks.1.candidates.mb4d",
         "stages.3.blocks.0.candidates.mb3d",
         "stages.3.blocks.0.token_mixer.qkv",
+        "steem",
     )
     assert frozen_parts(wanted, cut, EfficientFormer(cut.spec)) == (
-        "body", "stem", "stages.0", "stages.0.blocks.1.mlp", "stages.0.blocks.0"
+        "body", "stem", "stages.0", "stages.0.blocks.1.mlp", "stages.0.blocks.0", "steem"
     )  # fmt: skip
 
 
 def test_statistics_become_those_of_the_pictures(source, monkeypatch):
-    """The plain mean over full batches, whatever the statistics were; nothing else changes."""
+    """The plain mean over even batches of all of them, whatever the statistics were; nothing else changes."""
     monkeypatch.setattr(judge, "BATCH", 4)
     pictures = Pictures.read(source, np.arange(len(source)), PREPROCESS)
     network = EfficientFormer(SPEC, layer_scale_init=0.5)
@@ -134,8 +153,8 @@ def test_statistics_become_those_of_the_pictures(source, monkeypatch):
     estimate_statistics(network, pictures, CPU)
     with torch.no_grad():
         means = [before.stem.conv1.conv(images).mean((0, 2, 3)) for images, _ in pictures.batches(CPU)]
-    assert len(means) == 3  # of 4, 4 and 3 pictures
-    torch.testing.assert_close(first.running_mean, torch.stack(means[:2]).mean(0))
+    assert sorted(len(labels) for _, labels in pictures.batches(CPU)) == [3, 4, 4]
+    torch.testing.assert_close(first.running_mean, torch.stack(means).mean(0))
     assert not network.training
     assert first.momentum == before.stem.conv1.norm.momentum
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), before.parameters(), strict=True))

@@ -14,7 +14,9 @@ from efficientformer.slimming.report import (
     Finished,
     _add_use,
     _importances,
+    _summary,
     draw_path,
+    path_rows,
     read_comparisons,
 )
 from efficientformer.slimming.search import Step
@@ -23,6 +25,33 @@ from efficientformer.spec.errors import SpecError
 from tests.unit.test_slimming_search import SPACE
 
 STEP = Step(0, "start", SPACE.largest, 1.0, 0.1, 90.0)
+
+
+def axis(measured, network):
+    axes = draw_path([STEP], measured, [network], [], "engine").axes[0]
+    return axes.get_xlabel(), axes.get_lines()[0].get_label()
+
+
+def test_the_axis_says_what_was_measured():
+    """Networks that were finished where the engine is may have a path that was not measured."""
+    network = Finished(0.9, STEP, Path("x"), 91.0, measured_ms=0.8, quiet_ms=0.8)
+    predicted = dataclasses.replace(network, measured_ms=None, quiet_ms=None)
+    assert axis([1.0], network) == ("latency of one picture, engine (ms)", "path, inherited weights (held out)")
+    label = "path, predicted, inherited weights (held out)"
+    assert axis([None], network) == ("latency of one picture, engine (ms)", label)
+    assert axis([None], predicted) == ("predicted latency of one picture, engine (ms)", label)
+
+
+@pytest.mark.parametrize(("measured", "quiet", "share"), [(2.0, 0.8, "40%"), (None, 0.8, "50%"), (2.0, None, "50%")])
+def test_a_measured_latency_is_compared_with_a_measured_one(tmp_path, measured, quiet, share):
+    page, half = Page("Slimming"), dataclasses.replace(STEP, predicted_ms=0.5)
+    _summary(page, [STEP], [measured], [Finished(0.9, half, Path("x"), 91.0, quiet, quiet)])
+    page.write(tmp_path / "page.html")
+    assert share in (tmp_path / "page.html").read_text()
+
+
+def test_what_was_not_measured_is_null():
+    assert [row["measured_ms"] for row in path_rows([STEP, STEP], [None, 1.0])] == [None, 1.0]
 
 
 def drawn(comparisons):
@@ -82,10 +111,22 @@ def test_what_to_do_with_it_is_what_the_budget_was_for(tmp_path, precision):
         "openvino", precision, 1, "v1", AttentionSpec(), Cost(1, 0), {"mb4d 8 x4 at 4x4": Cost(1, 0)}, {}, 0.01, 9
     )
     page = Page("Slimming")
-    _add_use(page, [Finished(0.5, STEP, Path("run/x.safetensors"), 91.0)], table)
+    _add_use(page, [Finished(0.5, STEP, Path("run/x.safetensors"), 91.0)], table, low=0.39)
     page.write(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert f"--engine openvino --precision {precision}" in text
+    assert f"--engine openvino --precision {precision} --threads 1" in text
     assert "--target-latency 0.4ms" in text
     assert ("x.safetensors --data DIR --output slimmed-int8" in text) == (precision == "int8")
     assert ("efficientformer quantize" in text) == ("not quantised yet" in text) == (precision == "int8")
+
+
+def test_no_budget_is_suggested_that_would_be_refused(tmp_path):
+    costs = {"mb4d 8 x4 at 4x4": Cost(1, 0)}
+    table = LatencyTable("openvino", "fp32", None, "v1", AttentionSpec(), Cost(1, 0), costs, {}, 0.01, 9)
+    page = Page("Slimming")
+    _add_use(page, [Finished(0.5, STEP, Path("run/x.safetensors"), 91.0)], table, low=0.41)
+    page.write(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "efficientformer convert" in text
+    assert "--target-latency" not in text
+    assert "--threads" not in text

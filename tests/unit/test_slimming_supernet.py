@@ -29,7 +29,8 @@ from efficientformer.spec.errors import CheckpointError, SpecError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import v1_spec, v2_spec
-from efficientformer.training.optim import freeze
+from efficientformer.training.optim import freeze, hold_still
+from efficientformer.training.recipe import Recipe
 
 V1 = v1_spec((32, 48, 64, 64), (2, 1, 2, 2), (1, 2), input_size=32, num_classes=3, stem_stride=1)
 V2 = v2_spec((32, 32, 48, 64), ((4,), (4, 3), (4, 3), (3, 4)), 1, input_size=32, num_classes=3, stem_stride=1)
@@ -65,6 +66,16 @@ def test_freezing_holds_what_is_inherited_and_nothing_else(spec):
     fresh = {name for name in body if not name.endswith(".alpha")}
     assert all(".candidates.mb4d." in name for name in fresh)
     assert bool(fresh) == (spec is V1), "V2's candidates without attention inherit all they have"
+
+
+def test_norms_without_pretrained_statistics_are_not_frozen():
+    supernet = Supernet(V1)
+    still = {id(module) for module in hold_still(supernet, Recipe(norm="frozen"))}
+    learning = [name for name, module in supernet.named_modules()
+                if isinstance(module, nn.BatchNorm2d) and id(module) not in still]  # fmt: skip
+    assert still
+    assert learning
+    assert all(".candidates.mb4d." in name and name.startswith(("stages.2", "stages.3")) for name in learning)
 
 
 def lean_on(supernet, candidate):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,10 +112,13 @@ def check_table(plan: Plan, space: Space, table: LatencyTable) -> None:
             table.predict(spec)
         except UsageError as error:
             keys = table.missing(spec)
-            if not keys:  # networks of another kind
+            if not keys or (table.family, table.attention) != (spec.family, spec.attention):  # of another kind
                 raise UsageError(error.problem, expected=error.expected, found=error.found,
                                  hint=f"Measure one: {_command(table, space)}") from error  # fmt: skip
             missing |= dict.fromkeys(keys)
+    if missing and table.input_sizes and space.start.input_size not in table.input_sizes:
+        raise UsageError("The latency table is of another input size", expected=_sizes([space.start.input_size]),
+                         found=_sizes(table.input_sizes), hint=f"Measure one: {_command(table, space)}")  # fmt: skip
     if missing:
         raise UsageError(
             f"The latency table lacks {len(missing)} parts of the networks that slimming may come to",
@@ -123,6 +126,10 @@ def check_table(plan: Plan, space: Space, table: LatencyTable) -> None:
             found=f"no {next(iter(missing))!r}",
             hint=f"Measure it: {_command(table, space)}",
         )
+
+
+def _sizes(sizes: Iterable[tuple[int, int]]) -> str:
+    return ",".join(f"{height}x{width}" for height, width in sizes)
 
 
 def _command(table: LatencyTable, space: Space) -> str:
@@ -136,7 +143,7 @@ def _command(table: LatencyTable, space: Space) -> str:
         widths=",".join(map(str, wanted.widths)),
         depths=",".join(map(str, wanted.depths)),
         expansions=",".join(f"{ratio:g}" for ratio in wanted.expansions),
-        input_size=",".join(f"{height}x{width}" for height, width in wanted.input_sizes),
+        input_size=_sizes(wanted.input_sizes),
         stem_stride=",".join(map(str, wanted.stem_strides)),
         classes=wanted.num_classes,
     )

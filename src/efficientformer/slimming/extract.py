@@ -32,11 +32,13 @@ class Pool:
         spec: The start network at the present widths and expansions.
         state: The supernet's names to tensors, on the CPU, without the alphas.
         start: The start network.
+        fresh: Names of the parameters that learn whatever a recipe freezes.
     """
 
     spec: ArchSpec
     state: Mapping[str, Tensor]
     start: ArchSpec
+    fresh: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, supernet: Supernet, *, mixed: bool = True) -> Pool:
@@ -51,7 +53,8 @@ class Pool:
             if mixed and parts[-1] == "gamma":
                 kept *= shares[int(parts[1])][int(parts[3])][parts[5]]
             state[name] = kept
-        return cls(supernet.spec, state, supernet.spec)
+        fresh = (name for name, parameter in supernet.named_parameters() if getattr(parameter, "always_learns", False))
+        return cls(supernet.spec, state, supernet.spec, frozenset(fresh))
 
     def slimmed(self, candidate: Candidate, order: Order = by_importance) -> Pool:
         """Return the pool at the widths and expansions of a candidate, with the channels that come first in an order.
@@ -78,13 +81,16 @@ class Pool:
         used = {name: tensor for name, tensor in self.state.items() if _is_used(name, candidate)}
         cut = plan_cut(self.state, self.spec, new, order, used)
         state = {name: axes_of(name).cut(tensor, cut) for name, tensor in self.state.items()} if cut else self.state
-        return Pool(new, state, self.start)
+        return dataclasses.replace(self, spec=new, state=state)
 
     def network(self, candidate: Candidate) -> EfficientFormer:
         """Return a candidate of the pool's own widths as an ordinary network, in training mode."""
         network = EfficientFormer(candidate.spec)
         names = pool_names(candidate, network)
         network.load_state_dict({name: self.state[name_in_pool] for name, name_in_pool in names.items()})
+        for name, parameter in network.named_parameters():
+            if names[name] in self.fresh:
+                parameter.always_learns = True  # type: ignore[attr-defined]  # as in the supernet
         return network
 
     def updated(self, candidate: Candidate, network: EfficientFormer) -> Pool:
@@ -133,6 +139,7 @@ def frozen_parts(prefixes: Iterable[str], candidate: Candidate, network: Efficie
             if match["kind"] not in (None, candidate.kinds[stage][position]):
                 continue
             part = f"stages.{stage}.blocks.{candidate.positions(stage).index(position)}{match['rest']}"
-        if part == "body" or any(name == part or name.startswith(f"{part}.") for name in names):
+        lost = part.startswith("stages.") and not any(f"{name}.".startswith(f"{part}.") for name in names)
+        if not lost:
             found.append(part)
     return tuple(found)

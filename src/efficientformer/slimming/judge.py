@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H height, W width, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +23,7 @@ from efficientformer.runtime.image import normalise, resize_crop
 from efficientformer.slimming.channels import Order, by_importance
 from efficientformer.slimming.extract import Pool, frozen_parts
 from efficientformer.slimming.space import Candidate
-from efficientformer.spec.errors import DataError, ImageError, TrainingError
+from efficientformer.spec.errors import DataError, ImageError, TrainingError, UsageError
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.training.loop import seed_everything, split
 from efficientformer.training.optim import BATCH_NORM, build_optimizer, clip_gradients, hold_still, set_learning_rate
@@ -48,11 +49,13 @@ class Pictures:
     preprocess: PreprocessSpec
 
     @classmethod
-    def read(cls, source: ImageSource, indices: npt.NDArray[np.int64], preprocess: PreprocessSpec) -> Pictures:
+    def read(
+        cls, source: ImageSource, indices: npt.NDArray[np.int64], preprocess: PreprocessSpec, least: int = 1
+    ) -> Pictures:
         """Read some pictures of a source; those that cannot be read are left out.
 
         Raises:
-            DataError: If none can be read.
+            DataError: If fewer than ``least`` can be read.
         """
         images, kept = [], []
         for index in indices.tolist():
@@ -61,14 +64,17 @@ class Pictures:
             except ImageError:  # named in the training's log
                 continue
             kept.append(index)
-        if not images:
-            raise DataError("None of the pictures can be read", hint="efficientformer data check says why")
+        if len(images) < least:
+            raise DataError("Too few of the pictures can be read", expected=f"at least {least} of {len(indices)}",
+                            found=f"{len(images)}", hint="efficientformer data check says why")  # fmt: skip
         return cls(images, source.labels[kept], preprocess)
 
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images (B, C, H, W) and labels (B,)."""
-        for start in range(0, len(self.images), BATCH):
-            rows = slice(start, start + BATCH)
+        """Yield images (B, C, H, W) and labels (B,), in as few batches as there can be, of sizes as even as can be."""
+        count = len(self.images)
+        parts = math.ceil(count / BATCH)
+        for part in range(parts):
+            rows = slice(part * count // parts, (part + 1) * count // parts)
             images = torch.from_numpy(normalise(self.images[rows], self.preprocess))
             labels = torch.from_numpy(self.labels[rows])
             yield images.to(device, memory_format=torch.channels_last), labels.to(device)
@@ -169,13 +175,17 @@ class PoolJudge:
         return 100 * right / len(self._held_out.labels)
 
     def _recover(self, network: EfficientFormer, candidate: Candidate) -> None:
-        """Train a network in place at a constant, low learning rate."""
+        """Train a network in place at a constant, low learning rate, if the recipe lets anything of it learn."""
         recipe, first = self._recovery.recipe, self._taken * self._recovery.steps
         if self._batches is None:  # a new judge that follows a path sees the batches the first one saw
             self._batches = self._recovery.loader.batches(first, ENDLESS)
-        network.train()
         frozen = frozen_parts(recipe.freeze, candidate, network)
-        for module in hold_still(network, recipe.with_changes(freeze=frozen)):
+        try:
+            still = hold_still(network, recipe.with_changes(freeze=frozen))
+        except UsageError:  # all is held; a part that is none was refused before the supernet was trained
+            return
+        network.train()
+        for module in still:
             module.eval()
         network.set_grad_checkpointing(recipe.grad_checkpointing)
         optimizer = build_optimizer(network, recipe)
@@ -200,7 +210,10 @@ class PoolJudge:
 
 @torch.no_grad()
 def estimate_statistics(network: nn.Module, pictures: Pictures, device: torch.device) -> None:
-    """Replace the statistics of every BatchNorm by those of some pictures: the mean over full batches."""
+    """Replace the statistics of every BatchNorm by those of some pictures: the mean over batches of even size.
+
+    The pictures are to be in random order: a batch of one class says nothing of how the classes differ.
+    """
     norms = [module for module in network.modules() if isinstance(module, BATCH_NORM)]
     momenta = [norm.momentum for norm in norms]
     network.eval()
@@ -208,9 +221,8 @@ def estimate_statistics(network: nn.Module, pictures: Pictures, device: torch.de
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean
         norm.train()
-    for number, (images, _) in enumerate(pictures.batches(device)):
-        if number == 0 or len(images) == BATCH:  # a smaller last one would count as much as the others
-            network(images)
+    for images, _ in pictures.batches(device):
+        network(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.eval()

@@ -18,7 +18,7 @@ from efficientformer.slimming.channels import Order, by_chance, by_importance, b
 from efficientformer.slimming.extract import Pool
 from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.judge import Pictures, PoolJudge, Recovery
-from efficientformer.slimming.plan import Plan
+from efficientformer.slimming.plan import LEAST_CALIBRATION, Plan
 from efficientformer.slimming.search import EVERY, Device, PathFile, Search, Step
 from efficientformer.slimming.space import Space
 from efficientformer.slimming.subject import SupernetSubject
@@ -74,12 +74,11 @@ class Bench:
         recipe = load_recipe(folder / "supernet")
         prepared = prepare(recipe, Path(plan.data), 0, 1, manifest, subject)
         if RunFolder(folder / "supernet").data()["digest"] != prepared.digest:
-            found = f"{plan.data} changed, or was divided by other seeds before ({recipe.seed}, {plan.final.seed})"
-            raise UsageError("The supernet was trained on other pictures", found=found, hint="Start a new run")
+            raise _other_pictures(plan)
         count = min(plan.options.calibration, len(prepared.source))
-        some = np.sort(np.random.default_rng(recipe.seed).permutation(len(prepared.source))[:count])
+        some = np.random.default_rng(recipe.seed).permutation(len(prepared.source))[:count]
         held_out = Pictures.read(prepared.val, np.arange(len(prepared.val)), manifest.preprocess)
-        calibration = Pictures.read(prepared.source, some, manifest.preprocess)
+        calibration = Pictures.read(prepared.source, some, manifest.preprocess, LEAST_CALIBRATION)
         return cls(folder, plan, space, supernet, manifest, prepared, held_out, calibration)
 
     @staticmethod
@@ -160,3 +159,30 @@ class Bench:
         digest.update((self.folder / "table.json").read_bytes())
         digest.update(json.dumps([dataclasses.asdict(self.plan.options), self.prepared.digest]).encode())
         return digest.hexdigest()
+
+
+def check_pictures(supernet: Path, plan: Plan) -> None:
+    """Raise UsageError if a run's pictures are not those that its supernet learns from, and is measured on.
+
+    Args:
+        supernet: The folder of the supernet's training; where there is none yet, the data set is only opened.
+        plan: The plan, with the path where the pictures are now.
+
+    Raises:
+        DataError: If the data set is missing or of no known layout.
+    """
+    path, subject = Path(plan.data), SupernetSubject(plan.options, final=plan.final)
+    splits = subject.splits(plan.supernet, path)
+    if not (supernet / "data.json").exists():
+        return
+    noted, recipe = RunFolder(supernet).data(), load_recipe(supernet)
+    digest = f"{splits.train.digest()}-{splits.val.digest()}"
+    if noted["digest"] != digest and recipe.crop == "pad":  # noted without the pictures that could not be decoded
+        digest = prepare(recipe, path, 0, 1, Manifest.from_json(noted["manifest"]), subject).digest
+    if noted["digest"] != digest:
+        raise _other_pictures(plan)
+
+
+def _other_pictures(plan: Plan) -> UsageError:
+    found = f"{plan.data} changed, or was divided by other seeds before ({plan.supernet.seed}, {plan.final.seed})"
+    return UsageError("The supernet was trained on other pictures", found=found, hint="Start a new run")

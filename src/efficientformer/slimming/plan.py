@@ -22,6 +22,7 @@ from efficientformer.weights.files import atomic_write
 
 PLAN = "slim.json"
 FOUND: dict[str, Any] = {"model": "auto", "spec": None, "input_size": 0}  # of the final recipe: the search finds them
+LEAST_CALIBRATION = 2  # pictures: where a map has one pixel, a single one has no variance
 SUPERNET = "supernet"  # as a teacher: the start network, trained as part of the supernet
 # What trains a small network from scratch, as recipes/cifar10.py does.
 FROM_SCRATCH: dict[str, Any] = {
@@ -78,9 +79,9 @@ class Options:
     max_params: int = 0
 
     def __post_init__(self) -> None:
-        limits = {"breadth": 256, "held_out": 1_000_000, "calibration": 1_000_000}
-        for name, most in limits.items():
-            check_int(name, getattr(self, name), 1, most)
+        limits = {"breadth": (1, 256), "held_out": (1, 1_000_000), "calibration": (LEAST_CALIBRATION, 1_000_000)}
+        for name, (least, most) in limits.items():
+            check_int(name, getattr(self, name), least, most)
         check_int("recover_steps", self.recover_steps, 0, 100_000)
         check_int("shuffle_seed", self.shuffle_seed, 0, 1_000_000)
         check_number("recover_lr", self.recover_lr, 0, 10)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from efficientformer.latency.table import LatencyTable
 from efficientformer.reporting.page import Page, new_figure, plain, png
 from efficientformer.slimming.plan import Plan
-from efficientformer.slimming.search import Step
+from efficientformer.slimming.search import Step, reachable
 from efficientformer.spec.arch import ArchSpec, load_json
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import SpecError
@@ -81,7 +81,7 @@ def write_report(
     """Write ``path.csv``, ``path.json``, ``accuracy_latency.png`` and ``report.html`` into a run folder.
 
     All latencies are at the speed the machine had when the table was made; ``measured`` holds one for each step, or
-    None where the table is of another machine.
+    None where it was not measured.
     """
     rows = path_rows(steps, measured)
     _write(folder / "path.csv", _csv(rows).encode())
@@ -91,15 +91,17 @@ def write_report(
     figure = draw_path(steps, measured, networks, comparisons, f"{table.engine}, {table.precision}")
     _write(folder / "accuracy_latency.png", png(figure))
     page = Page("Slimming for a device", f"{Path(plan.data).name}, {table.engine} in {table.precision}, {table.origin}")
-    _summary(page, steps, networks)
+    _summary(page, steps, measured, networks)
     page.heading("Accuracy against latency")
     page.figure(figure, "Line: networks of the path with the weights they inherit, on held-out training pictures. "
                 "Stars: after their final training, on the validation pictures.")  # fmt: skip
     _add_networks(page, networks, comparisons)
     page.heading("How it was slimmed")
     gained = "point that the mobile efficiency score rises" if plan.options.joint else "millisecond saved"
-    page.text(f"Every step takes the cut that loses the least accuracy per {gained}.")
-    page.table(_COLUMNS, [tuple(row[name] for name in _COLUMNS) for row in _some(rows)])
+    page.text(f"Every step takes the cut that loses the least accuracy per {gained}; where that one meets a budget, "
+              "the most accurate of the cuts that meet it is made instead.")  # fmt: skip
+    shown = _some(rows)
+    page.table(_COLUMNS, [["" if row[name] is None else row[name] for name in _COLUMNS] for row in shown])
     if len(rows) > SHOWN:
         page.text(f"Every one of the {len(rows)} steps is in path.csv, with its architecture in path.json.")
     if not plan.options.joint:
@@ -107,7 +109,8 @@ def write_report(
         page.text("Importance of every block: how much more its MetaPath leans on the block than on doing nothing. "
                   "Blocks that the smallest target's network has lost are pale.")  # fmt: skip
         page.figure(draw_importances(_importances(folder, steps[0]), networks[-1].step))
-    _add_use(page, networks, table)
+    low, _ = reachable(plan.options.space(steps[0].candidate.start), table)
+    _add_use(page, networks, table, low)
     page.write(folder / "report.html")
 
 
@@ -123,7 +126,7 @@ def path_rows(steps: Sequence[Step], measured: Sequence[float | None]) -> list[d
         rows.append({
             "step": step.number, "cut": step.what,
             "predicted_ms": round(step.predicted_ms, 4), "error_ms": round(step.error_ms, 4),
-            "measured_ms": "" if ms is None else round(ms, 4), "top1": round(step.top1, 2),
+            "measured_ms": None if ms is None else round(ms, 4), "top1": round(step.top1, 2),
             "params_m": round(counts.params / 1e6, 3), "macs_m": round(counts.macs / 1e6, 2), **describe(spec),
         })  # fmt: skip
     return rows
@@ -168,7 +171,9 @@ def draw_path(
     figure = new_figure(10.0, 4.6)
     axes = figure.subplots()
     xs = [step.predicted_ms if ms is None else ms for step, ms in zip(steps, measured, strict=True)]
-    axes.plot(xs, [step.top1 for step in steps], ".-", color="#8aa", label="path, inherited weights (held out)")
+    predicted = all(each is None for each in measured)
+    label = f"path{', predicted' if predicted else ''}, inherited weights (held out)"
+    axes.plot(xs, [step.top1 for step in steps], ".-", color="#8aa", label=label)
     for each in networks:
         axes.axvline(each.target_ms, color="#2a6fdb", alpha=0.25, linestyle=":")
         place = (each.latency_ms, each.top1)
@@ -182,7 +187,7 @@ def draw_path(
         marker, colour = _MARKERS[index % len(_MARKERS)], f"C{(index + 1) % 10}"
         axes.plot(*zip(*places, strict=True), marker, color=colour, label=label)
     axes.margins(x=0.12)
-    kind = "predicted latency" if all(each is None for each in measured) else "latency"
+    kind = "predicted latency" if predicted and all(each.quiet_ms is None for each in networks) else "latency"
     axes.set_xlabel(f"{kind} of one picture, {engine} (ms)")
     axes.set_ylabel("top-1 (%)")
     axes.grid(alpha=0.3)
@@ -219,8 +224,13 @@ def _grouped(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
     return groups
 
 
-def _summary(page: Page, steps: Sequence[Step], networks: Sequence[Finished]) -> None:
+def _summary(page: Page, steps: Sequence[Step], measured: Sequence[float | None], networks: Sequence[Finished]) -> None:
     best = networks[0]
+    start = measured[0]
+    if best.quiet_ms is None or start is None:  # a measured latency is compared with a measured one
+        share = best.step.predicted_ms / steps[0].predicted_ms
+    else:
+        share = best.quiet_ms / start
     before, after = count(steps[0].candidate.spec), count(best.step.candidate.spec)
     page.facts(
         [
@@ -228,7 +238,7 @@ def _summary(page: Page, steps: Sequence[Step], networks: Sequence[Finished]) ->
             ("budget", f"{best.target_ms:g} ms"),
             ("predicted", f"{best.step.predicted_ms:.3f} ms"),
             ("measured", "not on this machine" if best.quiet_ms is None else f"{best.quiet_ms:.3f} ms"),
-            ("of the start network's latency", f"{best.latency_ms / steps[0].predicted_ms:.0%}"),
+            ("of the start network's latency", f"{share:.0%}"),
             ("parameters", f"{after.params / 1e6:.2f} M"),
             ("of the start network's", f"{after.params / before.params:.0%}"),
         ]
@@ -255,12 +265,17 @@ def _add_networks(page: Page, networks: Sequence[Finished], comparisons: Sequenc
         page.table(("network", "latency (ms)", "top-1 (%)"), values)
 
 
-def _add_use(page: Page, networks: Sequence[Finished], table: LatencyTable) -> None:
+def _add_use(page: Page, networks: Sequence[Finished], table: LatencyTable, low: float) -> None:
+    """Say what to do next; ``low`` is the smallest budget, in milliseconds, that the search can meet."""
     file = shlex.quote(str(networks[0].weights))
     engine = f"--engine {table.engine} --precision {table.precision}"
-    folder, smaller = networks[0].weights.parent, 0.8 * min(each.target_ms for each in networks)
+    engine += f" --threads {table.threads}" if table.threads else ""
+    folder, smaller = networks[0].weights.parent, f"{0.8 * min(each.target_ms for each in networks):.3g}"
     page.heading("What to do with it")
-    quantise = []
+    quantise, again = [], []
+    if float(smaller) >= low:
+        command = f"efficientformer slim --resume {shlex.quote(str(folder))} --target-latency {smaller}ms"
+        again = [("another budget from the same search", command)]
     if table.precision == "int8":
         quantise = [("quantise it", f"efficientformer quantize {file} --data DIR --output slimmed-int8")]
         page.text("The budgets are of int8; the networks here, and their top-1, are not quantised yet. The first "
@@ -273,8 +288,7 @@ def _add_use(page: Page, networks: Sequence[Finished], table: LatencyTable) -> N
             ("measure it on other pictures", f"efficientformer test {file} --data DIR"),
             ("train it further", f"efficientformer train --model {file} --data DIR"),
             ("deploy it", f"efficientformer convert {file} slimmed.onnx"),
-            ("another budget from the same search",
-             f"efficientformer slim --resume {shlex.quote(str(folder))} --target-latency {smaller:.3g}ms"),
+            *again,
         ],
     )  # fmt: skip
 

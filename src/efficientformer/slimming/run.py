@@ -31,9 +31,10 @@ import torch
 from efficientformer.latency.table import HERE, LatencyTable
 from efficientformer.models.network import EfficientFormer
 from efficientformer.slimming import device
+from efficientformer.slimming.check import check_run
 from efficientformer.slimming.device import Measured
 from efficientformer.slimming.extract import frozen_parts
-from efficientformer.slimming.judging import Bench
+from efficientformer.slimming.judging import Bench, check_pictures
 from efficientformer.slimming.plan import PLAN, SUPERNET, Plan, make_folder
 from efficientformer.slimming.report import Finished, write_report
 from efficientformer.slimming.search import PathFile, Search, Step, check_targets, first_within, reachable
@@ -54,6 +55,7 @@ from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from efficientformer.weights.files import atomic_write
 
 PATH, MEASURED, CHOICE = "search/path.json", "search/measured.json", "choice.json"
+TEACHER = "search/start.safetensors"  # the start network as the search began with it
 TOGETHER = 10  # networks whose latencies are measured, and then kept, at once: a killed run goes on after them
 REPEATS = 0.01  # share of a budget left for what a latency may differ by when it is measured again
 
@@ -207,27 +209,28 @@ class _SlimRun:
         """Find a target's network on the path, and keep it with the weights it inherits.
 
         The first step whose prediction is within the target is taken if its measured latency is, too, and will be when
-        it is measured again after the final training; else the search goes on. Where the machine is busy just now, that
-        counts for nothing (see ``Measured``).
+        it is measured again after the final training; else the search goes on, at last to the smallest network there
+        is. Where the machine is busy just now, that counts for nothing (see ``Measured``).
         """
         folder, bound, most = self._target(target), target, target * (1 - REPEATS)
         low, _ = reachable(self.space, self.table)
-        last, tried = "", list[Step]()
-        while bound >= low:
+        low = max(low, round(low, 7))  # as the steps of a path are rounded
+        tried = list[Step]()
+        while True:
             step = first_within(search.run(bound), bound, self.plan.options.max_params)
             assert step is not None
             found = self._measure([step])[0]
             if found is None or found.quiet_ms <= most:
                 break
-            last = f"{found.ms:.3f} ms at a predicted {step.predicted_ms:.3f} ms"
-            bound = step.predicted_ms * min(0.999, most / found.quiet_ms)
             tried.append(step)
-        else:
-            raise self._missed(target, tried, last)
+            if step.predicted_ms <= low:
+                last = f"{found.ms:.3f} ms at a predicted {step.predicted_ms:.3f} ms, with all gone that can be cut"
+                raise self._missed(target, tried, last)
+            bound = max(low, step.predicted_ms * min(0.999, most / found.quiet_ms))
         folder.mkdir(parents=True, exist_ok=True)
         bench.save(search.steps, step.number, folder / f"sliced-{target:g}ms.safetensors")
-        if self.plan.final.teacher == SUPERNET:
-            bench.save(search.steps, 0, self.folder / "search" / "start.safetensors")
+        if self.plan.final.teacher == SUPERNET and not (teacher := self.folder / TEACHER).exists():
+            bench.save(search.steps, 0, teacher)  # once: all targets have the same, though no computation repeats it
         _write(folder / CHOICE, {"step": step.number, "predicted_ms": step.predicted_ms})
 
     def _missed(self, target: float, tried: list[Step], last: str) -> TrainingError:
@@ -252,17 +255,20 @@ class _SlimRun:
         return known
 
     def _measure(self, wanted: list[Step]) -> list[Measured | None]:
-        """Return the measured latencies of some steps; each network is measured once, and its latency kept."""
+        """Return the measured latencies of some steps; each network is measured once, and its latency kept.
+
+        None stands for one that was not measured where the table's engine was, and cannot be here.
+        """
         known = self._measured()
         specs = {digest: step.candidate.spec for step in wanted if (digest := _digest(step)) not in known}
         for first in range(0, len(specs), TOGETHER):
             chunk = dict(islice(specs.items(), first, first + TOGETHER))
             found = device.measured(self.table, list(chunk.values()), self.space.start)
             if found is None:
-                return [None for _ in wanted]
+                break
             known |= {digest: vars(each) for digest, each in zip(chunk, found, strict=True)}
             _write(self.folder / MEASURED, known)
-        return [Measured(**known[_digest(step)]) for step in wanted]
+        return [Measured(**known[digest]) if (digest := _digest(step)) in known else None for step in wanted]
 
     def _finish(self, steps: list[Step], target: float) -> Finished | None:
         """Train a target's network if it is not trained; return it, or None if somebody stopped the training."""
@@ -285,7 +291,7 @@ class _SlimRun:
         """Return the final recipe for a network: from its inherited weights, unless it asks for new ones."""
         recipe, changes = self.plan.final, dict[str, Any]()
         if recipe.teacher == SUPERNET:
-            changes["teacher"] = str((self.folder / "search" / "start.safetensors").absolute())
+            changes["teacher"] = str((self.folder / TEACHER).absolute())
         changes["freeze"] = frozen_parts(recipe.freeze, step.candidate, EfficientFormer(step.candidate.spec))
         if recipe.pretrained:
             return recipe.with_changes(model=str(sliced.absolute()), spec=None, input_size=0, **changes)
@@ -323,6 +329,7 @@ def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, qui
     plan = decide(dataclasses.replace(plan, data=str(Path(plan.data).absolute())))
     start = start_network(plan)
     plan, space = dataclasses.replace(plan, start=start), plan.options.space(start)
+    check_run(plan, space)
     make_folder(folder)
     held.enter_context(alone_in(folder))
     found = device.keeps_table_for(plan, space, kept)
@@ -363,6 +370,8 @@ def _resumed(
     wanted = plan.with_targets(targets)
     space = wanted.options.space(start_network(wanted))
     new = not (folder / "supernet").exists()
+    if data is not None or not _all_trained(folder, wanted):
+        check_pictures(folder / "supernet", wanted)
     doomed = (folder / PLAN,) if new and wanted.targets == plan.targets else ()
     with _removing_if_refused(*doomed, refusal=UsageError):  # what is missing on this machine can be installed
         table = device.open_table(wanted, space, folder, None, quiet=quiet)
@@ -371,6 +380,11 @@ def _resumed(
         check_targets(space, table, wanted.targets, wanted.options.max_params)
     wanted.save(folder)
     return _SlimRun(folder, wanted, space, table, quiet)
+
+
+def _all_trained(folder: Path, plan: Plan) -> bool:
+    """Whether no picture is needed any more."""
+    return all((folder / f"slimmed-{target:g}ms.safetensors").exists() for target in plan.targets)
 
 
 @contextmanager

@@ -10,11 +10,14 @@ from efficientformer.data.sources import open_splits
 from efficientformer.slimming.plan import FOUND, FROM_SCRATCH, Options, Plan, apply_settings, small_start
 from efficientformer.spec.arch import ArchSpec, read_spec
 from efficientformer.spec.errors import UsageError
+from efficientformer.spec.fields import check_int
 from efficientformer.spec.zoo import FILE_SUFFIXES, resolve
 from efficientformer.training.recipe import Recipe
-from efficientformer.training.setup import DEFAULT_MODEL, SMALL, typical_side
+from efficientformer.training.setup import DEFAULT_MODEL, SMALL, rooted, typical_side
 from efficientformer.weights.checkpoint import load_checkpoint
 from efficientformer.weights.pretrained import Overrides
+
+MOST_EPOCHS = 100_000  # that a recipe may have
 
 
 def make_plan(
@@ -51,17 +54,28 @@ def make_plan(
         UsageError, SpecError: If anything is illegal.
         DataError: If the data set is missing or of no known layout.
     """
+    for name, value in (("epochs", epochs), ("final_epochs", final_epochs)):
+        if value is not None:
+            check_int(name, value, 1, MOST_EPOCHS)
     base = recipe or Recipe()
     base = choose_start(with_start(base, model) if model else base, data)
     if recipe is None and base.spec is not None:
         base = base.with_changes(**FROM_SCRATCH)
     final = base.with_changes(pretrained=True, **FOUND)
+    settings = tuple(settings)
     if recipe is None or epochs is not None:
-        base = _with_epochs(base, epochs or (20 if base.spec is not None else 10))
+        base = _with_epochs(base, _usual_epochs(base, final, settings) if epochs is None else epochs)
     if recipe is None or final_epochs is not None:
-        final = _with_epochs(final, final_epochs or 2 * base.epochs)
+        final = _with_epochs(final, 2 * base.epochs if final_epochs is None else final_epochs)
     supernet, final, options = apply_settings(base, final, Options(), settings)
     return Plan(str(data), tuple(targets), supernet, final, engine, precision, threads, options)
+
+
+def _usual_epochs(base: Recipe, final: Recipe, settings: tuple[str, ...]) -> int:
+    """Return the epochs of a supernet that starts as the settings say: from scratch, or from weights."""
+    base, final = (each.with_changes(epochs=MOST_EPOCHS) for each in (base, final))  # refine_epochs may be set, too
+    supernet, *_ = apply_settings(base, final, Options(), settings)
+    return 10 if supernet.pretrained else 20
 
 
 def _with_epochs(recipe: Recipe, epochs: int) -> Recipe:
@@ -75,10 +89,7 @@ def decide(plan: Plan) -> Plan:
     Raises:
         DataError: If the data set is missing or of no known layout.
     """
-    recipe = choose_start(plan.supernet, plan.data)
-    if Path(recipe.model).is_file():
-        recipe = recipe.with_changes(model=str(Path(recipe.model).absolute()))
-    return dataclasses.replace(plan, supernet=recipe)
+    return dataclasses.replace(plan, supernet=rooted(choose_start(plan.supernet, plan.data)), final=rooted(plan.final))
 
 
 def choose_start(recipe: Recipe, data: str | Path) -> Recipe:

@@ -269,7 +269,7 @@ class Run:
         """What to do about a run whose numbers are none any more."""
         advice = "Start a new run with a lower learning rate, with gradients clipped, or in fp32"
         last = self.folder.weights("last")
-        if not last.exists():
+        if not last.exists() or self.folder.is_part:  # what a larger run trains may be no network that can be named
             return advice
         return (
             f"The checkpoint before it stands. {advice}; --model {shlex.quote(str(last))} starts it from the last "

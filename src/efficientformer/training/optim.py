@@ -188,8 +188,13 @@ def hold_still(model: EfficientFormer, recipe: Recipe) -> list[nn.Module]:
     """
     still = freeze(model, recipe.freeze)
     if recipe.norm == "frozen":
-        return [module for module in model.modules() if isinstance(module, BATCH_NORM)]
+        return [module for module in model.modules() if isinstance(module, BATCH_NORM) and not _is_new(module)]
     return still
+
+
+def _is_new(norm: nn.Module) -> bool:
+    """Whether a BatchNorm has no statistics of earlier training that could be kept."""
+    return any(getattr(parameter, "always_learns", False) for parameter in norm.parameters())
 
 
 def _under(prefix: str, names: list[str]) -> list[str]:

@@ -146,8 +146,7 @@ def prepare(
         model, manifest = subject.rebuild(recipe, resumed.spec), resumed
     else:
         model, manifest = subject.build(recipe, splits.train.classes, notes.append)
-    if recipe.crop == "auto":
-        recipe = recipe.with_changes(crop="pad" if max(manifest.spec.input_size) < SMALL else "rrc")
+    recipe = decide_crop(recipe, manifest.spec)
     images, source = None, splits.train
     if recipe.idle:
         notes.append(f"without effect beside the other settings: {', '.join(recipe.idle)}")
@@ -161,7 +160,7 @@ def prepare(
     unreadable = dict(skipped)
     _check_classes_read(splits.train, read, tuple(unreadable.values()))
     _check_any_read(splits.val, manifest.preprocess)
-    fitted = _fit_batch(recipe, len(source), world)
+    fitted = fit_batch(recipe, len(source), world)
     if recipe.batch_size not in (0, fitted):
         notes.append(f"batch_size {fitted} instead of {recipe.batch_size}: there are {len(source)} training pictures")
     recipe = recipe.with_changes(batch_size=fitted)
@@ -210,7 +209,13 @@ def _decide(recipe: Recipe, train: ImageSource) -> Recipe:
         changes["model"] = EMBEDDED if typical_side(train) <= SMALL else DEFAULT_MODEL
     if recipe.workers < 0:
         changes["workers"] = min(16, available_cores())
-    for name in ("model", "teacher", "teacher_weights", "teacher_cache"):  # a resumed run may start elsewhere
+    return rooted(recipe).with_changes(**changes)
+
+
+def rooted(recipe: Recipe) -> Recipe:
+    """Return the recipe with its files named from the root: a resumed run may start elsewhere."""
+    changes: dict[str, object] = {}
+    for name in ("model", "teacher", "teacher_weights", "teacher_cache"):
         value = getattr(recipe, name)
         if value and (name == "teacher_cache" or Path(value).is_file()):
             changes[name] = str(Path(value).absolute())
@@ -219,7 +224,7 @@ def _decide(recipe: Recipe, train: ImageSource) -> Recipe:
     return recipe.with_changes(**changes)
 
 
-def _fit_batch(recipe: Recipe, pictures: int, world: int) -> int:
+def fit_batch(recipe: Recipe, pictures: int, world: int) -> int:
     """Return how many pictures a step has: what the recipe says, less where there are not so many.
 
     Raises:
@@ -241,6 +246,13 @@ def _fit_batch(recipe: Recipe, pictures: int, world: int) -> int:
         hint = "efficientformer data check names those that cannot be read"
         raise DataError("Too few training pictures", expected=f"at least {unit}", found=f"{pictures}", hint=hint)
     return fitted
+
+
+def decide_crop(recipe: Recipe, spec: ArchSpec) -> Recipe:
+    """Return the recipe with the crop decided, by the size of a network's input."""
+    if recipe.crop != "auto":
+        return recipe
+    return recipe.with_changes(crop="pad" if max(spec.input_size) < SMALL else "rrc")
 
 
 def build_network(
@@ -333,14 +345,21 @@ def open_loader(
     Raises:
         SpecError: If the augmentation is illegal.
     """
-    augmentation = Augmentation(
-        **{field.name: getattr(recipe, field.name) for field in dataclasses.fields(Augmentation)}
-    )
+    augmentation = augmentation_of(recipe)
     plan = DrawPlan(len(source), recipe.batch_size, recipe.seed, recipe.repeats, recipe.views, rank, world)
     cut_until = (recipe.epochs - recipe.refine_epochs) * plan.steps_per_epoch
     if images is not None:
         return MemoryLoader(images, plan, source.labels, augmentation, preprocess, cut_until)
     return WorkerLoader(source, plan, augmentation, preprocess, cut_until, _workers(recipe))
+
+
+def augmentation_of(recipe: Recipe) -> Augmentation:
+    """Return what a recipe, its crop decided, does to training pictures.
+
+    Raises:
+        SpecError: If it is illegal.
+    """
+    return Augmentation(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(Augmentation)})
 
 
 def _workers(recipe: Recipe) -> int:
@@ -364,16 +383,16 @@ def build_task(
 
 
 def _preprocess_from_scratch(recipe: Recipe) -> PreprocessSpec:
-    """Return the preprocessing of the model's card; for a spec of its own, the usual one for its size."""
+    """Return the preprocessing of the model's card; for a spec of its own, the usual one for its size and channels."""
     if recipe.spec is None:
         card = resolve(recipe.model).card
         return card.manifest(card.best_source).preprocess
     arch = recipe.arch
     assert arch is not None
+    usual = PreprocessSpec()
     if max(arch.input_size) < SMALL:
-        card = resolve(EMBEDDED).card
-        return card.manifest(None).preprocess
-    return PreprocessSpec()
+        usual = resolve(EMBEDDED).card.manifest(None).preprocess
+    return usual.grey() if arch.in_chans == 1 else usual
 
 
 def typical_side(source: ImageSource) -> float:

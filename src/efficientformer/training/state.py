@@ -154,7 +154,14 @@ class RunFolder:
         return f"The last checkpoint stands: {self.resume_command}" if (self.path / STATE).exists() else self._new_run
 
     @property
+    def is_part(self) -> bool:
+        """Whether this run is a part of a larger one, which begins it again if its folder is gone."""
+        return bool(self.command)
+
+    @property
     def _new_run(self) -> str:
+        if self.is_part:
+            return f"Remove {self.path}, and it begins again: {self.command}"
         return f"Start a new run, from its weights with --model {shlex.quote(str(self.weights('last')))}"
 
     def recipe(self) -> Recipe:
