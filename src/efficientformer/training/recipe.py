@@ -96,7 +96,7 @@ class Recipe:
         eval_every: Epochs between evaluations; the last epoch is always evaluated.
         early_stopping: Evaluations without a better top-1 after which training ends; 0 never.
         save_every: Steps between checkpoints; 0 saves after every epoch only.
-        workers: Processes that read and augment pictures; -1 takes the cores there are.
+        workers: Processes that read and augment pictures; -1 takes the cores there are, 16 at most.
         seed: Decides the order, the augmentation and the first weights.
     """
 

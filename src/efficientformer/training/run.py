@@ -374,7 +374,7 @@ def mixed_precision(recipe: Recipe, device: str) -> str:
     if recipe.precision != "auto":
         return "no" if recipe.precision == "fp32" else recipe.precision
     if on_gpu:
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return "bf16" if any(getattr(torch.cpu, name, lambda: False)() for name in names) else "no"
 
