@@ -800,7 +800,7 @@ def test_wrong_calls(data, tmp_path, finished, cli):
         assert found in err
     code, _, err = cli("test", finished.folder, "--data", data)
     assert code == 2
-    assert f"Name its weights: {finished.folder}/best.safetensors" in err
+    assert f"Name the weights in it: {finished.folder}/best.safetensors" in err
     code, out, _ = cli("train", "--set", "freeze=stem,stages.0", "--show")
     assert code == 0
     assert json.loads(out)["freeze"] == ["stem", "stages.0"]
