@@ -128,7 +128,7 @@ def inference_model(model: str | Path | EngineClassifier, image: Source) -> dict
     if not isinstance(model, EngineClassifier):
         name = name_of(model)
         file = file_of(name)
-        path = None if file is None else Path(file).resolve()
+        path = None if file is None else Path(file).absolute()  # not what a link leads to: its neighbours count
         model = _classifier(str(path or name), path and (file_stamp(path), stamp_beside(path)))
     return model(image).to_dict()
 

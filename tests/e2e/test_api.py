@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import torch
 
 from efficientformer import Classifier, evaluate_model, get_model, inference_model, quantize
 from efficientformer.export.deployable import embedded_file
+from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.errors import CheckpointError, UnknownModelError, UsageError
-from efficientformer.weights.checkpoint import save_native
+from efficientformer.spec.variants import v1_spec
+from efficientformer.weights.checkpoint import save_foreign, save_native
 from efficientformer.weights.pretrained import load_named
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -59,6 +62,18 @@ def test_numbers_of_numpy_and_devices_of_torch():
     assert get_model(OWN, input_size=tuple(np.array([32, 64]))).spec.input_size == (32, 64)
     assert get_model(OWN, pretrained=None).spec == get_model(OWN).spec
     assert Classifier(OWN, engine="onnxruntime", device=torch.device("cpu"))(EXAMPLES / "cat.jpg").name == "cat"
+
+
+def test_what_lies_beside_a_link_counts_not_beside_what_it_leads_to(tmp_path):
+    """As the folders of Hugging Face's cache are made."""
+    spec = v1_spec((16, 16, 16, 16), (0, 0, 0, 0), 0, input_size=32, num_classes=2)
+    (tmp_path / "blob").mkdir()
+    save_foreign(tmp_path / "blob" / "0.safetensors", EfficientFormer(spec).state_dict(), spec, "timm")
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob" / "0.safetensors")
+    config = {"architecture": "efficientformer_l1", "label_names": ["left", "right"], "input_size": [3, 32, 32]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = inference_model(tmp_path / "model.safetensors", EXAMPLES / "cat.jpg")
+    assert found["pred_class"] in ("left", "right")
 
 
 def test_a_file_that_is_replaced_is_opened_again(tmp_path):

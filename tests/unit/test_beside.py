@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +64,11 @@ class TestTimm:
         assert manifest.provenance["described_by"] == "config.json"
 
     def test_a_size_that_the_weights_fit_is_taken_and_no_other(self, tmp_path):
-        config = {"architecture": "efficientformer_l1", "crop_pct": 0.9, "input_size": [3, 52, 60]}
+        config = {"architecture": "efficientformer_l1", "crop_pct": 0.9, "crop_mode": None, "input_size": [3, 52, 52]}
         path = beside(tmp_path, "timm", config=config)  # 2x2 at the end, as for 64
         manifest = load_named(str(path), str(path))[1]
-        assert (manifest.spec.input_size, manifest.preprocess.input_size) == ((52, 60), (52, 60))
-        assert manifest.preprocess.resize_size == 66
+        assert (manifest.spec.input_size, manifest.preprocess.input_size) == ((52, 52), (52, 52))
+        assert manifest.preprocess.resize_size == 57
         config["input_size"] = [3, 96, 96]
         beside(tmp_path, "timm", config=config)
         with pytest.raises(CheckpointError, match="are for another input size; expected 64x64; found 96x96"):
@@ -99,8 +100,12 @@ class TestTimm:
         ("config", "said"),
         [
             ("{", "No valid JSON in config.json"),
-            ({"crop_mode": "border"}, "No such crop here; expected crop_mode center; found 'border'"),
+            ({"crop_mode": "border"}, "No such crop here; expected crop_mode center, of a square; found 'border'"),
             ({"crop_pct": 0}, "Illegal crop_pct"),
+            (
+                {"input_size": [3, 52, 60]},
+                "No such crop here; expected crop_mode center, of a square; found 'center' of 52x60",
+            ),
             ({"interpolation": "random"}, "Illegal interpolation"),
             ({"input_size": "large"}, "Illegal input"),
             ({"mean": [1, 2]}, "Illegal normalisation"),
@@ -141,6 +146,10 @@ class TestTransformers:
         path = beside(tmp_path, "transformers", preprocessor_config={"do_normalize": False, "size": 64})
         said = load_named(str(path), str(path))[1].preprocess
         assert (said.mean, said.std) == ((0, 0, 0), (1, 1, 1))
+
+    def test_a_processor_beside_the_configuration_of_something_else_is_not_touched(self, tmp_path):
+        files = {"config": {"model_type": "resnet"}, "preprocessor_config": {"do_rescale": False}}
+        assert read_beside(beside(tmp_path, "transformers", **files), "transformers", SPEC).files == ()
 
     def test_stand_ins_are_no_names(self, tmp_path):
         config = {**self.CONFIG, "id2label": {number: f"LABEL_{number}" for number in range(3)}}
@@ -211,6 +220,15 @@ class TestMmpretrain:
     def test_what_are_no_names_is_left_out(self, meta, tmp_path, monkeypatch):
         self.checkpoint(tmp_path / "a.pth", monkeypatch, meta)
         assert load_checkpoint(tmp_path / "a.pth").labels == ()
+
+    def test_attributes_that_hide_methods_change_nothing(self, tmp_path):
+        class Shadowed(OrderedDict):
+            def __reduce__(self) -> tuple[object, ...]:
+                return OrderedDict, (), {"get": torch.device, "items": torch.device}, None, iter(dict.items(self))
+
+        meta = Shadowed(dataset_meta=Shadowed(classes=PETS))
+        torch.save({"meta": meta, "state_dict": from_ours(STATE, "mmpretrain", SPEC)}, tmp_path / "a.pth")
+        assert load_checkpoint(tmp_path / "a.pth").labels == PETS
 
     def test_what_stands_for_objects_does_nothing(self, tmp_path):
         """A pickle may ask for getattr, but gets nothing of what it asks it for."""

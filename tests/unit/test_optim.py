@@ -21,6 +21,7 @@ from efficientformer.training.optim import (
     set_learning_rate,
 )  # fmt: skip
 from efficientformer.training.recipe import Recipe
+from efficientformer.training.run import mixed_precision
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "no_weight_decay.json"
 V1 = v1_spec((8, 8, 16, 16), (1, 1, 1, 2), 1, input_size=32, num_classes=3)
@@ -175,3 +176,12 @@ def test_freezing_nothing_or_everything_is_an_error():
         freeze(get_model(V1), ["stage.0"])
     with pytest.raises(UsageError, match="nothing is left"):
         freeze(get_model(V1), ["body", "norm", "head", "head_dist"])
+
+
+@pytest.mark.parametrize(("hardware", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_that_only_emulates_bf16_trains_in_fp16(hardware, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or hardware
+    )
+    assert mixed_precision(Recipe(), "auto") == expected

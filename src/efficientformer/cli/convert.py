@@ -68,7 +68,7 @@ def convert(
         else:
             checkpoint, manifest = load_named(source, True, progress=progress)
     if names:
-        manifest = _with_labels(manifest, names, labels)
+        manifest = _with_labels(manifest, names)
     report = checkpoint.report
     typer.echo(
         f"read {checkpoint.layout}: {len(report.mapped)} tensors, {len(report.dropped)} left out by rule", err=True
@@ -79,14 +79,14 @@ def convert(
     typer.echo(target)
 
 
-def _with_labels(manifest: Manifest, names: tuple[str, ...], path: Path | None) -> Manifest:
+def _with_labels(manifest: Manifest, names: tuple[str, ...]) -> Manifest:
     import dataclasses
 
     from efficientformer.spec.errors import UsageError
 
     if len(names) != manifest.spec.num_classes:
         expected = f"{manifest.spec.num_classes} names, in order of the logits"
-        raise UsageError("Other names than classes", expected=expected, found=f"{len(names)} in {path}")
+        raise UsageError("Other names than classes", expected=expected, found=f"{len(names)}")
     return dataclasses.replace(manifest, labels=names)
 
 

@@ -272,7 +272,8 @@ _LOADERS = tuple(threading.Lock() for _ in range(64))
 
 def _loading(image: object) -> threading.Lock:
     """Return the lock of a caller's image: another thread may be given the same, and an open file is read once."""
-    return _LOADERS[id(image) % len(_LOADERS)]  # those that share one by chance wait for each other, no more
+    # those that share one by chance wait for each other, no more; the last bits of all addresses are alike
+    return _LOADERS[(id(image) >> 4) % len(_LOADERS)]
 
 
 def _name_of(source: Source) -> str:

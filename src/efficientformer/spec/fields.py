@@ -76,9 +76,17 @@ def as_list(name: str, value: object, max_len: int) -> list[Any]:
 
 def as_pair(name: str, value: object) -> tuple[int, int]:
     """Return ``(height, width)`` from one number (a square) or two."""
+    value = as_plain(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value, value
-    pair = as_list(name, value, 2)
+    pair = [as_plain(side) for side in as_list(name, value, 2)]
     if len(pair) != 2:
         raise SpecError(f"Illegal {name}", expected="one number, or height and width", found=repr(value))
     return pair[0], pair[1]
+
+
+def as_plain(value: Any) -> Any:  # noqa: ANN401
+    """Return numpy's whole numbers, which come out of labels and shapes, as Python's; all else as it is."""
+    if isinstance(value, bool):
+        return value
+    return int(value) if isinstance(value, Integral) else value

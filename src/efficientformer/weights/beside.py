@@ -60,11 +60,12 @@ def read_beside(weights: Path, layout: str, spec: ArchSpec) -> Beside:
     preprocess = None
     try:
         config = _read(folder / CONFIG)
-        if config is not None and _is_efficientformer(config, layout):
+        ours = config is None or _is_efficientformer(config, layout)
+        if config is not None and ours:
             files.append(CONFIG)
             labels = _labels(config.get("id2label" if layout == "transformers" else "label_names"))
             preprocess = _timm(config, spec) if layout == "timm" else None
-        if layout == "transformers" and (processor := _read(folder / PROCESSOR)) is not None:
+        if layout == "transformers" and ours and (processor := _read(folder / PROCESSOR)) is not None:
             files.append(PROCESSOR)
             preprocess = _transformers(processor, spec)
     except SpecError as error:
@@ -96,9 +97,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     """Return the JSON object of a file, None if there is no such file or it is no object."""
     if not path.is_file():
         return None
-    if path.stat().st_size > MAX_BYTES:
-        raise SpecError(f"{path.name} is too large", expected=f"at most {MAX_BYTES >> 20} MB")
-    content = load_json(path.name, path.read_bytes())
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise SpecError(f"{path.name} is too large", expected=f"at most {MAX_BYTES >> 20} MB")
+        content = load_json(path.name, path.read_bytes())
+    except OSError as error:
+        raise SpecError(f"{path.name} cannot be read", found=error.strerror or str(error)) from error
     return content if isinstance(content, dict) else None
 
 
@@ -123,24 +127,26 @@ def _labels(named: object) -> tuple[str, ...]:
 def _timm(config: Mapping[str, Any], spec: ArchSpec) -> PreprocessSpec:
     """Return what timm's evaluation transform does with a configuration (timm/data/transforms_factory.py)."""
     inner = config.get("pretrained_cfg")
-    said = inner if isinstance(inner, Mapping) else config  # older ones have it all in one
+    said = _given(inner if isinstance(inner, Mapping) else config)  # older ones have it all in one
     share, mode = said.get("crop_pct", _TIMM_CROP_PCT), said.get("crop_mode", "center")
     check_number("crop_pct", share, 0.05, 1.0)
-    size = as_list("input_size", said.get("input_size", (3, *spec.input_size)), 3)[1:]
+    height, width = as_pair("input_size", as_list("input_size", said.get("input_size", (3, *spec.input_size)), 3)[1:])
     usual = LAYOUT_PREPROCESS["timm"]
     if mode == "squash" and share == 1:
         change: dict[str, Any] = {"resize": "squash", "resize_size": 0}
-    elif mode == "center":
-        change = {"resize_size": math.floor(max(as_pair("input_size", size)) / share)}
+    elif mode == "center" and height == width:
+        check_number("input_size", height, 1, 8192)
+        change = {"resize_size": math.floor(height / share)}
     else:
-        raise SpecError("No such crop here", expected="crop_mode center", found=f"{mode!r}, crop_pct {share}")
-    return _fitted(usual, spec, size, change, said.get("interpolation"), said.get("mean"), said.get("std"))
+        expected, found = "crop_mode center, of a square", f"{mode!r} of {height}x{width}, crop_pct {share}"
+        raise SpecError("No such crop here", expected=expected, found=found)
+    return _fitted(usual, spec, [height, width], change, said.get("interpolation"), said.get("mean"), said.get("std"))
 
 
 def _transformers(said: Mapping[str, Any], spec: ArchSpec) -> PreprocessSpec:
     """Return what transformers' EfficientFormerImageProcessor does with a configuration."""
     usual = LAYOUT_PREPROCESS["transformers"]
-    said = {name: value for name, value in said.items() if value is not None}
+    said = _given(said)
     for name in ("do_resize", "do_rescale", "do_normalize", "do_center_crop"):
         check_bool(name, said.get(name, True))
     factor = said.get("rescale_factor", 1 / 255)
@@ -160,6 +166,11 @@ def _transformers(said: Mapping[str, Any], spec: ArchSpec) -> PreprocessSpec:
     if not said.get("do_normalize", True):
         mean, std = (0.0,) * 3, (1.0,) * 3
     return _fitted(usual, spec, crop, change, _PILLOW.get(said.get("resample", 3), "of another number"), mean, std)
+
+
+def _given(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a configuration says: null stands for what it does not."""
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _sides(name: str, said: object) -> tuple[int, int]:

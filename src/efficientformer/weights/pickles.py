@@ -178,10 +178,11 @@ def _find_state(content: object, ema: bool | None) -> tuple[dict[Any, Any], tupl
 
 def _labels(content: object) -> tuple[str, ...]:
     """Return the class names in mmpretrain's ``meta``: of the data set (mmengine), or its own (before)."""
-    meta = _entries(content).get("meta")
-    said = meta.get("dataset_meta", meta) if isinstance(meta, dict) else None
-    named = [said.get(name) for name in _CLASSES] if isinstance(said, dict) else []
-    classes = next(filter(None, named), ())
+    said = _entries(content).get("meta")
+    for _ in range(2):  # meta, and the data set's within it
+        entries = _entries(said) if isinstance(said, dict) else {}
+        said = entries.get("dataset_meta", said)
+    classes = next(filter(None, map(entries.get, _CLASSES)), ())
     fine = isinstance(classes, list | tuple) and all(isinstance(label, str) for label in classes)
     return tuple(classes) if fine else ()
 

@@ -7,14 +7,12 @@ import os
 import warnings
 from dataclasses import dataclass
 from importlib.resources import files
-from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import CheckpointError, SpecError, UsageError
-from efficientformer.spec.fields import as_pair
+from efficientformer.spec.fields import as_pair, as_plain
 from efficientformer.spec.labels import label_names
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import IMAGENET_MEAN, PreprocessSpec
@@ -48,16 +46,10 @@ class Overrides:
         Raises:
             SpecError: If that is no legal network.
         """
-        given: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = {field.name: as_plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
         if self.input_size is not None:
-            given["input_size"] = tuple(_plain(side) for side in as_pair("input size", _plain(self.input_size)))
-        given |= {name: _plain(given[name]) for name in ("num_classes", "in_chans")}
+            given["input_size"] = as_pair("input size", self.input_size)
         return dataclasses.replace(spec, **{name: value for name, value in given.items() if value is not None})
-
-
-def _plain(value: object) -> object:
-    """Return numpy's whole numbers, which come out of labels, as Python's; all else as it is, to be checked."""
-    return value if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
 
 
 def find_weights(
