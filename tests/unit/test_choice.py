@@ -71,6 +71,36 @@ def test_an_engine_with_other_results_is_out_however_fast(monkeypatch, wrong, er
     assert f"left out for other results: {name}" in found.reason
 
 
+def failing(monkeypatch, *engines):
+    """Have engines open a file and fail to run it."""
+    real = module.open_engine
+
+    def spoilt(path, engine, **options):
+        opened = real(path, engine, **options)
+        if engine in engines:
+            opened.run = lambda batch: (_ for _ in ()).throw(EngineError(f"{engine} cannot run this"))
+        return opened
+
+    monkeypatch.setattr(module, "open_engine", spoilt)
+
+
+@pytest.mark.parametrize(
+    ("broken", "right", "name"),
+    [("openvino", "onnxruntime", "OpenVINO"), ("onnxruntime", "openvino", "ONNX Runtime")],
+)
+def test_an_engine_that_fails_leaves_the_choice_to_the_others(monkeypatch, broken, right, name):
+    failing(monkeypatch, broken)
+    found = choose(FILE)
+    assert found.engine == right
+    assert f"left out because it fails: {name}" in found.reason
+
+
+def test_where_every_engine_fails_it_is_said_why(monkeypatch):
+    failing(monkeypatch, "openvino", "onnxruntime")
+    with pytest.raises(EngineError, match="onnxruntime cannot run this"):
+        choose(FILE)
+
+
 def test_a_damaged_engine_is_left_out_until_it_is_mended(monkeypatch, tmp_path):
     with monkeypatch.context() as damaged:
         break_openvino(damaged, tmp_path)

@@ -35,6 +35,8 @@ TOLERANCE = 0.05
 REFERENCE = "onnxruntime"  # always installed, and what an export is verified through
 ROUNDS = 20
 
+Logits = npt.NDArray[np.float32]
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -54,9 +56,9 @@ class Choice:
 def choose(path: Path, precision: str = "auto", *, threads: int | None = None, store: Path | None = None) -> Choice:
     """Choose the engine and precision that run a file fastest here.
 
-    Every engine that can be imported runs the package's photographs in each precision it has; those whose logits are
-    not ONNX Runtime's in single precision (within half precision's rounding) are out, and the fastest for one picture
-    wins.
+    Every engine that can be imported runs the package's photographs in each precision it has; those that fail, or
+    whose logits are not ONNX Runtime's in single precision (within half precision's rounding), are out, and the
+    fastest for one picture wins.
 
     Args:
         path: An exported file.
@@ -90,13 +92,15 @@ def _measure(path: Path, precision: str, threads: int | None) -> Choice:
         only = candidates[0]
         return Choice(only.key, only.precision, f"{only.name}: the only one installed that runs this file so{damaged}")
     batch = sample_batch(candidates[0].manifest.preprocess)
-    right = _that_agree(candidates, batch)
+    ran = _that_run(candidates, batch)
+    right = _that_agree(ran)
     picture = batch[:1]
     timings = time_together({engine.name: lambda e=engine: e.run(picture) for engine in right}, rounds=ROUNDS)  # type: ignore[misc]
     best = min(right, key=lambda engine: timings[engine.name].median_ms)
     measured = ", ".join(f"{name} {timing.median_ms:.2f} ms" for name, timing in timings.items())
-    wrong = _left_out("for other results", [engine.name for engine in candidates if engine not in right])
-    return Choice(best.key, best.precision, f"fastest here for one picture: {measured}{wrong}{damaged}")
+    wrong = _left_out("for other results", [engine.name for engine, _ in ran if engine not in right])
+    failed = _left_out("because it fails", [engine.name for engine in candidates if engine not in dict(ran)])
+    return Choice(best.key, best.precision, f"fastest here for one picture: {measured}{wrong}{failed}{damaged}")
 
 
 def _left_out(why: str, names: Sequence[str]) -> str:
@@ -115,14 +119,31 @@ def _candidates(path: Path, precision: str, threads: int | None) -> tuple[list[E
     return opened, refused
 
 
-def _that_agree(candidates: list[Engine], batch: npt.NDArray[np.float32]) -> list[Engine]:
+def _that_run(candidates: list[Engine], batch: npt.NDArray[np.float32]) -> list[tuple[Engine, Logits]]:
+    """Return the engines that run a batch and its first picture alone, with their logits of the batch.
+
+    Raises:
+        EngineError: If none does: why the first one fails.
+    """
+    ran, failures = [], []
+    for engine in candidates:
+        try:
+            engine.run(batch[:1])
+            ran.append((engine, engine.run(batch)))
+        except EngineError as error:
+            failures.append(error)
+    if not ran:
+        raise failures[0]
+    return ran
+
+
+def _that_agree(ran: list[tuple[Engine, Logits]]) -> list[Engine]:
     """Return the engines whose logits are those of the first that gives numbers, within half precision's rounding."""
-    logits = [engine.run(batch) for engine in candidates]
-    expected = next((found for found in logits if np.isfinite(found).all()), logits[0])
-    check_finite(expected, candidates[0].name)
+    first, expected = next((each for each in ran if np.isfinite(each[1]).all()), ran[0])
+    check_finite(expected, first.name)
     limit = TOLERANCE * max(1.0, float(np.abs(expected).max()))
-    differences = [float(np.abs(found - expected).max()) for found in logits]  # NaN and infinity are within no limit
-    return [engine for engine, far in zip(candidates, differences, strict=True) if far <= limit]
+    # NaN and infinity are within no limit
+    return [engine for engine, found in ran if float(np.abs(found - expected).max()) <= limit]
 
 
 def _key(path: Path, precision: str, threads: int | None) -> str:
