@@ -34,7 +34,7 @@ unit: $(DEV)     ## Run the tests
 	@$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --durations 10
 
 docs: $(DEV)     ## Build the documentation into site/
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 parity: ## Compare with mmpretrain and transformers live, in an environment of their own, and rewrite the golden file
 	@test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity

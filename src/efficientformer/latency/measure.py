@@ -173,7 +173,7 @@ def build_table(
         progress: Told how it goes.
 
     Raises:
-        As ``measure_specs`` does.
+        EfficientFormerError: As ``measure_specs``.
     """
     specs = design(space, networks, seed=seed)
     latencies, opened_one = _time_specs(specs, engine, precision, threads, MIN_PASSES, max_spread, progress)
