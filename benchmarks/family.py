@@ -13,13 +13,14 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import torch
-from common import save, spread
+from common import save
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
 from timm.utils.model_ema import ModelEmaV3
@@ -33,6 +34,7 @@ from efficientformer.evaluation.evaluate import evaluate
 from efficientformer.evaluation.torch_predictor import TorchPredictor
 from efficientformer.models.fold import fold
 from efficientformer.reporting.page import new_figure, png
+from efficientformer.runtime.timing import Timing, time_together
 from efficientformer.spec.zoo import EMBEDDED, resolve
 from efficientformer.training.loop import seed_everything
 from efficientformer.training.optim import learning_rate
@@ -107,19 +109,13 @@ def session(model: nn.Module, folder: Path, name: str) -> tuple[ort.InferenceSes
     return opened, opened.get_inputs()[0].name
 
 
-def latencies(models: dict[str, nn.Module], rounds: int = 400) -> dict[str, list[float]]:
-    """Return milliseconds per picture of every network, one run of each in turn."""
-    found: dict[str, list[float]] = {name: [] for name in models}
+def latencies(models: dict[str, nn.Module], rounds: int = 400) -> dict[str, Timing]:
+    """Time one picture through every network, one run of each in turn."""
     picture = np.random.default_rng(0).random((1, 3, 32, 32), np.float32)
     with tempfile.TemporaryDirectory() as folder:
         opened = {name: session(model, Path(folder), name) for name, model in models.items()}
-        for turn in range(rounds + 20):
-            for name, (engine, port) in opened.items():
-                start = time.perf_counter()
-                engine.run(None, {port: picture})
-                if turn >= 20:
-                    found[name].append(1000 * (time.perf_counter() - start))
-    return found
+        runs = {name: partial(engine.run, None, {port: picture}) for name, (engine, port) in opened.items()}
+        return time_together(runs, rounds=rounds, warmup=20, burst=1)
 
 
 def macs(model: nn.Module) -> float:
@@ -134,9 +130,9 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure = new_figure(6.0, 4.0)
     axes = figure.subplots()
     for name, row in rows.items():
-        axes.scatter(row["latency_ms"]["median"], row["top1"], s=20 * row["params_m"])
+        axes.scatter(row["latency"]["median_ms"], row["top1"], s=20 * row["params_m"])
         text = f"{name}\n{row['params_m']:.2f} M, {row['macs_m']:.0f} MMACs"
-        place = (row["latency_ms"]["median"], row["top1"])
+        place = (row["latency"]["median_ms"], row["top1"])
         axes.annotate(text, place, textcoords="offset points", xytext=(8, -4))
     axes.margins(0.35, 0.25)
     axes.set_xlabel("latency of one picture, ONNX Runtime, one thread (ms)")
@@ -171,9 +167,9 @@ def main() -> None:
                       "params_m": sum(p.numel() for p in parameters) / 1e6, "macs_m": macs(average)}  # fmt: skip
         trained[name] = fold(average) if name == EMBEDDED else average
         print(name, rows[name], flush=True)
-    for name, times in latencies(trained).items():
-        rows[name]["latency_ms"] = spread(times)
-        print(f"{name}: {spread(times)['median']:.3f} ms", flush=True)
+    for name, timing in latencies(trained).items():
+        rows[name]["latency"] = timing.to_dict()
+        print(f"{name}: {timing.median_ms:.3f} ms", flush=True)
     figures = {"recipe": recipe.to_dict(), "networks": rows}
     path = save("family_cifar10", figures, ("torch", "timm", "onnxruntime", "efficientformer"))
     plot(rows, path.with_suffix(".png"))

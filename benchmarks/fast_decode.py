@@ -19,7 +19,8 @@ from PIL import Image
 
 from efficientformer.export.deployable import deployable
 from efficientformer.runtime.classifier import FileClassifier
-from efficientformer.runtime.image import decode, resize_crop
+from efficientformer.runtime.image import decode
+from efficientformer.runtime.preprocess import resize_crop
 from efficientformer.runtime.timing import time_together
 
 

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from efficientformer.export.deployable import check_weights, deployable, file_of
 from efficientformer.runtime.choice import choose
 from efficientformer.runtime.classifier import EngineClassifier
-from efficientformer.runtime.engines import ENGINES, PRECISIONS, Engine, check_threads, file_stamp, open_engine
+from efficientformer.runtime.engines import (
+    ENGINE_KEYS,
+    ENGINES,
+    PRECISIONS,
+    Engine,
+    check_threads,
+    file_stamp,
+    open_engine,
+)
 from efficientformer.runtime.image import Source
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import UnknownModelError, UsageError, missing_extra
@@ -38,7 +46,7 @@ _SEEN = (
 _WHY_SEEN = {None: "the data set has no parts", "train": "this is the training part"}
 _TRAINED_HERE = ("trained", "slimmed")  # sources of manifests whose training may have set its own pictures aside
 TORCH_ENGINES = ("torch", "torch-compile")
-EVALUATION_ENGINES = ("auto", "torch", *ENGINES[1:])
+EVALUATION_ENGINES = ("auto", "torch", *ENGINE_KEYS)
 
 
 class Classifier(EngineClassifier):

@@ -114,7 +114,8 @@ def test_exported_file_needs_nothing_beside_it(cli, small_native, small, tmp_pat
     manifest = manifest_of(SMALL)
     assert classify.manifest == manifest
     photo = EXAMPLES / "cat.jpg"
-    from efficientformer.runtime.image import decode, preprocess
+    from efficientformer.runtime.image import decode
+    from efficientformer.runtime.preprocess import preprocess
 
     images = torch.from_numpy(preprocess(decode(photo), manifest.preprocess)[None])
     expected = small(images).softmax(1)[0].detach().numpy()

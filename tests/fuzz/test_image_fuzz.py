@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, features
 
-from efficientformer.runtime.image import decode, preprocess
+from efficientformer.runtime.image import decode
+from efficientformer.runtime.preprocess import preprocess
 from efficientformer.spec.errors import ImageError
 from efficientformer.spec.preprocess import PreprocessSpec
 

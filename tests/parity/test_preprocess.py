@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientformer.runtime import image as module
-from efficientformer.runtime.image import decode, normalise, preprocess, preprocess_batch, resize_crop
+from efficientformer.runtime import preprocess as module
+from efficientformer.runtime.image import decode
+from efficientformer.runtime.preprocess import normalise, preprocess, preprocess_batch, resize_crop
 from efficientformer.spec.errors import ImageError
 from efficientformer.spec.preprocess import INTERPOLATIONS, PreprocessSpec
 

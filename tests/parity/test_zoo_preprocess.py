@@ -7,7 +7,7 @@ import pytest
 import timm
 from PIL import Image
 
-from efficientformer.runtime.image import preprocess
+from efficientformer.runtime.preprocess import preprocess
 from efficientformer.spec.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from efficientformer.spec.zoo import LAYOUT_PREPROCESS, cards
 

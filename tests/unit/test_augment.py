@@ -88,7 +88,7 @@ def test_the_same_seeds_give_the_same_in_any_company():
 
 
 def test_normalising_equals_the_preprocessing_of_prediction():
-    from efficientformer.runtime.image import normalise
+    from efficientformer.runtime.preprocess import normalise
 
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
     expected = normalise([Image.fromarray(p) for p in pixels], PREPROCESS)

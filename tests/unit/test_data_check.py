@@ -14,7 +14,7 @@ from efficientformer.data import fingerprint
 from efficientformer.data.check import check
 from efficientformer.data.fingerprint import BANDS, FINGERPRINT, NEAR_BITS, near_pairs
 from efficientformer.data.sources import VAL_FRACTION, open_source, open_splits, split_indices
-from efficientformer.runtime.image import MAX_SIDE
+from efficientformer.runtime.preprocess import MAX_SIDE
 from efficientformer.spec.errors import DataError, ImageError
 from efficientformer.spec.labels import synsets
 from efficientformer.training.recipe import Recipe

@@ -179,7 +179,7 @@ def test_who_times_batches_has_each_as_it_is():
 
 
 def test_onnxruntime_takes_the_cores_it_may_use_and_pins_none(monkeypatch):
-    monkeypatch.setattr("efficientformer.runtime.engines.onnxruntime.available_cores", lambda: 3)
+    monkeypatch.setattr("efficientformer.runtime.engines.available_cores", lambda: 3)
     for threads, used in ((None, 3), (1, 1)):
         options = OnnxRuntimeEngine(FILE, threads=threads)._session.get_session_options()
         assert options.intra_op_num_threads == used

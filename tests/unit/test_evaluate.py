@@ -23,6 +23,7 @@ from efficientformer.evaluation.result import Evaluation
 from efficientformer.evaluation.torch_predictor import TorchPredictor, _full_precision
 from efficientformer.reporting import page as reporting
 from efficientformer.reporting.page import Page, png
+from efficientformer.runtime.pipeline import THREADS
 from efficientformer.spec.errors import DataError, EngineError, ImageError, SpecError, UsageError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
@@ -203,7 +204,7 @@ def test_a_failing_network_stops_the_reading():
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluate(Broken(), source, batch_size=4, workers=2)
     for thread in threading.enumerate():
-        if thread.name.startswith("decode"):
+        if thread.name.startswith(THREADS):
             thread.join(5)
     assert threading.active_count() <= before
 

@@ -13,8 +13,9 @@ from PIL import ExifTags, Image
 
 from efficientformer import Classifier
 from efficientformer.runtime.classifier import EngineClassifier, Failed
-from efficientformer.runtime.image import decode, resize_crop
+from efficientformer.runtime.image import decode
 from efficientformer.runtime.pipeline import AHEAD, in_order
+from efficientformer.runtime.preprocess import resize_crop
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.preprocess import PreprocessSpec
 

@@ -19,12 +19,14 @@ from efficientformer.export import deployable as building
 from efficientformer.export import quantize as module
 from efficientformer.export.calibration import gather_pictures
 from efficientformer.export.deployable import deployable, embedded_file, quantised_file, quantised_target
-from efficientformer.export.qdq import Quantiser, halve_weights
+from efficientformer.export.proto import halve_weights
+from efficientformer.export.qdq import Quantiser
 from efficientformer.export.quantize import quantize
 from efficientformer.latency.graph import network_proto, write_network
 from efficientformer.latency.int8 import quantise
 from efficientformer.runtime.engines import installed_engines, open_engine
-from efficientformer.runtime.image import decode, preprocess
+from efficientformer.runtime.image import decode
+from efficientformer.runtime.preprocess import preprocess
 from efficientformer.runtime.processor import overflows
 from efficientformer.runtime.samples import sample_batch
 from efficientformer.spec.errors import (

@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import as_file, files
+from importlib.resources import as_file
 from pathlib import Path
 from typing import Any
 
 from efficientformer.benchmarking.networks import Network, open_networks
 from efficientformer.benchmarking.subject import Subject
-from efficientformer.runtime.engines import ENGINES
-from efficientformer.runtime.engines import PRECISIONS as ENGINE_PRECISIONS
+from efficientformer.runtime.engines import ENGINE_KEYS, ENGINE_PRECISIONS, ENGINES
 from efficientformer.runtime.image import decode
+from efficientformer.runtime.samples import photographs
 from efficientformer.runtime.timing import Timing, environment, take_turns
 from efficientformer.spec.errors import EfficientFormerError, EngineError, UsageError
 from efficientformer.spec.fields import check_choice
@@ -26,7 +26,7 @@ from efficientformer.weights.cache import Progress as DownloadProgress
 
 TORCH, COMPILED = "torch", "torch-compile"
 CHOICES = ("all", *ENGINES, TORCH, COMPILED)
-PRECISIONS = ("all", *ENGINE_PRECISIONS)
+PRECISIONS = ("all", "auto", *ENGINE_PRECISIONS)
 ALL_PRECISIONS = ("fp32", "bf16", "int8")  # fp16 must be asked for: most processors only emulate it, very slowly
 PACKAGES = ("efficientformer", "numpy", "onnxruntime", "openvino", "torch", "pillow")
 
@@ -225,9 +225,7 @@ def benchmark(
         found = f"{len(models)} networks, batches {list(batches)}, {rounds} rounds"
         raise UsageError("Nothing to benchmark", expected="networks, batch sizes and rounds from 1", found=found)
     with ExitStack() as stack:
-        photos = files("efficientformer") / "assets" / "photos"
-        first = min(entry.name for entry in photos.iterdir() if entry.name.endswith(".jpg"))
-        photo = picture or stack.enter_context(as_file(photos / first))
+        photo = picture or stack.enter_context(as_file(photographs()[0]))
         size = decode(photo).size
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         networks = open_networks(
@@ -247,7 +245,7 @@ def benchmark(
 
 
 def _entries(networks: Sequence[Network], engine: str, precision: str, compiled: bool) -> list[_Entry]:
-    engines = (*ENGINES[1:], TORCH) if engine == "all" else (engine,)
+    engines = (*ENGINE_KEYS, TORCH) if engine == "all" else (engine,)
     if compiled and COMPILED not in engines:
         engines = (*engines, COMPILED)
     precisions = ALL_PRECISIONS if precision == "all" else (precision,)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -145,13 +144,4 @@ def serve(prepare: Callable[[], tuple[dict[str, Any], Runs]], *, warmup: int = W
     for line in sys.stdin:
         question = json.loads(line)
         seconds = time_turn(runs[question["run"]], question["count"], wake=question.get("wake", True))
-        answer(seconds=seconds, peak_mib=_peak_mib())
-
-
-def _peak_mib() -> float | None:
-    """Return the largest resident memory this process had, in MiB; None where the system does not tell."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return round(int(line.split()[1]) / 1024, 1)
+        answer(seconds=seconds)

@@ -11,19 +11,18 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 
 from efficientformer.benchmarking.subject import Runs, serve
 from efficientformer.runtime.choice import choose
 from efficientformer.runtime.classifier import EngineClassifier
-from efficientformer.runtime.engines import open_engine
-from efficientformer.runtime.image import decode, normalise, resize_crop
+from efficientformer.runtime.engines import Engine, open_engine
+from efficientformer.runtime.engines.openvino import OpenVinoEngine
+from efficientformer.runtime.image import decode
+from efficientformer.runtime.preprocess import normalise, resize_crop
 from efficientformer.spec.errors import missing_extra
-
-if TYPE_CHECKING:
-    from efficientformer.runtime.engines import Engine
 
 DECODE, RESIZE, NORMALISE, ENGINE, WHOLE = "decode", "resize and crop", "normalise", "engine", "file to label"
 
@@ -65,8 +64,8 @@ def _open_torch(model: str, precision: str, threads: int | None, offline: bool |
 
 
 def _batch_runs(engine: Engine, batches: list[int]) -> Runs:
-    if engine.key == "openvino":
-        cast(Any, engine).exact = True  # else a batch might run as part of a larger one
+    if isinstance(engine, OpenVinoEngine):
+        engine.exact = True  # else a batch might run as part of a larger one
     spec = engine.manifest.spec
     rng = np.random.default_rng(0)
     shapes = {str(batch): (batch, spec.in_chans, *spec.input_size) for batch in batches}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from efficientformer.runtime.engines import ENGINES
+from efficientformer.runtime.engines import ENGINE_KEYS
 from efficientformer.runtime.records import storable
 from efficientformer.spec.errors import UsageError
 
@@ -38,7 +38,7 @@ def test(
     data: Annotated[Path, typer.Option(help="The data set: a folder of class folders, tar shards, ...")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
     split: Annotated[str | None, typer.Option(help="train, val or test; by default val or test.")] = None,
-    engine: Annotated[str, typer.Option(help=f"Engine: auto, torch, {', '.join(ENGINES[1:])}.")] = "auto",
+    engine: Annotated[str, typer.Option(help=f"Engine: auto, torch, {', '.join(ENGINE_KEYS)}.")] = "auto",
     precision: Annotated[
         str, typer.Option(help="fp32, bf16, fp16 or int8; auto is fp32, or int8 of a quantised file.")
     ] = "auto",

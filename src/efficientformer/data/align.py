@@ -11,7 +11,7 @@ from PIL import Image
 
 from efficientformer.data.source import ImageSource
 from efficientformer.spec.errors import DataError, nearest
-from efficientformer.spec.labels import label_names, synsets
+from efficientformer.spec.labels import label_names, synset_labels, synsets
 
 _SHOWN = 5  # of the names that fit nothing
 
@@ -94,7 +94,7 @@ def match_classes(classes: Sequence[str], labels: tuple[str, ...]) -> list[int]:
     """Return the label of every class by its name, -1 for those that have none; no label is given twice."""
     exact, folded = _unique(labels), _unique(map(_folded, labels))
     if labels == label_names("imagenet1k"):  # two of its classes share a name; synsets are unique
-        exact |= {synset: label for label, synset in enumerate(synsets())}
+        exact |= synset_labels()
     found = [exact.get(key, -1) for key in class_keys(classes)]
     taken, names = Counter(found), _unique(classes)
     for index, name in enumerate(classes):

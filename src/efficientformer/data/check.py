@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -18,6 +17,7 @@ from efficientformer.data.align import class_keys, match_classes
 from efficientformer.data.fingerprint import FINGERPRINT, near_pairs, take
 from efficientformer.data.source import ImageSource
 from efficientformer.data.sources import VAL_FRACTION, WHOLE, find_parts, split_indices
+from efficientformer.runtime.pipeline import in_order
 from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import ImageError
 
@@ -26,7 +26,6 @@ MIN_SIDE = 8  # pixels
 MAX_ASPECT = 10.0
 
 _BLOCK = 32  # pictures a thread takes at a time
-_WAITING = 8  # blocks for each thread that are in memory at most
 
 Progress = Callable[[int, int], None]
 
@@ -259,45 +258,33 @@ class _Table:
         return Picture(split, index, source.name(index), self._classes[split][source.labels[index]])
 
 
-@dataclass(slots=True)
-class _Read:
-    """What one thread found in one block."""
-
-    forms: Counter[str] = field(default_factory=Counter)
-    corrupt: list[Finding] = field(default_factory=list)
-
-
 def _read_all(table: _Table, progress: Progress | None) -> tuple[npt.NDArray[np.void], list[Finding], Counter[str]]:
     """Fingerprint every picture; Pillow and hashlib let other threads run while they work."""
     prints = np.zeros(len(table), FINGERPRINT)
-    total = _Read()
-    threads = available_cores()
-    done = 0
-    with ThreadPoolExecutor(threads) as pool:
-        for window in _batches(range(0, len(table), _BLOCK), threads * _WAITING):
-            for each in pool.map(partial(_read_block, table, prints), window):
-                total.forms += each.forms
-                total.corrupt += each.corrupt
-                done = min(done + _BLOCK, len(table))
-                if progress:
-                    progress(done, len(table))
-    return prints, total.corrupt, total.forms
+    corrupt: list[Finding] = []
+    forms: Counter[str] = Counter()
+
+    def look(numbers: list[int]) -> list[str | Finding]:
+        return [_look(table, number, prints[number : number + 1].reshape(())) for number in numbers]
+
+    found = in_order(range(len(table)), look, workers=available_cores(), chunk=_BLOCK)
+    for done, each in enumerate(found, 1):
+        if isinstance(each, Finding):
+            corrupt.append(each)
+        else:
+            forms[each] += 1
+        if progress and (done % _BLOCK == 0 or done == len(table)):
+            progress(done, len(table))
+    return prints, corrupt, forms
 
 
-def _batches(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _read_block(table: _Table, prints: npt.NDArray[np.void], start: int) -> _Read:
-    result = _Read()
-    for number in range(start, min(start + _BLOCK, len(table))):
-        picture = table[number]
-        try:
-            data = table.sources[picture.split].read(picture.index)
-            result.forms[take(data, str(picture), prints[number : number + 1].reshape(()))] += 1
-        except ImageError as error:
-            result.corrupt.append(Finding(picture, error.found or str(error)))
-    return result
+def _look(table: _Table, number: int, out: npt.NDArray[np.void]) -> str | Finding:
+    """Write a picture's fingerprint and return its form, or else what is wrong with it."""
+    picture = table[number]
+    try:
+        return take(table.sources[picture.split].read(picture.index), str(picture), out)
+    except ImageError as error:
+        return Finding(picture, error.found or str(error))
 
 
 def _groups(table: _Table, prints: npt.NDArray[np.void], near: bool) -> tuple[list[Group], bool]:

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from efficientformer.runtime.image import MAX_SIDE, decode, form
+from efficientformer.runtime.image import decode, form
+from efficientformer.runtime.preprocess import MAX_SIDE
 from efficientformer.spec.errors import ImageError
 
 # 256 bits of look in 16 bands: two pictures that differ in at most 14 bits agree in two bands at least.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from efficientformer.data.listing import FileSource, counted, is_picture, some
 from efficientformer.spec.errors import DataError
-from efficientformer.spec.labels import label_names, synsets
+from efficientformer.spec.labels import label_names, synset_labels, synsets
 
 _SYNSET_FILE = re.compile(r"(n\d{8})_")
 
@@ -97,7 +97,7 @@ def open_class_folders(folder: Folder) -> FileSource:
     if empty:
         notes.append(f"{counted(len(empty), 'folder')} without pictures left out: {some(empty)}")
     if tuple(classes) == tuple(sorted(synsets())):
-        order = {synset: label for label, synset in enumerate(synsets())}
+        order = synset_labels()
         labels = [order[classes[label]] for label in labels]
         classes = list(label_names("imagenet1k"))
     return FileSource(folder.path, names, labels, classes, notes)

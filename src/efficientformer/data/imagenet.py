@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import os
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from efficientformer.data.folders import Folder
 from efficientformer.data.listing import FileSource, some
 from efficientformer.spec.errors import DataError, missing_extra
-from efficientformer.spec.labels import label_names, synsets
+from efficientformer.spec.labels import label_names, synset_labels, synsets
 
 DEVKIT = Path("ILSVRC2012_devkit_t12") / "data"
 SOLUTION = "LOC_val_solution.csv"
@@ -44,7 +43,7 @@ def open_validation(folder: Folder) -> FileSource:
         raise DataError(
             f"The truth beside {str(folder.path)!r} does not name every picture", found=f"no label for {some(unknown)}"
         )
-    order = {synset: label for label, synset in enumerate(synsets())}
+    order = synset_labels()
     labels = [order[truth[name[:-5]]] for name in names]
     other = len(folder.files) - len(names)
     notes = [f"{other:,} files left out: not named like ImageNet's validation pictures"] if other else []
@@ -107,7 +106,7 @@ def _from_devkit(kit: Path) -> dict[str, str]:
 def _read_meta(path: Path) -> dict[str, str]:
     """Return ILSVRC id (as text) -> synset; ids above 1000 are inner nodes of WordNet's tree."""
     try:
-        loadmat = importlib.import_module("scipy.io").loadmat
+        from scipy.io import loadmat
     except ImportError as error:
         raise missing_extra("train", "Reading ImageNet's development kit", error) from error
     try:

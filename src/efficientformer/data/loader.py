@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from efficientformer.data.augment import Augmentation, Normaliser, SampleAugment, pad_images, shift_flip
 from efficientformer.data.draws import DrawPlan, Draws
 from efficientformer.data.source import ImageSource, Subset
-from efficientformer.runtime.image import resize_crop
+from efficientformer.runtime.preprocess import resize_crop
 from efficientformer.spec.errors import DataError, ImageError
 from efficientformer.spec.preprocess import PreprocessSpec
 

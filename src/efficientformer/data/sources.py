@@ -324,13 +324,10 @@ def _refuse_sets_as_classes(folder: Folder) -> None:
 
 def _like(source: ImageSource, train: ImageSource) -> ImageSource:
     """Give the validation part the labels of the training part."""
-    if source.classes == train.classes:
-        missing = sorted(set(np.unique(source.labels).tolist()) - set(np.unique(train.labels).tolist()))
-        strangers = [source.classes[label] for label in missing]
-    else:
-        found = match_classes(source.classes, train.classes)
-        trained = set(np.unique(train.labels).tolist())
-        strangers = [source.classes[label] for label in np.unique(source.labels) if found[label] not in trained]
+    same = source.classes == train.classes
+    found = range(len(source.classes)) if same else match_classes(source.classes, train.classes)
+    trained = set(np.unique(train.labels).tolist())
+    strangers = [source.classes[label] for label in np.unique(source.labels) if found[label] not in trained]
     if strangers:
         count = counted(len(strangers), "class", "classes")
         raise DataError(
@@ -339,4 +336,4 @@ def _like(source: ImageSource, train: ImageSource) -> ImageSource:
             found=describe_strangers(strangers, train.classes),
             hint="Rename or remove these folders, or add training pictures",
         )
-    return source if source.classes == train.classes else Relabelled(source, train.classes, found)
+    return source if same else Relabelled(source, train.classes, found)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +16,9 @@ from PIL import Image
 from efficientformer.data.source import ImageSource
 from efficientformer.evaluation.metrics import Metrics, Scores
 from efficientformer.evaluation.result import Evaluation, Mistake, Outcome, Skipped, worst_of
-from efficientformer.runtime.image import normalise, resize_crop
+from efficientformer.runtime.engines import Engine
+from efficientformer.runtime.pipeline import AHEAD, in_order
+from efficientformer.runtime.preprocess import normalise, resize_crop
 from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import DataError, ImageError, UsageError
 from efficientformer.spec.fields import check_count
@@ -28,21 +28,6 @@ from efficientformer.spec.preprocess import PreprocessSpec
 Progress: TypeAlias = Callable[[int, int], None]  # pictures done, pictures in all (of this process)
 THUMBNAIL = 160  # longest side of a kept mistake
 _MAX_WORKERS = 16
-
-
-class Predictor(Protocol):
-    """What gives logits: an engine with an exported file, or a torch network behind ``TorchPredictor``."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """What the network is."""
-
-    @property
-    def name(self) -> str:
-        """What runs it, for people."""
-
-    def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return logits (N, num_classes) for preprocessed images (N, C, H, W)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +40,7 @@ class _Ready:
 
 
 def evaluate(
-    predictor: Predictor,
+    predictor: Engine,
     source: ImageSource,
     *,
     batch_size: int = 64,
@@ -102,7 +87,7 @@ def evaluate(
     outcomes: list[Outcome] = []
     classes = predictor.manifest.labels or source.classes
     share = range(rank, len(source), world)
-    pictures = _prepared(source, share, predictor.manifest.preprocess, workers or _cpus(world), 2 * batch_size)
+    pictures = _prepared(source, share, predictor.manifest.preprocess, workers or _cpus(world), batch_size)
     done = 0
     for chunk in _chunks(pictures, batch_size):
         ready = [each for each in chunk if isinstance(each, _Ready)]
@@ -158,21 +143,14 @@ def _cpus(world: int) -> int:
 
 
 def _prepared(
-    source: ImageSource, indices: Iterable[int], spec: PreprocessSpec, workers: int, ahead: int
+    source: ImageSource, share: Iterable[int], spec: PreprocessSpec, workers: int, batch_size: int
 ) -> Iterator[_Ready | Skipped]:
-    """Yield the pictures in order, at most ``ahead`` of them prepared or in work beyond the one that is due."""
-    remaining = iter(indices)
-    pool = ThreadPoolExecutor(workers, "decode")
-    try:
-        waiting: deque[Future[_Ready | Skipped]] = deque(
-            pool.submit(_prepare, source, index, spec) for index in islice(remaining, ahead)
-        )
-        while waiting:
-            outcome = waiting.popleft().result()
-            waiting.extend(pool.submit(_prepare, source, index, spec) for index in islice(remaining, 1))
-            yield outcome
-    finally:  # also when the network fails in between: nobody waits for pictures that nobody wants
-        pool.shutdown(wait=False, cancel_futures=True)
+    """Yield the pictures in order, two batches ahead of the one that is due."""
+
+    def work(indices: list[int]) -> list[_Ready | Skipped]:
+        return [_prepare(source, index, spec) for index in indices]
+
+    return in_order(share, work, workers=workers, chunk=max(1, 2 * batch_size // (AHEAD * workers)))
 
 
 def _prepare(source: ImageSource, index: int, spec: PreprocessSpec) -> _Ready | Skipped:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -189,25 +188,18 @@ class Metrics:
         self._bin_confidence += np.bincount(bins, scores.confidence, minlength=BINS)
         return scores
 
-    def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Return all that was counted: arrays which, added entry by entry, are the state of the whole."""
-        return {name.removeprefix("_"): array.copy() for name, array in self._arrays().items()}
-
-    def merge(self, other: Metrics | Mapping[str, npt.NDArray[Any]]) -> Self:
-        """Add what another process counted, itself or its ``state``, and return the sum (this object).
+    def merge(self, other: Metrics) -> Self:
+        """Add what another process counted, and return the sum (this object).
 
         Raises:
             UsageError: If it counted another network's classes.
         """
-        theirs = other.state() if isinstance(other, Metrics) else other
+        if other.num_classes != self.num_classes:
+            expected, found = f"{self.num_classes} classes", f"{other.num_classes}"
+            raise UsageError("These counts belong to another network", expected=expected, found=found)
+        theirs = other._arrays()
         for name, array in self._arrays().items():
-            found = theirs[name.removeprefix("_")]
-            if found.shape != array.shape:
-                raise UsageError(
-                    "These counts belong to another network", expected=str(array.shape), found=str(found.shape)
-                )
-        for name, array in self._arrays().items():
-            np.add(array, theirs[name.removeprefix("_")], out=array)
+            np.add(array, theirs[name], out=array)
         return self
 
     def result(self) -> Result:

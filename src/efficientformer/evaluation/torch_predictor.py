@@ -1,23 +1,20 @@
-"""A torch network as a predictor: arrays in, arrays out. Torch is imported when one is made."""
+"""A torch network as a predictor: arrays in, arrays out."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import nn
 
 from efficientformer.runtime.engines import failed_run
-from efficientformer.spec.errors import UsageError, missing_extra
+from efficientformer.spec.errors import UsageError
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -35,7 +32,6 @@ class TorchPredictor:
             are also recorded as a CUDA graph.
 
     Raises:
-        MissingExtraError: If torch is not installed.
         UsageError: If there is no such precision or device.
     """
 
@@ -51,10 +47,6 @@ class TorchPredictor:
         *,
         compiled: bool = False,
     ) -> None:
-        try:
-            import torch
-        except ImportError as error:
-            raise missing_extra("torch", "Running a network in torch", error) from error
         check_choice("precision", precision, PRECISIONS)
         self.manifest = manifest
         self.device = _device(device)
@@ -90,8 +82,6 @@ class TorchPredictor:
         return "Compiling needs a C++ compiler, on a GPU also Triton; --engine torch does not" if self._compiled else ""
 
     def _run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        import torch
-
         with ExitStack() as stack:
             stack.enter_context(_evaluating(self._model))
             stack.enter_context(torch.inference_mode())
@@ -109,8 +99,6 @@ class TorchPredictor:
 
 
 def _device(wanted: str) -> torch.device:
-    import torch
-
     if wanted == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -136,8 +124,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Keep matrix products and convolutions from TF32, which torch allows in convolutions unless told otherwise."""
-    import torch
-
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]  # set at run time
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:

@@ -13,8 +13,9 @@ from efficientformer.data.align import match_classes
 from efficientformer.data.folders import list_folder
 from efficientformer.data.sources import is_part_name, part_of
 from efficientformer.export.qdq import Progress
-from efficientformer.runtime.image import decode, preprocess
+from efficientformer.runtime.image import decode
 from efficientformer.runtime.inputs import Input, gather
+from efficientformer.runtime.preprocess import preprocess
 from efficientformer.spec.errors import DataError, ImageError
 from efficientformer.spec.manifest import Manifest
 
@@ -56,16 +57,8 @@ def gather_pictures(
     Raises:
         DataError: If there are fewer than ``LEAST`` pictures.
     """
-    rng = np.random.default_rng(seed)
     roots = _parts(Path(data))
-    parts = [list(gather([root])) for root in roots]
-    orders = [rng.permutation(len(part)) for part in parts]
-    if len(parts) == 1:  # nothing is both calibrated and measured on
-        first = min(count, len(parts[0]) // 2)
-        wanted = [[parts[0][i] for i in orders[0][:first]], [parts[0][i] for i in orders[0][first:][:holdout]]]
-    else:
-        limits = (count, holdout)
-        wanted = [[part[i] for i in order[:limit]] for part, order, limit in zip(parts, orders, limits, strict=True)]
+    wanted = _chosen([list(gather([root])) for root in roots], count, holdout, np.random.default_rng(seed))
     total, done = sum(map(len, wanted)), 0
     skipped = []
     kept: list[list[Input]] = [[], []]
@@ -96,6 +89,17 @@ def _parts(data: Path) -> list[Path]:
     parts = {part_of(name.lower()): data / name for name in reversed(folders) if is_part_name(name)}
     held_out = parts.get("val", parts.get("test"))
     return [parts["train"], held_out] if held_out is not None and "train" in parts else [data]
+
+
+def _chosen(
+    parts: Sequence[Sequence[Input]], count: int, holdout: int, rng: np.random.Generator
+) -> tuple[list[Input], list[Input]]:
+    """Return the pictures to set scales on and those to measure on, in random order; of one part, none is both."""
+    first, *rest = ([part[i] for i in rng.permutation(len(part))] for part in parts)
+    if rest:
+        return first[:count], rest[0][:holdout]
+    count = min(count, len(first) // 2)
+    return first[:count], first[count:][:holdout]
 
 
 def _read(picture: Input, manifest: Manifest) -> npt.NDArray[np.float32]:

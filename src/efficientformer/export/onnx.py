@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import logging
 import os
 import tempfile
 import warnings
@@ -14,15 +13,12 @@ from typing import Any
 
 import torch
 
-from efficientformer.export.qdq import halve_weights
+from efficientformer.export.proto import INPUT, OPSET, OUTPUT, halve_weights, quiet, sign
 from efficientformer.export.verify import Agreement, verify
 from efficientformer.models.fold import fold
 from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.errors import UsageError, missing_extra
-from efficientformer.spec.manifest import METADATA_KEY, Manifest
-
-OPSET = 20  # the first with Gelu as one operator
-INPUT, OUTPUT = "images", "logits"
+from efficientformer.spec.manifest import Manifest
 
 
 def export_onnx(
@@ -53,8 +49,7 @@ def export_onnx(
             proto = _to_proto(model)
             if half_storage:
                 halve_weights(proto)
-            entry = proto.metadata_props.add()
-            entry.key, entry.value = METADATA_KEY, manifest.to_json()
+            sign(proto, manifest)
             file.write(proto.SerializeToString())
             file.flush()
             os.fsync(file.fileno())
@@ -87,7 +82,8 @@ def _to_proto(model: EfficientFormer) -> Any:  # noqa: ANN401 (an onnx.ModelProt
     deployed = fold(model)
     example = torch.zeros(2, model.spec.in_chans, *model.spec.input_size)
     batch = torch.export.Dim("batch")
-    with _silence():
+    # the exporter tells of its progress, and of what its own libraries will no longer do
+    with quiet(), warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(
             deployed,
             (example,),
@@ -100,23 +96,7 @@ def _to_proto(model: EfficientFormer) -> Any:  # noqa: ANN401 (an onnx.ModelProt
         )
     assert program is not None
     proto = program.model_proto
-    proto.producer_name = "efficientformer"
-    proto.doc_string = ""
     for node in proto.graph.node:  # the exporter notes source paths of the machine it ran on
         node.doc_string = ""
         del node.metadata_props[:]
-    del proto.graph.value_info[:]
     return proto
-
-
-@contextlib.contextmanager
-def _silence() -> Any:  # noqa: ANN401 (a context manager)
-    """Keep the exporter's progress and deprecation notes off the user's terminal; its errors are exceptions."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

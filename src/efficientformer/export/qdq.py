@@ -22,18 +22,16 @@ are tiny: then its logits are not the graph's.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from efficientformer.spec.errors import missing_extra
-from efficientformer.spec.manifest import METADATA_KEY, Manifest
+from efficientformer.export.proto import halve_weights, load_float, put_first, quiet, sign
+from efficientformer.spec.manifest import Manifest
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Who watches: called with what is done now, how many of its steps are done, and how many there are."""
@@ -88,7 +86,7 @@ class Quantiser:
 
         proto = onnx.ModelProto()
         proto.CopyFrom(self._proto)
-        with _quiet():
+        with quiet():
             quantizer = QDQQuantizer(
                 proto,
                 per_channel=True,
@@ -146,7 +144,7 @@ def store_weights_int8(path: Path, target: Path, manifest: Manifest) -> None:
         nodes.append(helper.make_node("DequantizeLinear", list(parts), [name], axis=axis))
         proto.graph.initializer.remove(tensor)
     proto.graph.initializer.extend(added)
-    _put_first(proto, nodes)
+    put_first(proto, nodes)
     _save(proto, target, manifest)
 
 
@@ -164,49 +162,6 @@ def store_weights_half(path: Path, target: Path, manifest: Manifest) -> None:
     proto = load_float(path)
     halve_weights(proto)
     _save(proto, target, manifest)
-
-
-def halve_weights(proto: Any) -> None:  # noqa: ANN401 (an onnx.ModelProto)
-    """Store large weights in half precision behind a Cast, which the engine folds away when it opens the file."""
-    import onnx
-    from onnx import helper, numpy_helper
-
-    casts = []
-    for index, tensor in enumerate(proto.graph.initializer):
-        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
-            continue  # biases and factors stay exact: they are small, and the smallest of them matter
-        name, values = tensor.name, numpy_helper.to_array(tensor)
-        half = numpy_helper.from_array(values.astype(np.float16), f"{name}.half")
-        proto.graph.initializer[index].CopyFrom(half)
-        casts.append(helper.make_node("Cast", [half.name], [name], to=onnx.TensorProto.FLOAT))
-    _put_first(proto, casts)
-
-
-def load_float(path: Path) -> Any:  # noqa: ANN401 (an onnx.ModelProto; onnx has no types)
-    """Read a file with every weight as a float initialiser, also those that are stored in half precision behind a Cast.
-
-    Raises:
-        MissingExtraError: If onnx is not installed.
-    """
-    try:
-        import onnx
-        from onnx import numpy_helper
-    except ImportError as error:
-        raise missing_extra("quantize", "Quantising a network", error) from error
-    proto = onnx.shape_inference.infer_shapes(onnx.load(str(path)))
-    halves = {t.name: t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16}
-    kept = []
-    for node in proto.graph.node:
-        if node.op_type == "Cast" and node.input[0] in halves:
-            half = halves[node.input[0]]
-            values = numpy_helper.to_array(half).astype(np.float32)
-            proto.graph.initializer.append(numpy_helper.from_array(values, node.output[0]))
-            proto.graph.initializer.remove(half)
-        else:
-            kept.append(node)
-    del proto.graph.node[:]
-    proto.graph.node.extend(kept)
-    return proto
 
 
 def _calibrate(proto: Any, batch: npt.NDArray[np.float32], progress: Progress | None) -> Any:  # noqa: ANN401
@@ -228,7 +183,7 @@ def _calibrate(proto: Any, batch: npt.NDArray[np.float32], progress: Progress | 
                 progress("calibrating", self._at, len(batch))
             return {name: batch[self._at - 1 : self._at]}
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "float.onnx"
         onnx.save(proto, str(path))
         calibrator = create_calibrator(path, augmented_model_path=str(Path(folder) / "augmented.onnx"))
@@ -236,27 +191,6 @@ def _calibrate(proto: Any, batch: npt.NDArray[np.float32], progress: Progress | 
         return calibrator.compute_data()
 
 
-def _put_first(proto: Any, nodes: Sequence[Any]) -> None:  # noqa: ANN401
-    rest = list(proto.graph.node)
-    del proto.graph.node[:]
-    proto.graph.node.extend([*nodes, *rest])
-
-
 def _save(proto: Any, target: Path, manifest: Manifest) -> None:  # noqa: ANN401
-    del proto.metadata_props[:]
-    del proto.graph.value_info[:]
-    entry = proto.metadata_props.add()
-    entry.key, entry.value = METADATA_KEY, manifest.to_json()
-    proto.producer_name, proto.doc_string = "efficientformer", ""
+    sign(proto, manifest)
     target.write_bytes(proto.SerializeToString())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the quantiser's advice off the user's terminal; its errors are exceptions."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)

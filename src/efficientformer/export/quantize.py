@@ -8,8 +8,9 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ class _Work:
             engines[f"{kind}, {name}"] = open_engine(self.target, name)
         picture = self.pictures.held_out[:1]
         named = {f"{key} ({engine.precision})": engine for key, engine in engines.items()}
-        timings = time_together({key: _runner(engine, picture) for key, engine in named.items()}, rounds=30)
+        timings = time_together({key: partial(engine.run, picture) for key, engine in named.items()}, rounds=30)
         labels = self.pictures.labels
         return QuantisationReport(
             model=self.manifest.provenance.get("model", self.source.name),
@@ -309,10 +310,6 @@ class _Work:
             if self.progress is not None:
                 self.progress("ranking layers", index + 1, len(quantiser.layers))
         return tuple(sorted(self.errors, key=lambda layer: -self.errors[layer]))
-
-
-def _runner(engine: Engine, picture: npt.NDArray[np.float32]) -> Callable[[], object]:
-    return lambda: engine.run(picture)
 
 
 def _logits(engine: Engine, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

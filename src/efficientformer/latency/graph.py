@@ -15,46 +15,44 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from efficientformer.export.proto import INPUT, OPSET, OUTPUT, sign
 from efficientformer.spec import geometry
 from efficientformer.spec.arch import ArchSpec, BlockSpec, StageSpec
 from efficientformer.spec.errors import missing_extra
-from efficientformer.spec.manifest import METADATA_KEY, Manifest
+from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 
-OPSET = 20  # export/onnx.py's
 IR_VERSION = 10
-INPUT, OUTPUT = "images", "logits"
 LAYER_NORM_EPS = 1e-5
 STEM_STRIDES = {4: (2, 2), 2: (2, 1), 1: (1, 1)}
 
 Grid = tuple[int, int]
 
 
-def write_network(spec: ArchSpec, path: str | Path, *, seed: int = 0, name: str = "") -> Path:
+def write_network(spec: ArchSpec, path: str | Path, *, name: str = "") -> Path:
     """Write a network with random weights as an .onnx file with a manifest, as ``efficientformer convert`` would.
 
     Args:
         spec: The architecture.
         path: The file.
-        seed: Of the weights. Their values do not change the time, so one seed is as good as another.
         name: What results call the network.
 
     Raises:
         MissingExtraError: If onnx is not installed.
     """
-    proto = network_proto(spec, seed=seed, name=name)
+    proto = network_proto(spec, name=name)
     path = Path(path)
     path.write_bytes(proto.SerializeToString())
     return path
 
 
-def network_proto(spec: ArchSpec, *, seed: int = 0, name: str = "") -> Any:  # noqa: ANN401 (an onnx.ModelProto)
+def network_proto(spec: ArchSpec, *, name: str = "") -> Any:  # noqa: ANN401 (an onnx.ModelProto)
     """Return the exported graph of ``spec`` with random weights, as an onnx.ModelProto.
 
     Raises:
         MissingExtraError: If onnx is not installed.
     """
-    graph = GraphWriter(seed)
+    graph = GraphWriter()
     x = _stem(graph, spec, INPUT)
     dim = spec.stages[0].width
     for index, stage in enumerate(spec.stages):
@@ -64,25 +62,21 @@ def network_proto(spec: ArchSpec, *, seed: int = 0, name: str = "") -> Any:  # n
     preprocess = PreprocessSpec(spec.input_size, "squash", 0)
     if spec.in_chans == 1:
         preprocess = preprocess.grey()
-    provenance = {"name": f"{name}, random weights" if name else "random weights", "seed": str(seed)}
+    provenance = {"name": f"{name}, random weights" if name else "random weights"}
     manifest = Manifest(spec, preprocess, provenance=provenance)
     return graph.proto((spec.in_chans, *spec.input_size), spec.num_classes, manifest)
 
 
 class GraphWriter:
-    """Collects ONNX nodes and random weights; ``part`` is the prefix of the names of what is added.
+    """Collects ONNX nodes and random weights; ``part`` is the prefix of the names of what is added."""
 
-    Args:
-        seed: Of the weights.
-    """
-
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self) -> None:
         try:
             from onnx import helper, numpy_helper
         except ImportError as error:
             raise missing_extra("torch", "Writing a network to be timed", error) from error
         self._helper, self._numpy = helper, numpy_helper
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(0)  # their values do not change the time
         self._nodes: list[Any] = []
         self._tensors: list[Any] = []
         self.part = ""
@@ -163,9 +157,9 @@ class GraphWriter:
         ports = make(INPUT, float32, ["batch", *image]), make(OUTPUT, float32, ["batch", num_classes])
         graph = self._helper.make_graph(self._nodes, "network", [ports[0]], [ports[1]], self._tensors)
         opsets = [self._helper.make_opsetid("", OPSET)]
-        model = self._helper.make_model(graph, opset_imports=opsets, producer_name="efficientformer")
+        model = self._helper.make_model(graph, opset_imports=opsets)
         model.ir_version = IR_VERSION
-        self._helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
+        sign(model, manifest)
         return model
 
 

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,15 +29,12 @@ from efficientformer.latency.fit import fit_parts
 from efficientformer.latency.graph import write_network
 from efficientformer.latency.groups import COPIES, SHARE, divide, free_memory, scale_to_first
 from efficientformer.latency.table import Cost, LatencyTable
-from efficientformer.runtime.engines import open_engine
+from efficientformer.runtime.engines import Engine, open_engine
 from efficientformer.runtime.timing import environment, time_turn
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.fields import check_number
-
-if TYPE_CHECKING:
-    from efficientformer.runtime.engines import Engine
 
 Progress = Callable[[str, int, int], None]  # told what is done, how much of it, and of how much
 
@@ -48,7 +44,6 @@ SHORT_MS, MOST_TURNS = 2.0, 3  # a network below it has as many turns in a pass 
 MIN_PASSES, MAX_PASSES = 8, 48
 LEAST_S = 2.0  # a measurement lasts so long at least: one of few networks, too, should meet quiet moments and others
 MAX_SPREAD = 0.01
-PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +199,7 @@ def table_of(
         weights={bend: Cost(*cost) for bend, cost in fit.weights.items()},
         spread=fit.spread,
         networks=len(specs),
-        environment={**environment(*PACKAGES[engine.key]), "engine": engine.name},
+        environment={**environment(engine.key), "engine": engine.name},
         input_sizes=space.input_sizes,
     )
 

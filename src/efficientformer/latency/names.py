@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 
-from efficientformer.latency.graph import INPUT, OUTPUT, network_proto
+from efficientformer.export.proto import INPUT, OUTPUT
+from efficientformer.latency.graph import network_proto
 from efficientformer.runtime.manifests import parse_manifest
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import EngineError, missing_extra
@@ -49,15 +50,8 @@ def name_nodes(source: Path, target: Path) -> ArchSpec:
     known: dict[str, deque[str]] = defaultdict(deque)
     for node in network_proto(spec).graph.node:
         known[node.op_type].append(node.name)
-    ours = [node for node in proto.graph.node if node.op_type not in _ADDED]
-    counts = {kind: sum(node.op_type == kind for node in ours) for kind in {node.op_type for node in ours} | set(known)}
-    if odd := [kind for kind, count in counts.items() if len(known[kind]) != count]:
-        raise EngineError(
-            f"{source} has other operators than the network in its manifest",
-            expected=f"{len(known[odd[0]])} {odd[0]}",
-            found=f"{counts[odd[0]]}",
-            hint="Export it again with this version: efficientformer convert CHECKPOINT FILE.onnx",
-        )
+    found = Counter(node.op_type for node in proto.graph.node if node.op_type not in _ADDED)
+    _check_operators(source, found, Counter({kind: len(names) for kind, names in known.items()}))
     renamed = {INPUT: INPUT, OUTPUT: OUTPUT}
     for node in proto.graph.node:
         if node.op_type not in _ADDED:
@@ -74,3 +68,19 @@ def name_nodes(source: Path, target: Path) -> ArchSpec:
             names[:] = [renamed.get(name, name) for name in names]
     onnx.save(proto, target)
     return spec
+
+
+def _check_operators(source: Path, found: Counter[str], expected: Counter[str]) -> None:
+    """Check that a file has as many operators of each kind as its network.
+
+    Raises:
+        EngineError: If it has not.
+    """
+    for kind in found | expected:
+        if found[kind] != expected[kind]:
+            raise EngineError(
+                f"{source} has other operators than the network in its manifest",
+                expected=f"{expected[kind]} {kind}",
+                found=f"{found[kind]}",
+                hint="Export it again with this version: efficientformer convert CHECKPOINT FILE.onnx",
+            )

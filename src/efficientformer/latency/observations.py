@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from efficientformer.latency.graph import INPUT, GraphWriter, map_block, token_block, weighted_attention
-from efficientformer.latency.measure import PACKAGES, Latency, Progress, time_engines
+from efficientformer.export.proto import INPUT
+from efficientformer.latency.graph import GraphWriter, map_block, token_block, weighted_attention
+from efficientformer.latency.measure import Latency, Progress, time_engines
 from efficientformer.runtime.engines import open_engine
 from efficientformer.runtime.timing import environment
 from efficientformer.spec.arch import BlockSpec, StageSpec
@@ -131,7 +132,7 @@ def observe(
         )
         first = engines[0]
     found = (_stems(timings), _mixers(timings), _norms(timings), _activations(timings))
-    where = {**environment(*PACKAGES[first.key]), "engine": first.name}
+    where = {**environment(first.key), "engine": first.name}
     return Observations(first.name, threads, found, where)
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from efficientformer.latency.graph import OUTPUT
-from efficientformer.latency.measure import PACKAGES, Latency, Progress, time_engines
+from efficientformer.export.proto import OUTPUT
+from efficientformer.latency.measure import Latency, Progress, time_engines
 from efficientformer.latency.names import name_nodes, part_in
 from efficientformer.runtime.engines import Engine, open_engine
+from efficientformer.runtime.engines.openvino import OpenVinoEngine
 from efficientformer.runtime.processor import available_cores
 from efficientformer.runtime.timing import environment
 from efficientformer.spec.arch import ArchSpec
@@ -161,10 +162,12 @@ def profile_file(
     with tempfile.TemporaryDirectory(prefix="efficientformer-", ignore_cleanup_errors=True) as folder:
         named = Path(folder) / "named.onnx"
         spec = name_nodes(path, named)
-        run = _run_openvino if opened.key == "openvino" else _run_onnxruntime
-        operators = tuple(run(named, opened, threads, runs))
+        if isinstance(opened, OpenVinoEngine):
+            operators = tuple(_run_openvino(named, opened, runs))
+        else:
+            operators = tuple(_run_onnxruntime(named, opened, threads, runs))
     name = opened.manifest.provenance.get("name") or opened.manifest.provenance.get("model") or path.name
-    where = {**environment(*PACKAGES[opened.key]), "engine": opened.name}
+    where = {**environment(opened.key), "engine": opened.name}
     return Profile(name, opened.name, threads, latency, operators, spec, where)
 
 
@@ -172,21 +175,14 @@ def _picture(spec: ArchSpec) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(0).standard_normal((1, spec.in_chans, *spec.input_size), dtype=np.float32)
 
 
-def _run_openvino(path: Path, opened: Engine, threads: int | None, runs: int) -> Iterator[OperatorTime]:
+def _run_openvino(path: Path, opened: OpenVinoEngine, runs: int) -> Iterator[OperatorTime]:
     """Run with OpenVINO's counters, in passes of which the median counts."""
     import openvino
 
     spec, core = opened.manifest.spec, openvino.Core()
     model = core.read_model(path)
     model.reshape([1, spec.in_chans, *spec.input_size])
-    hints = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-    options: dict[str, object] = {
-        "PERF_COUNT": True,
-        "INFERENCE_NUM_THREADS": threads or available_cores(),
-        "ENABLE_CPU_PINNING": False,
-    }
-    if opened.precision in hints:
-        options["INFERENCE_PRECISION_HINT"] = hints[opened.precision]
+    options = {**opened.options, "PERF_COUNT": True}
     passes = [_counters(core.compile_model(model, "CPU", options), spec, runs // PASSES) for _ in range(PASSES)]
     constant: set[str] = set()
     part = OTHER

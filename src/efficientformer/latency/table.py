@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from efficientformer.latency.parts import Part, parts_of, steps, weights_of
+from efficientformer.runtime.engines import ENGINE_KEYS, ENGINE_PRECISIONS
 from efficientformer.spec.arch import BLOCK_KINDS, ArchSpec, AttentionSpec, load_json
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.fields import check_choice, check_int, check_keys, check_number
@@ -28,8 +29,6 @@ from efficientformer.spec.variants import VARIANTS
 SCHEMA = 2  # 1 had other costs of weights, and no parts for first blocks
 MAX_PARTS = 200_000
 MAX_MS = 1e6
-ENGINE_KEYS = ("onnxruntime", "openvino")
-TABLE_PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 _LIKES = ("efficientformer_l1", "efficientformerv2_s0")
 HERE, ELSEWHERE = "measured here", "from elsewhere"
 
@@ -88,7 +87,7 @@ class LatencyTable:
     it adds to a network, not what it takes alone. All latencies are of one picture, medians of many runs.
 
     Attributes:
-        engine: The engine, as in ``runtime.engines.ENGINES``.
+        engine: The engine, as in ``runtime.engines.ENGINE_KEYS``.
         precision: What it computed in.
         threads: Its threads; None if it was left to choose.
         family: Family of the networks.
@@ -120,7 +119,7 @@ class LatencyTable:
 
     def __post_init__(self) -> None:
         check_choice("engine of a latency table", self.engine, ENGINE_KEYS)
-        check_choice("precision of a latency table", self.precision, TABLE_PRECISIONS)
+        check_choice("precision of a latency table", self.precision, ENGINE_PRECISIONS)
         if self.threads is not None:
             check_int("threads of a latency table", self.threads, 1, 4096)
         check_choice("family of a latency table", self.family, tuple(BLOCK_KINDS))

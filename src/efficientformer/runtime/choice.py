@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ import numpy.typing as npt
 
 from efficientformer.runtime.classifier import check_finite
 from efficientformer.runtime.engines import (
-    ENGINES,
-    PRECISIONS,
+    ENGINE_KEYS,
+    ENGINE_PRECISIONS,
     Engine,
     can_import,
     damaged_engines,
+    file_stamp,
     installed_engines,
     no_engine,
     open_engine,
@@ -43,8 +45,8 @@ class Choice:
     """What runs a file.
 
     Attributes:
-        engine: The engine, as in ``ENGINES``.
-        precision: What it computes in, as in ``PRECISIONS``.
+        engine: The engine, as in ``ENGINE_KEYS``.
+        precision: What it computes in, as in ``ENGINE_PRECISIONS``.
         reason: Why, in words, with what was measured.
     """
 
@@ -74,7 +76,7 @@ def choose(path: Path, precision: str = "auto", *, threads: int | None = None, s
     if note is not None:
         with contextlib.suppress(OSError, ValueError, TypeError):
             kept = Choice(**json.loads(note.read_text()))
-            if kept.engine in ENGINES[1:] and can_import(kept.engine) and kept.precision in PRECISIONS:
+            if kept.engine in ENGINE_KEYS and can_import(kept.engine) and kept.precision in ENGINE_PRECISIONS:
                 return kept
     choice = _measure(path, precision, threads)
     if note is not None and not damaged_engines():  # one that is mended is to be measured
@@ -95,7 +97,7 @@ def _measure(path: Path, precision: str, threads: int | None) -> Choice:
     ran = _that_run(candidates, batch)
     right = _that_agree(ran)
     picture = batch[:1]
-    timings = time_together({engine.name: lambda e=engine: e.run(picture) for engine in right}, rounds=ROUNDS)  # type: ignore[misc]
+    timings = time_together({engine.name: partial(engine.run, picture) for engine in right}, rounds=ROUNDS)
     best = min(right, key=lambda engine: timings[engine.name].median_ms)
     measured = ", ".join(f"{name} {timing.median_ms:.2f} ms" for name, timing in timings.items())
     wrong = _left_out("for other results", [engine.name for engine, _ in ran if engine not in right])
@@ -110,7 +112,7 @@ def _left_out(why: str, names: Sequence[str]) -> str:
 def _candidates(path: Path, precision: str, threads: int | None) -> tuple[list[Engine], list[EngineError]]:
     """Open a file in every engine and precision; single precision comes first, and of its engines the reference."""
     opened, refused = [], []
-    for each in ("fp32", "bf16", "fp16", "int8") if precision == "auto" else (precision,):
+    for each in ENGINE_PRECISIONS if precision == "auto" else (precision,):
         for engine in sorted(installed_engines(), key=lambda name: name != REFERENCE):
             try:
                 opened.append(open_engine(path, engine, precision=each, threads=threads))
@@ -148,10 +150,9 @@ def _that_agree(ran: list[tuple[Engine, Logits]]) -> list[Engine]:
 
 def _key(path: Path, precision: str, threads: int | None) -> str:
     """Return what a choice depends on, as a file name: the file, the machine, the versions, the question."""
-    info = path.stat() if path.exists() else None
     here = environment("onnxruntime", "openvino", "efficientformer")
     here.pop("date")
-    question = [str(path.resolve()), info and info.st_size, info and info.st_mtime_ns, precision, threads, here]
+    question = [str(path.resolve()), file_stamp(path), precision, threads, here]
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from efficientformer.runtime.engines import Engine, open_engine
-from efficientformer.runtime.image import Encoded, Source, decode, how_to_gather, is_address, normalise, resize_crop
+from efficientformer.runtime.image import Encoded, Source, decode, how_to_gather, is_address
 from efficientformer.runtime.inputs import Input
 from efficientformer.runtime.pipeline import in_order
+from efficientformer.runtime.preprocess import normalise, resize_crop
 from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import EngineError, ImageError, UsageError
 from efficientformer.spec.fields import check_choice, check_count
@@ -170,7 +171,7 @@ class EngineClassifier:
         check_choice("decode", decode, DECODINGS)
         remaining = iter(pictures)
         engine = self._engine if length_hint(pictures) < FEW and self._for_many is None else self.open_for_many()
-        chunk = batch_size or (64 if engine.streams == 1 and engine.key == "torch" else 1)
+        chunk = batch_size or (64 if engine.key == "torch" else 1)
         running = engine, threading.BoundedSemaphore(engine.streams)
 
         def drawn() -> Iterator[Source | Input]:

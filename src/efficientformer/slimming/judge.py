@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from efficientformer.data.loader import Batch, Loader
 from efficientformer.data.source import ImageSource
 from efficientformer.models.network import EfficientFormer
-from efficientformer.runtime.image import normalise, resize_crop
+from efficientformer.runtime.preprocess import normalise, resize_crop
 from efficientformer.slimming.channels import Order, by_importance
 from efficientformer.slimming.extract import Pool, frozen_parts
 from efficientformer.slimming.space import Candidate

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from efficientformer.latency.table import LatencyPrediction
 from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.moves import Action, propose
 from efficientformer.slimming.objective import Cost, Latency, Objective
@@ -30,22 +31,10 @@ from efficientformer.weights.files import atomic_write
 EVERY = 1000  # as a breadth: all cuts there are
 
 
-class Prediction(Protocol):
-    """A predicted latency."""
-
-    @property
-    def ms(self) -> float:
-        """Milliseconds."""
-
-    @property
-    def error_ms(self) -> float:
-        """Its error bar."""
-
-
 class Device(Protocol):
     """What knows how long a network takes: a latency table."""
 
-    def predict(self, spec: ArchSpec) -> Prediction:
+    def predict(self, spec: ArchSpec) -> LatencyPrediction:
         """Predict the latency of one picture."""
 
 

@@ -23,6 +23,11 @@ def synsets() -> tuple[str, ...]:
     return tuple(line.partition("\t")[0] for line in _lines("imagenet1k"))
 
 
+def synset_labels() -> dict[str, int]:
+    """Return the label of each of ImageNet-1k's synsets."""
+    return {synset: label for label, synset in enumerate(synsets())}
+
+
 def read_names(path: Path) -> tuple[str, ...]:
     """Read a user's class names: a text file in UTF-8, one name a line.
 

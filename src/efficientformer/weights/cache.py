@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from efficientformer.spec.errors import DownloadError, UsageError
+from efficientformer.spec.zoo import WeightsSource
 
 HOME_VARIABLE = "EFFICIENTFORMER_HOME"
 _LOCK_TIMEOUT = 3600.0  # seconds; longer than any download worth waiting for
@@ -31,26 +32,6 @@ _MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<[!?A-Za-z][^\x00]*\Z")
 
 Progress = Callable[[str, int, int | None], None]
 """Who watches a download: called with what is done, the bytes that are here, and all bytes (None: unknown)."""
-
-
-class Source(Protocol):
-    """What is needed to know of one place a model's weights come from."""
-
-    @property
-    def name(self) -> str:
-        """Short name of the publisher; names the folder in the cache."""
-
-    @property
-    def url(self) -> str:
-        """Address of the file."""
-
-    @property
-    def filename(self) -> str:
-        """Name of the file in the cache."""
-
-    @property
-    def sha256(self) -> str:
-        """Digest in hex, or its first digits, or '' where it is unknown."""
 
 
 @contextmanager
@@ -156,7 +137,7 @@ class Cache:
 
     root: Path = field(default_factory=cache_root)
 
-    def path(self, model_name: str, source: Source) -> Path:
+    def path(self, model_name: str, source: WeightsSource) -> Path:
         """Return where the file of ``source`` lies, or would lie.
 
         Raises:
@@ -167,7 +148,7 @@ class Cache:
                 raise UsageError("Illegal name in the cache", expected="letters, digits and . _ + -", found=repr(name))
         return self.root / "weights" / model_name / source.name / source.filename
 
-    def find(self, model_name: str, source: Source, *, verify: bool = False) -> Path | None:
+    def find(self, model_name: str, source: WeightsSource, *, verify: bool = False) -> Path | None:
         """Return the cached file of ``source``, or None where there is none.
 
         A file that still has its stamped size and time is taken as it is; any other is read in full.

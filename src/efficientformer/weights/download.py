@@ -23,11 +23,11 @@ from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from efficientformer.spec.errors import DownloadError
+from efficientformer.spec.zoo import WeightsSource
 from efficientformer.weights.cache import (
     Cache,
     Part,
     Progress,
-    Source,
     SourceFailedError,
     check_file,
     hub_cached,
@@ -79,7 +79,7 @@ def offline_reason(offline: bool | None = None) -> str:
 
 def fetch(
     model_name: str,
-    sources: Iterable[Source],
+    sources: Iterable[WeightsSource],
     *,
     offline: bool | None = None,
     progress: Progress | None = None,
@@ -133,7 +133,7 @@ class _Job:
 
     cache: Cache
     model_name: str
-    source: Source
+    source: WeightsSource
     verify: bool
     progress: Progress
     limits: Limits

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from efficientformer.runtime.processor import overflows
+from efficientformer.runtime.processor import available_cores, overflows
 from efficientformer.spec.errors import EngineError
 from efficientformer.spec.fields import check_choice, check_count
 
@@ -18,18 +19,20 @@ if TYPE_CHECKING:
 
     from efficientformer.spec.manifest import Manifest
 
-ENGINES = ("auto", "onnxruntime", "openvino")
+ENGINE_KEYS = ("onnxruntime", "openvino")
+ENGINES = ("auto", *ENGINE_KEYS)
 _FASTEST_FIRST = ("openvino", "onnxruntime")  # usually
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
+ENGINE_PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("auto", *ENGINE_PRECISIONS)
 
 
 class Engine(Protocol):
     """What runs an exported file. ``run`` may be called by as many threads at once as there are streams.
 
     Attributes:
-        key: The engine, as in ``ENGINES``.
+        key: The engine, as in ``ENGINE_KEYS``.
         name: The engine, its version and its precision, for people.
-        precision: What it computes in, as in ``PRECISIONS``; of an int8 file, ``int8``.
+        precision: What it computes in, as in ``ENGINE_PRECISIONS``; of an int8 file, ``int8``.
         manifest: What the file says about itself.
         streams: Callers at a time.
     """
@@ -210,6 +213,43 @@ def reopen(
     """
     check_stamp(path, stamp)
     return open_engine(path, engine, precision=precision, threads=threads, streams=streams)
+
+
+class OpenFile(Engine):
+    """What every engine with a file open has in common; each makes its own ``run``.
+
+    Made before the engine reads the file, so that a file replaced in between is told from the one that is open.
+
+    Args:
+        path: The file.
+        threads: CPU threads in all; None takes the cores this process may use.
+        streams: Callers at a time.
+    """
+
+    def __init__(self, path: Path, threads: int | None, streams: int) -> None:
+        self._stamp = file_stamp(path)
+        self._path, self._threads, self.streams = path.absolute(), threads, streams
+
+    def __reduce__(self) -> tuple[Callable[..., Engine], tuple[object, ...]]:
+        """Have a copy, or another process, open the file anew: what an engine made of it stays where it is."""
+        return reopen, self._opened(self.streams)
+
+    def for_many(self) -> Engine:
+        """Return an engine in which each core takes a picture of its own: no core waits for another's layer.
+
+        Raises:
+            EngineError: If the file is no longer the one that was opened.
+        """
+        return self if self._cores == self.streams else reopen(*self._opened(self._cores))
+
+    @property
+    def _cores(self) -> int:
+        """Cores for all callers together."""
+        return self._threads or available_cores()
+
+    def _opened(self, streams: int) -> tuple[Path, tuple[int, int] | None, str, str, int | None, int]:
+        """Return what ``reopen`` takes."""
+        return self._path, self._stamp, self.key, self.precision, self._threads, streams
 
 
 def failed_run(engine: str, shape: tuple[int, ...], error: Exception | str, hint: str = "") -> EngineError:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from efficientformer.runtime.engines import Engine, check_ports, failed_run, file_stamp, reopen, settle_precision
+from efficientformer.runtime.engines import OpenFile, check_ports, failed_run, settle_precision
 from efficientformer.runtime.manifests import parse_manifest
-from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import EngineError
 from efficientformer.spec.manifest import METADATA_KEY
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(OpenFile):
     """Runs an .onnx file on the CPU, in single precision or, for a quantised file, in int8.
 
     Args:
@@ -33,14 +31,14 @@ class OnnxRuntimeEngine:
     key = "onnxruntime"
 
     def __init__(self, path: Path, *, precision: str = "auto", threads: int | None = None, streams: int = 1) -> None:
+        super().__init__(path, threads, streams)
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors come as exceptions; warnings would land on the user's terminal
         if streams > 1:
             # a session has one pool of threads: of one thread each it is the callers' own threads that compute
             options.intra_op_num_threads = 1
         else:  # left to itself it counts the machine's cores, not those it may use, and pins a thread to each
-            options.intra_op_num_threads = threads or available_cores()
-        self._stamp = file_stamp(path)
+            options.intra_op_num_threads = self._cores
         try:
             self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors share no base class
@@ -57,7 +55,6 @@ class OnnxRuntimeEngine:
         found = [list(port.shape[1:]) for port in (*inputs, *outputs)]
         check_ports(path, self.manifest, found, is_float=inputs[0].type == "tensor(float)")
         self._input = str(inputs[0].name)
-        self.streams, self._path, self._threads = streams, path.absolute(), threads
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return logits (N, num_classes) for preprocessed images (N, C, H, W).
@@ -70,18 +67,3 @@ class OnnxRuntimeEngine:
         except Exception as error:  # as above
             raise failed_run(self.name, batch.shape, error) from error
         return logits
-
-    def __reduce__(self) -> tuple[Callable[..., Engine], tuple[object, ...]]:
-        """Have a copy, or another process, open the file anew: a session stays where it is."""
-        return reopen, (self._path, self._stamp, self.key, self.precision, self._threads, self.streams)
-
-    def for_many(self) -> Engine:
-        """Return an engine in which each core takes a picture of its own: no core waits for another's layer.
-
-        Raises:
-            EngineError: If the file is no longer the one that was opened.
-        """
-        cores = self._threads or available_cores()
-        if cores == self.streams:
-            return self
-        return reopen(self._path, self._stamp, self.key, self.precision, self._threads, cores)

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +14,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from efficientformer.runtime.engines import Engine, check_ports, failed_run, file_stamp, reopen, settle_precision
+from efficientformer.runtime.engines import OpenFile, check_ports, failed_run, reopen, settle_precision
 from efficientformer.runtime.manifests import parse_manifest
-from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import EngineError, missing_extra
 from efficientformer.spec.manifest import METADATA_KEY
 
@@ -28,7 +27,7 @@ _AFTER_FORK = threading.Lock()
 MAX_COMPILED = 2  # batch sizes kept compiled at a time: one picture, and full batches
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(OpenFile):
     """Runs an .onnx file on the CPU with OpenVINO.
 
     The network is compiled for each batch size that comes, at most two at a time: fixed shapes run faster than free
@@ -56,8 +55,8 @@ class OpenVinoEngine:
             from openvino.frontend import FrontEndManager
         except ImportError as error:
             raise missing_extra("openvino", "The OpenVINO engine", error) from error
+        super().__init__(path, threads, streams)
         self._core = openvino.Core()
-        self._stamp = file_stamp(path)
         try:
             # read_model would show a file that is no network to each of its readers, and TensorFlow's complains aloud
             reader = FrontEndManager().load_by_framework("onnx")
@@ -78,14 +77,13 @@ class OpenVinoEngine:
         ports = (*self._model.inputs, *self._model.outputs)
         found: list[list[object]] = [[_side(side) for side in list(port.partial_shape)[1:]] for port in ports]
         check_ports(path, self.manifest, found, is_float=self._model.input(0).element_type == openvino.Type.f32)
-        self._options = {
+        self.options = {
             "INFERENCE_PRECISION_HINT": _HINTS[self.precision if self.precision in _HINTS else available[0]],
-            "INFERENCE_NUM_THREADS": threads or available_cores(),
+            "INFERENCE_NUM_THREADS": self._cores,
             "NUM_STREAMS": streams,
             # pinned threads of two processes, or of two networks in one, would sit on the same cores
             "ENABLE_CPU_PINNING": False,
         }
-        self.streams, self._path, self._threads = streams, path.absolute(), threads
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._compiled: OrderedDict[int, queue.SimpleQueue[Any]] = OrderedDict()
@@ -101,14 +99,6 @@ class OpenVinoEngine:
             return self._here()._run(batch)
         except RuntimeError as error:
             raise failed_run(self.name, batch.shape, error) from error
-
-    def __reduce__(self) -> tuple[Callable[..., Engine], tuple[object, ...]]:
-        """Have a copy, or another process, open the file anew: a compiled network stays where it is."""
-        return reopen, self._opened(self.streams)
-
-    def _opened(self, streams: int) -> tuple[Path, tuple[int, int] | None, str, str, int | None, int]:
-        """Return what ``reopen`` takes."""
-        return self._path, self._stamp, self.key, self.precision, self._threads, streams
 
     def _here(self) -> OpenVinoEngine:
         """Return the engine that runs in this process: after a fork another one.
@@ -155,22 +145,11 @@ class OpenVinoEngine:
     def _compile(self, size: int) -> queue.SimpleQueue[Any]:
         spec = self.manifest.spec
         self._model.reshape([size, spec.in_chans, *spec.input_size])
-        compiled = self._core.compile_model(self._model, "CPU", self._options)
+        compiled = self._core.compile_model(self._model, "CPU", self.options)
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(self.streams):
             requests.put(compiled.create_infer_request())
         return requests
-
-    def for_many(self) -> Engine:
-        """Return an engine in which each core takes a picture of its own: no core waits for another's layer.
-
-        Raises:
-            EngineError: If the file is no longer the one that was opened.
-        """
-        cores = self._threads or available_cores()
-        if cores == self.streams:
-            return self
-        return reopen(*self._opened(cores))
 
 
 def _renew_locks() -> None:
