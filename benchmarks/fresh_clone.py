@@ -2,8 +2,8 @@
 
     python benchmarks/fresh_clone.py [RUNS]
 
-Needs no environment; measures wall seconds of ``make predict`` in a fresh clone (packages come from pip's cache or
-from the network, whichever pip takes) and the size of the environment it made.
+Measures wall seconds of ``make predict`` in a fresh clone (packages come from pip's cache or from the network,
+whichever pip takes) and the size of the environment it made.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from efficientformer.runtime.engines import (
 )
 from efficientformer.runtime.image import Source
 from efficientformer.spec.arch import ArchSpec
-from efficientformer.spec.errors import UnknownModelError, UsageError, missing_extra
+from efficientformer.spec.errors import UnknownModelError, UsageError, missing_extra, require
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, name_of, resolve
 from efficientformer.weights.beside import stamp_beside
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from efficientformer.evaluation.result import Evaluation
     from efficientformer.models.network import EfficientFormer
     from efficientformer.spec.manifest import Manifest
-    from efficientformer.weights.cache import Progress as DownloadProgress
+    from efficientformer.weights.progress import Progress as DownloadProgress
 
 _UNNAMED = "these weights do not name their classes: the data set's order of classes is taken for theirs"
 _SEEN = (
@@ -106,8 +106,7 @@ class Classifier(EngineClassifier):
             in_torch = _in_torch(model, checkpoint, precision, device, offline, progress, threads, compiled=compiled)
             super().__init__(in_torch, reason="asked for")
             return
-        if device not in ("auto", "cpu"):
-            raise UsageError("Only torch lets you choose the device", found=f"device {device}", hint="Use engine torch")
+        _check_device(device)
         path = deployable(model, checkpoint=checkpoint, precision=precision, offline=offline, progress=progress)
         reason = "asked for"
         if engine == "auto":
@@ -186,19 +185,15 @@ def get_model(
         CheckpointError: If the weights cannot be read or do not fit.
         DownloadError: If the weights cannot be fetched.
     """
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("torch", "Building a network in torch", error) from error
-    from efficientformer.weights.cache import terminal_progress
+    require("torch", "Building a network in torch", "torch")
     from efficientformer.weights.pretrained import Overrides, build, load_named
+    from efficientformer.weights.progress import terminal_progress
 
     model = model if isinstance(model, ArchSpec) else name_of(model)
     pretrained = False if pretrained is None else pretrained
     if isinstance(model, str) and not isinstance(pretrained, bool):
         check_weights(model, pretrained)
-    size = tuple(input_size) if isinstance(input_size, Sequence) else input_size
-    overrides = Overrides(size, num_classes, in_chans, distilled)  # type: ignore[arg-type]  # checked by apply
+    overrides = Overrides(input_size, num_classes, in_chans, distilled)
     checkpoint = None
     if pretrained is False and (isinstance(model, ArchSpec) or not os.path.isfile(model)):  # noqa: PTH113 (any name)
         spec = model if isinstance(model, ArchSpec) else resolve(model).card.spec
@@ -250,7 +245,7 @@ def evaluate_model(
             ``quantize`` made of the network; ``auto`` is single precision, or ``int8`` for a quantised file.
         device: ``auto``, ``cpu``, ``cuda``, ..., in torch.
         batch_size: Pictures per run of the network.
-        workers: Threads that decode; None takes one per CPU.
+        workers: Threads that decode; None takes one per CPU, at most 16.
         keep_outcomes: Whether to keep what the network said of every picture, in ``outcomes``.
         offline: Forbid (True) or allow (False) connections; None asks the environment.
         progress: Told how many of this process's pictures are done, and how many there are.
@@ -351,18 +346,21 @@ def _predictor(
     """Open a network in torch, or as an exported file; which of the two is settled here and nowhere else."""
     check_choice("engine", engine, EVALUATION_ENGINES)
     exported = str(checkpoint or file_of(model)).endswith(".onnx")
-    if engine == "torch" and exported:
-        raise UsageError("An exported file does not run in torch", hint="Leave out --engine, or give its checkpoint")
     quantised = precision == "int8"  # a file that ``quantize`` made, whatever names the network
     if engine == "torch" or (engine == "auto" and not exported and not quantised and find_spec("torch") is not None):
         return _in_torch(model, checkpoint, precision, device, offline, progress)
-    if device not in ("auto", "cpu"):
-        raise UsageError("Only torch lets you choose the device", found=f"device {device}", hint="Use --engine torch")
+    _check_device(device)
     path = deployable(model, checkpoint=checkpoint, precision=precision, offline=offline, progress=progress)
     opened = open_engine(path, engine, precision=precision)
     if precision == "auto" and opened.precision not in ("fp32", "int8"):  # figures are the network's, not a shortcut's
         return open_engine(path, opened.key, precision="fp32")
     return opened
+
+
+def _check_device(device: str) -> None:
+    """Raise UsageError if an exported file is to run on another device than the CPU."""
+    if device not in ("auto", "cpu"):
+        raise UsageError("Only torch lets you choose the device", found=f"device {device}", hint="Use engine torch")
 
 
 def _in_torch(
@@ -377,6 +375,10 @@ def _in_torch(
     compiled: bool = False,
 ) -> Engine:
     """Open a network in torch, in deploy form."""
+    check_weights(model, checkpoint)
+    name = file_of(model) or model or str(checkpoint or EMBEDDED)
+    if name.endswith(".onnx") or str(checkpoint).endswith(".onnx"):
+        raise UsageError("An exported file does not run in torch", hint="Take another engine, or give its checkpoint")
     try:
         import torch
     except ImportError as error:
@@ -385,10 +387,6 @@ def _in_torch(
     from efficientformer.models.fold import fold
     from efficientformer.weights.pretrained import build, load_named
 
-    check_weights(model, checkpoint)
-    name = file_of(model) or model or str(checkpoint or EMBEDDED)
-    if name.endswith(".onnx") or str(checkpoint).endswith(".onnx"):
-        raise UsageError("An exported file does not run in torch", hint="Take another engine, or give its checkpoint")
     if threads is not None:
         torch.set_num_threads(threads)
     weights, manifest = load_named(name, checkpoint or True, offline=offline, progress=progress)

@@ -88,11 +88,18 @@ def test_names_are_escaped_in_the_report_and_on_the_terminal(cli, good, tmp_path
     assert "[bold].png" in out
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_data_set_is_read(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    code, out, err = cli("data", "check", tmp_path / "missing", "--report", tmp_path / "check.html")
+    assert (code, out) == (2, "")
+    assert f"Cannot write {tmp_path / 'check.html'}; expected a file in a writable folder" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["missing"], 2, "nothing there"),
-        ([".", "--report", "no/such/folder/check.html"], 2, "a file in a folder that exists"),
+        ([".", "--report", "no/such/folder/check.html"], 2, "a file in a writable folder"),
         ([], 2, "Missing argument 'DIR'"),
     ],
 )

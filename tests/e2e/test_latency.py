@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_measuring(cli, tmp_path
     monkeypatch.setattr("os.access", lambda path, mode: False)
     code, _, err = cli("latency-table", "--output", tmp_path / "table.json")
     assert code == 2
-    assert "that you may write to" in err
+    assert "no writable folder to put it in" in err
 
 
 def test_a_file_of_another_graph_is_refused(cli, tmp_path):

@@ -20,8 +20,8 @@ from efficientformer.weights.cache import (
     SourceFailedError,
     cache_root,
     check_file,
-    terminal_progress,
 )
+from efficientformer.weights.progress import silent, terminal_progress
 
 BODY = bytes(range(256)) * 20
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -212,7 +212,7 @@ def test_a_cache_that_cannot_be_made_names_itself_and_the_variable(tmp_path):
     cache = Cache(tmp_path / "file" / "home")
     with (
         pytest.raises(CacheError, match="EFFICIENTFORMER_HOME") as caught,
-        cache.lock(cache.path("l1", Source()), room.silent),
+        cache.lock(cache.path("l1", Source()), silent),
     ):
         pass
     assert str(cache.root) in str(caught.value)
@@ -221,8 +221,8 @@ def test_a_cache_that_cannot_be_made_names_itself_and_the_variable(tmp_path):
 def test_a_lock_that_is_never_given_back_ends_in_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "_LOCK_TIMEOUT", 0.2)
     path, told = Cache(tmp_path).path("l1", Source()), []
-    holder = "import sys, pathlib, efficientformer.weights.cache as room\n" + (
-        "with room.Cache().lock(pathlib.Path(sys.argv[1]), room.silent): print('held', flush=True); sys.stdin.read()"
+    holder = "import sys, pathlib; from efficientformer.weights.cache import Cache\n" + (
+        "with Cache().lock(pathlib.Path(sys.argv[1]), lambda *_: None): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", holder, str(path)]
     env = os.environ | {"PYTHONPATH": str(Path(room.__file__).parents[2])}

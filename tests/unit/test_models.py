@@ -20,6 +20,15 @@ TINY = {
     "one head": v1_spec((16, 24, 32, 48), (1, 1, 1, 1), 1, input_size=64, num_classes=7, distilled=False),
 }
 
+_CONVOLUTIONS = v2_spec((8, 8, 8, 8), ((1,),) * 4, 0, input_size=64, num_classes=7)
+ATTENTION_INTO_STAGE_3 = dataclasses.replace(
+    _CONVOLUTIONS,
+    stages=tuple(
+        dataclasses.replace(stage, embedding=embedding)
+        for stage, embedding in zip(_CONVOLUTIONS.stages, ("stem", "conv", "attn", "conv"), strict=True)
+    ),
+)
+
 
 def images_for(spec, batch=2, seed=0):
     return torch.randn(batch, spec.in_chans, *spec.input_size, generator=torch.Generator().manual_seed(seed))
@@ -165,12 +174,29 @@ def test_head_dropout_acts_in_training_only():
     ],
 )
 def test_inputs_must_fit_the_attention_tables(name, size, fits):
-    model = EfficientFormer(TINY[name]).eval()
-    images = torch.rand(1, model.spec.in_chans, *size)
+    check_fit(TINY[name], size, fits)
+
+
+@pytest.mark.parametrize(
+    ("spec", "size", "fits"),
+    [
+        (ATTENTION_INTO_STAGE_3, (60, 64), True),  # the maps of stages 2 and 3 are those of 64x64
+        (ATTENTION_INTO_STAGE_3, (128, 128), False),
+        (v1_spec((8, 8, 8, 8), (0, 0, 0, 1), 1, input_size=224), (208, 208), True),  # stage 3's map is another
+        (v1_spec((8, 8, 8, 8), (0, 0, 1, 1), (1, 1), input_size=224), (208, 208), False),
+    ],
+)
+def test_only_the_maps_that_attention_is_bound_to_must_fit(spec, size, fits):
+    check_fit(spec, size, fits)
+
+
+def check_fit(spec, size, fits):
+    model = EfficientFormer(spec).eval()
+    images = torch.rand(1, spec.in_chans, *size)
     if fits:
-        assert model(images).shape == (1, model.spec.num_classes)
+        assert model(images).shape == (1, spec.num_classes)
     else:
-        with pytest.raises(InputSizeError, match="64x64"):
+        with pytest.raises(InputSizeError, match="x".join(map(str, spec.input_size))):
             model(images)
 
 

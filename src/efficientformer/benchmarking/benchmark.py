@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,16 +22,14 @@ from efficientformer.runtime.samples import photographs
 from efficientformer.runtime.timing import Timing, environment, take_turns
 from efficientformer.spec.errors import EfficientFormerError, EngineError, UsageError
 from efficientformer.spec.fields import check_choice
-from efficientformer.weights.cache import Progress as DownloadProgress
+from efficientformer.spec.progress import Progress
+from efficientformer.weights.progress import Progress as DownloadProgress
 
 TORCH, COMPILED = "torch", "torch-compile"
 CHOICES = ("all", *ENGINES, TORCH, COMPILED)
 PRECISIONS = ("all", "auto", *ENGINE_PRECISIONS)
 ALL_PRECISIONS = ("fp32", "bf16", "int8")  # fp16 must be asked for: most processors only emulate it, very slowly
 PACKAGES = ("efficientformer", "numpy", "onnxruntime", "openvino", "torch", "pillow")
-
-Progress = Callable[[str, int, int], None]
-"""Who watches: called with what is done now, how many of its steps are done, and how many there are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from efficientformer.runtime.engines import open_engine
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import missing_extra
 from efficientformer.spec.zoo import resolve
-from efficientformer.weights.cache import Progress
+from efficientformer.weights.progress import Progress
 
 if TYPE_CHECKING:
     from efficientformer.spec.manifest import Manifest

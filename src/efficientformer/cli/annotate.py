@@ -12,9 +12,10 @@ from pathlib import Path, PurePath
 
 from PIL import Image, ImageDraw, ImageFont
 
-from efficientformer.cli.results import Result, hidden_file
+from efficientformer.cli.results import Result
 from efficientformer.runtime.image import decode
 from efficientformer.spec.errors import UsageError
+from efficientformer.spec.whole import hidden_file
 
 MAX_SIDE = 1280  # copies are for looking at
 NO_CHARACTER = "\uffff"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from efficientformer.cli.progress import step_bars
+from efficientformer.cli.targets import check_folder
 from efficientformer.spec.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from efficientformer.benchmarking.benchmark import Benchmark
 
 _WIDTH = 120  # of the tables, if the terminal is not wider
@@ -44,9 +41,12 @@ def benchmark(
     """Time networks side by side on this machine. Exits 0, 1 if nothing could be timed, 2 for wrong usage."""
     batches = _batches(batch)
     if output is not None:
-        _check_folder(output)
+        from efficientformer.reporting.page import require_libraries
+
+        require_libraries()
+        check_folder(output)
     from efficientformer.benchmarking.benchmark import benchmark as measure
-    from efficientformer.weights.cache import terminal_progress
+    from efficientformer.weights.progress import terminal_progress
 
     with terminal_progress(quiet=quiet) as downloading, step_bars(quiet) as progress:
         found = measure(
@@ -85,21 +85,12 @@ def _batches(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _check_folder(folder: Path) -> None:
-    """Find out now, not after minutes of work, that a report cannot be made or written."""
-    from efficientformer.evaluation.report import require_libraries
-
-    require_libraries()
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"Cannot write to {folder}", expected="a folder that can be made and written")
-
-
 def _print(found: Benchmark) -> None:
     from rich.console import Console
     from rich.text import Text
 
     from efficientformer.benchmarking.report import COLUMNS, HINT, STEP_COLUMNS, cells
+    from efficientformer.cli.tables import print_table
 
     console = Console(highlight=False)
     console.width = max(console.width, _WIDTH)
@@ -109,27 +100,14 @@ def _print(found: Benchmark) -> None:
         console.print("[yellow]random weights: the speed is real, the results mean nothing[/yellow]")
     console.print()
     if found.rows:
-        _table(console, COLUMNS, [cells(row) for row in found.rows], left=2)
+        print_table(console, COLUMNS, [cells(row) for row in found.rows], left=2)
         console.print(HINT, style="dim")
     for each in found.pictures:
         width, height = each.size
         console.print(Text(f"\none picture of {width}x{height}, {each.model}, {each.name}"))
         steps = [(k, f"{t.median_ms:.2f}", f"{t.p10_ms:.2f}-{t.p90_ms:.2f}") for k, t in each.steps.items()]
-        _table(console, STEP_COLUMNS, steps, left=1)
+        print_table(console, STEP_COLUMNS, steps, left=1)
     if found.unavailable:
         console.print("\nnot available here")
         rows = [(each.model, each.engine, each.precision, each.reason) for each in found.unavailable]
-        _table(console, ("network", "engine", "precision", "reason"), rows, left=4)
-
-
-def _table(console: Console, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], left: int) -> None:
-    """Print a table whose first ``left`` columns stand left and all others right."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+        print_table(console, ("network", "engine", "precision", "reason"), rows, left=4)

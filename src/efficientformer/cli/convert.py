@@ -40,7 +40,7 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Convert weights between layouts; to ONNX they are folded, and the file is compared with the network."""
-    from efficientformer.spec.errors import UsageError, missing_extra
+    from efficientformer.spec.errors import UsageError, require
     from efficientformer.spec.labels import read_names
 
     if to is None:
@@ -55,12 +55,9 @@ def convert(
     if labels and not ours:
         raise UsageError(f"The {to} layout holds no names of classes", hint="Leave --labels out")
     names = read_names(labels) if labels else ()
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("torch", "Converting weights", error) from error
-    from efficientformer.weights.cache import terminal_progress
+    require("torch", "Converting weights", "torch")
     from efficientformer.weights.pretrained import load_named
+    from efficientformer.weights.progress import terminal_progress
 
     with terminal_progress() as progress:
         if Path(source).is_file():

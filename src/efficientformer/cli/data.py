@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from efficientformer.cli.progress import count_bar
+from efficientformer.cli.targets import check_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,8 +33,11 @@ def check(
     from efficientformer.data.check import check as check_data
 
     if report is not None:
-        _check_target(report)
-    with _progress(quiet) as progress:
+        from efficientformer.reporting.page import require_libraries
+
+        check_file(report)
+        require_libraries()
+    with count_bar("reading pictures", quiet) as progress:
         result = check_data(folder, near=not no_near, progress=progress)
     if report is not None:
         from efficientformer.data.check_page import write_page
@@ -47,34 +50,6 @@ def check(
         if report is not None and not quiet:
             typer.echo(f"Report: {report}", err=True)
     raise typer.Exit(0 if result.ok else 1)
-
-
-def _check_target(report: Path) -> None:
-    """Refuse a report that cannot be written before hours were spent on it."""
-    from efficientformer.spec.errors import UsageError, missing_extra
-
-    if report.is_dir() or not report.absolute().parent.is_dir():
-        raise UsageError(f"Cannot write {report}", expected="a file in a folder that exists")
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib as _  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("report", "An HTML report", error) from error
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Give a bar on standard error; None if quiet, or if that is no terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("reading pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print(result: DataReport, quiet: bool) -> None:
@@ -105,31 +80,27 @@ def _line(group: Group) -> str:
 
 
 def _print_facts(console: Console, result: DataReport) -> None:
-    from rich.table import Table
+    from efficientformer.cli.tables import print_table
 
     (low_w, low_h), (high_w, high_h) = result.sizes
     console.print(f"{result.path}: {result.pictures:,} pictures", markup=False)
     console.print(
         f"sizes {low_w} x {low_h} to {high_w} x {high_h}; " + ", ".join(f"{n:,} {f}" for f, n in result.forms)
     )
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("split", "pictures", "classes", "largest", "smallest", "ratio", "below 10"):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
+    splits = []
     for each in result.balances:
         counts = [count for _, count in each.classes]
         row = (each.pictures, len(counts), max(counts), min(counts))
-        table.add_row(each.split, *(f"{value:,}" for value in row), f"{each.ratio:.1f}", str(len(each.small)))
+        splits.append((each.split, *(f"{value:,}" for value in row), f"{each.ratio:.1f}", str(len(each.small))))
     console.print()
-    console.print(table)
+    print_table(console, ("split", "pictures", "classes", "largest", "smallest", "ratio", "below 10"), splits, left=1)
     console.print()
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("copies", "groups", "leaks", "contradictions"):
-        table.add_column(heading, justify="left" if heading == "copies" else "right")
+    copies = []
     for kind, title in (("bytes", "same file"), ("pixels", "same pixels"), ("near", "look alike")):
         groups = [group for group in result.groups if group.kind == kind]
         leaks, clashes = sum(group.leak for group in groups), sum(group.contradiction for group in groups)
-        table.add_row(title, *(f"{value:,}" for value in (len(groups), leaks, clashes)))
-    console.print(table)
+        copies.append((title, *(f"{value:,}" for value in (len(groups), leaks, clashes))))
+    print_table(console, ("copies", "groups", "leaks", "contradictions"), copies, left=1)
 
 
 def _print_list(console: Console, title: str, lines: list[str], limit: int = SHOWN) -> None:

@@ -16,8 +16,8 @@ def download(
     """Fetch a network's published weights and print where they are."""
     from efficientformer.spec.errors import UsageError
     from efficientformer.spec.zoo import resolve
-    from efficientformer.weights.cache import terminal_progress
     from efficientformer.weights.download import fetch
+    from efficientformer.weights.progress import terminal_progress
 
     found = resolve(model)
     card, wanted = found.card, found.source

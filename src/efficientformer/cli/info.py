@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from efficientformer.spec.arch import ArchSpec
+    from efficientformer.spec.arch import ArchSpec, BlockSpec
     from efficientformer.spec.manifest import Manifest
     from efficientformer.spec.zoo import ModelCard
 
@@ -85,18 +85,14 @@ class _Held:
 def _read(file: Path) -> _Held:
     """Read a file: an exported one without torch, weights with it."""
     if file.suffix == ".onnx":
-        from hashlib import sha256
-
         from efficientformer.runtime.engines import open_engine
+        from efficientformer.weights.cache import sha256_of
 
         manifest = open_engine(file, "onnxruntime").manifest
-        return _Held(file, "exported", sha256(file.read_bytes()).hexdigest(), manifest)
-    from efficientformer.spec.errors import missing_extra
+        return _Held(file, "exported", sha256_of(file), manifest)
+    from efficientformer.spec.errors import require
 
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("torch", "Reading weights", error) from error
+    require("torch", "Reading weights", "torch")
     from efficientformer.weights.pretrained import load_named
 
     checkpoint, manifest = load_named(str(file), str(file))
@@ -208,14 +204,10 @@ def _print_held(console: Console, held: _Held) -> None:
 
 
 def _print_stages(console: Console, spec: ArchSpec) -> None:
-    from rich.table import Table
-
+    from efficientformer.cli.tables import print_table
     from efficientformer.spec.count import Count, count_parts
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("part", "blocks", "output", "params", "MACs"):
-        table.add_column(heading, justify="left" if heading in ("part", "blocks", "output") else "right")
-    parts = count_parts(spec)
+    parts, rows = count_parts(spec), []
     groups = ["stem", *(f"stages.{i}" for i in range(len(spec.stages))), "norm", "head"]
     for group in groups:
         members = [part for part in parts if part.name.startswith(group)]
@@ -225,13 +217,13 @@ def _print_stages(console: Console, spec: ArchSpec) -> None:
         shape = "x".join(map(str, members[-1].shape)) if members else ""
         if group.startswith("stages") and not members:
             shape = "x".join(map(str, parts[0].shape))
-        table.add_row(title, blocks, shape, f"{total.params:,}", f"{total.macs:,}")
+        rows.append((title, blocks, shape, f"{total.params:,}", f"{total.macs:,}"))
     console.print()
-    console.print(table)
+    print_table(console, ("part", "blocks", "output", "params", "MACs"), rows, left=3)
 
 
-def _blocks(blocks: Any) -> str:  # noqa: ANN401 (a tuple of BlockSpec)
-    """Say a stage's blocks, runs of equal ones together: ``2 x ffn (x4), attn_ffn (x3)``."""
+def _blocks(blocks: tuple[BlockSpec, ...]) -> str:
+    """Say a stage's blocks, runs of equal ones together: ``2 ffn x4, 1 attn_ffn x3``."""
     from itertools import groupby
 
     runs = [(len(list(run)), block) for block, run in groupby(blocks)]

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from efficientformer.cli.results import WRITERS, json_line, whole_file
+from efficientformer.cli.results import WRITERS, json_line
 from efficientformer.runtime.lock import try_lock
 from efficientformer.runtime.question import Question, check_same, parse
 from efficientformer.runtime.records import Record
 from efficientformer.spec.errors import UsageError
+from efficientformer.spec.whole import named_by, whole_file
 
 VERSION = 2
 MAX_QUESTION = 1 << 26  # bytes of a first line; what is longer is no journal
@@ -90,11 +91,12 @@ class Journal:
         Raises:
             UsageError: If the output cannot be written; the journal stays.
         """
-        with whole_file(self._output) as temporary:
-            writer = WRITERS[format_](temporary, top_k)
-            with contextlib.closing(writer):
-                for record in self._records():
-                    writer.write(record)
+        with contextlib.ExitStack() as stack:
+            with named_by(self._output):
+                temporary = stack.enter_context(whole_file(self._output))
+            writer = stack.enter_context(contextlib.closing(WRITERS[format_](temporary, top_k)))
+            for record in self._records():
+                writer.write(record)
         if not self._locked:  # Windows removes no open file, and has no lock that would end with it
             self._file.close()
         self.path.unlink()
@@ -104,12 +106,9 @@ class Journal:
 
         Nothing is changed before the lock: another process may have created and filled the file by now.
         """
-        try:
+        with named_by(self._output):
             _is_there(self.path)
             self._file: BinaryIO = os.fdopen(os.open(self.path, _AS_IT_IS, 0o666), "r+b")
-        except OSError as error:
-            hint = "Choose a file in a writable folder"
-            raise UsageError(f"Cannot write {self._output}", found=str(error), hint=hint) from error
         self._locked = try_lock(self._file)
         if self._locked is False:
             self._file.close()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from efficientformer.cli.targets import check_file
 from efficientformer.runtime.engines import ENGINES, PRECISIONS
 from efficientformer.spec.errors import UsageError
 
 if TYPE_CHECKING:
     from efficientformer.latency.design import TableSpace
     from efficientformer.spec.arch import ArchSpec
+
+N = TypeVar("N", int, float)
 
 
 def latency_table(
@@ -69,9 +71,7 @@ def _check_target(output: Path) -> None:
     """Find out now, not after minutes of measuring, that the file cannot be written."""
     if output.exists():
         raise UsageError(f"{output} exists", hint="Choose another name, or remove it")
-    folder = output.absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"Cannot write {output}", expected="a file in an existing folder that you may write to")
+    check_file(output)
 
 
 def _space(
@@ -114,8 +114,7 @@ def _space_of(spec: ArchSpec) -> TableSpace:
 
 def _widths(text: str) -> tuple[int, ...]:
     if ":" not in text:
-        widths: tuple[int, ...] = _numbers("--widths", text, int)
-        return widths
+        return _numbers("--widths", text, int)
     ends = _numbers("--widths", text.replace(":", ","), int)
     if len(ends) != 3 or ends[2] < 1:
         raise UsageError("Illegal --widths", expected="FIRST:LAST:STEP or a list of widths", found=text)
@@ -129,7 +128,7 @@ def _size(text: str) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
-def _numbers(option: str, text: str, kind: Any) -> Any:  # noqa: ANN401 (int or float)
+def _numbers(option: str, text: str, kind: type[N]) -> tuple[N, ...]:
     try:
         return tuple(kind(each) for each in text.split(","))
     except ValueError:

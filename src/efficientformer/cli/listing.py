@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from efficientformer.spec.zoo import ModelCard
 
 
 def list_(
@@ -28,7 +31,7 @@ def list_(
     _print_table(rows)
 
 
-def _row(card: Any) -> dict[str, Any]:  # noqa: ANN401 (a ModelCard; its room is imported when the verb runs)
+def _row(card: ModelCard) -> dict[str, Any]:
     from efficientformer.spec.count import count
 
     total, best = count(card.spec), card.best_source

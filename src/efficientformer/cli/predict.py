@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -70,7 +69,8 @@ def predict(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:
     """Classify pictures. Exits 0 if all were classified, 1 if some were skipped, 2 for wrong usage."""
-    from efficientformer.cli.results import choose_format, output_file, prepare_folder
+    from efficientformer.cli.results import choose_format, output_file
+    from efficientformer.cli.targets import prepare_folder
     from efficientformer.runtime.records import printable
 
     wanted = format_.value if format_ else ""
@@ -156,7 +156,7 @@ def _on_cluster(
     """Predict with Ray; return how many pictures there were, and how many of them errors."""
     from efficientformer.cluster.predict import Options, predict_on_cluster
     from efficientformer.export.deployable import deployable
-    from efficientformer.weights.cache import terminal_progress
+    from efficientformer.weights.progress import terminal_progress
 
     if len(inputs) != 1 or not output:
         found = f"{len(inputs)} inputs, output {output or 'none'}"
@@ -233,6 +233,7 @@ def _load(
     from efficientformer.api import Classifier
     from efficientformer.runtime.processor import available_cores
     from efficientformer.spec.zoo import EMBEDDED
+    from efficientformer.weights.progress import terminal_progress
 
     if not model and checkpoint is None and not quiet:
         typer.echo(
@@ -244,15 +245,17 @@ def _load(
     if chosen and precision in ("auto", "fp32", "int8") and not many:
         engine = "onnxruntime"  # opens fastest
     streams = threads or available_cores() if many else 1
-    options = {"checkpoint": checkpoint, "engine": engine, "precision": precision, "threads": threads,
-               "streams": streams}  # fmt: skip
-    if not model and checkpoint is None:
-        classifier = Classifier(**options)  # type: ignore[arg-type]
-    else:
-        from efficientformer.weights.cache import terminal_progress
-
-        with terminal_progress(quiet=quiet) as progress:
-            classifier = Classifier(model, **options, offline=offline or None, progress=progress)  # type: ignore[arg-type]
+    with terminal_progress(quiet=quiet) as progress:
+        classifier = Classifier(
+            model,
+            checkpoint=checkpoint,
+            engine=engine,
+            precision=precision,
+            threads=threads,
+            streams=streams,
+            offline=offline or None,
+            progress=progress,
+        )
     if chosen and engine == "auto" and not quiet:
         typer.echo(f"{classifier.engine}: {classifier.reason}", err=True)
     return classifier
@@ -285,13 +288,13 @@ def _digest(model: str, checkpoint: Path | None, engine: str, precision: str) ->
     """Return the SHA-256 of the file that runs: what a manifest says can be true of other weights too."""
     from efficientformer.api import TORCH_ENGINES
     from efficientformer.export.deployable import deployable
+    from efficientformer.weights.cache import sha256_of
 
     if engine not in TORCH_ENGINES:
         path = deployable(model, checkpoint=checkpoint, precision=precision, offline=True)  # there already
     elif not (path := checkpoint or Path(model)).is_file():
         return ""  # a zoo name in torch, whose manifest holds the digest of its weights
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def _classify(classifier: Classifier, pictures: Iterator[Input], decode: str, threads: int | None) -> Iterator[Result]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from efficientformer.cli.targets import prepare_folder
 from efficientformer.runtime.engines import ENGINES, PRECISIONS
-from efficientformer.spec.errors import UsageError, missing_extra
+from efficientformer.spec.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +54,10 @@ def profile(
         _predict(_spec_of(model, checkpoint, offline), table, as_json=as_json)
         return
     if output is not None:
-        _prepare(output)
+        from efficientformer.reporting.page import require_libraries
+
+        prepare_folder(output)
+        require_libraries()
     from efficientformer.cli.progress import step_bars
 
     if observations:
@@ -66,7 +70,7 @@ def profile(
         from efficientformer.export.deployable import deployable
         from efficientformer.latency.measure import write_untrained
         from efficientformer.latency.profile import profile_file
-        from efficientformer.weights.cache import terminal_progress
+        from efficientformer.weights.progress import terminal_progress
 
         spec = _untrained(model, checkpoint, random_weights)
         with TemporaryDirectory(prefix="efficientformer-") as scratch:
@@ -144,19 +148,6 @@ def _predict(spec: ArchSpec, path: Path, *, as_json: bool) -> None:
     _print_shares(console, "part", rows, predicted.ms)
 
 
-def _prepare(output: Path) -> None:
-    """Create the folder and find the report's libraries before anything is measured."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"Cannot create the folder {output}", found=str(error)) from error
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("report", "An HTML report", error) from error
-
-
 def _print_profile(result: Profile) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -176,18 +167,11 @@ def _print_profile(result: Profile) -> None:
 
 def _print_shares(console: Console, title: str, rows: list[tuple[str, str, float]], total: float) -> None:
     """Print what each part, with a note, takes in milliseconds and of the total."""
-    from rich.markup import escape
-    from rich.table import Table
+    from efficientformer.cli.tables import print_table
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column(title)
-    table.add_column("")
-    table.add_column("ms", justify="right")
-    table.add_column("share", justify="right")
-    for name, note, ms in rows:
-        table.add_row(escape(name), escape(note), f"{ms:.4f}", f"{ms / (total or 1.0):.1%}")
+    shares = [(name, note, f"{ms:.4f}", f"{ms / (total or 1.0):.1%}") for name, note, ms in rows]
     console.print()
-    console.print(table)
+    print_table(console, (title, "", "ms", "share"), shares, left=2)
 
 
 def _print_observations(found: Observations) -> None:

@@ -30,13 +30,10 @@ def quantize(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:
     """Quantise a network to int8. Exits 0, 1 if the allowed drop cannot be held, 2 for wrong usage."""
-    from efficientformer.evaluation.report import require_libraries
-    from efficientformer.spec.errors import missing_extra
+    from efficientformer.reporting.page import require_libraries
+    from efficientformer.spec.errors import require
 
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:  # the extra that brings the report's libraries too
-        raise missing_extra("quantize", "Quantising a network", error) from error
+    require("quantize", "Quantising a network", "onnx")  # first: the extra that brings the report's libraries too
     require_libraries()
     from efficientformer.export.quantize import quantize as make
 
@@ -68,8 +65,8 @@ def quantize(
 def _print(report: QuantisationReport) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
+    from efficientformer.cli.tables import print_table
     from efficientformer.export.quantize_page import speed_rows
 
     console = Console(highlight=False)
@@ -79,12 +76,9 @@ def _print(report: QuantisationReport) -> None:
     console.print(f"calibrated on {report.calibrated_on} pictures, measured on {report.held_out} others{single}")
     if report.kept:
         console.print(f"kept in float: {escape(', '.join(report.kept))}")
-    accuracy = Table("engine", "agreement", "top-1", "points lost", box=None, header_style="bold", pad_edge=False)
+    accuracy = []
     for each in report.accuracy:
         top1 = "" if each.top1 is None else f"{each.top1:.2f} %"
-        accuracy.add_row(each.engine, f"{each.agreement:.2f} %", top1, f"{each.drop:.2f}")
-    speed = Table("one picture", "median ms", "p10", "p90", box=None, header_style="bold", pad_edge=False)
-    for row in speed_rows(report):
-        speed.add_row(*row)
-    console.print(accuracy)
-    console.print(speed)
+        accuracy.append((each.engine, f"{each.agreement:.2f} %", top1, f"{each.drop:.2f}"))
+    print_table(console, ("engine", "agreement", "top-1", "points lost"), accuracy, left=4)
+    print_table(console, ("one picture", "median ms", "p10", "p90"), speed_rows(report), left=4)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
-import secrets
 import stat
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -254,50 +251,6 @@ def output_file(name: str) -> Path:
         found, hint = "a folder, pipe or device", "Name a new file; without --output results go to standard output"
         raise UsageError(f"Cannot write {name}", expected="a regular file", found=found, hint=hint)
     return Path(os.path.realpath(name))
-
-
-@contextlib.contextmanager
-def whole_file(output: Path) -> Iterator[Path]:
-    """Give a temporary file that gets its name when the block ends well, and vanishes when it does not.
-
-    Raises:
-        UsageError: If no file can be created there.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            temporary = stack.enter_context(hidden_file(output))
-        except OSError as error:
-            hint = "Choose a file in a writable folder"
-            raise UsageError(f"Cannot write {output}", found=str(error), hint=hint) from error
-        yield temporary
-        temporary.replace(output)
-
-
-@contextlib.contextmanager
-def hidden_file(path: Path) -> Iterator[Path]:
-    """Give a hidden file beside a path, which vanishes with the block unless it got another name.
-
-    Raises:
-        OSError: If no file can be created there.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.touch(exist_ok=False)  # with the permissions that the umask gives; tempfile's are their owner's alone
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def prepare_folder(folder: Path) -> None:
-    """Create a folder for pictures, before any work is done.
-
-    Raises:
-        UsageError: If that is impossible.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"Cannot create the folder {folder}", found=str(error)) from error
 
 
 def _cells(record: Record) -> tuple[str, ...]:

@@ -42,12 +42,9 @@ def slim(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:  # fmt: skip
     """Slim a network to a latency: supernet, search, final training. Ctrl-C saves; --resume goes on."""
-    from efficientformer.spec.errors import UsageError, missing_extra
+    from efficientformer.spec.errors import UsageError, require
 
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("train", "Slimming", error) from error
+    require("train", "Slimming", "torch")
     from efficientformer.slimming.plan import PLAN, milliseconds
     from efficientformer.slimming.run import slim as run
 

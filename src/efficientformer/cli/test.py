@@ -6,14 +6,13 @@ import dataclasses
 import io
 import json
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from efficientformer.cli.progress import count_bar
+from efficientformer.cli.targets import check_file
 from efficientformer.runtime.engines import ENGINE_KEYS
 from efficientformer.runtime.records import storable
 from efficientformer.spec.errors import UsageError
@@ -21,7 +20,6 @@ from efficientformer.spec.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from efficientformer.evaluation.evaluate import Progress
     from efficientformer.evaluation.result import Evaluation
 
 _MAX_CLASS_ROWS = 20
@@ -59,11 +57,11 @@ def test(
     _check_targets(output, report)
     from efficientformer.api import evaluate_model
     from efficientformer.evaluation.distributed import join
-    from efficientformer.weights.cache import terminal_progress
+    from efficientformer.weights.progress import terminal_progress
 
     with join() as team:
         silent = quiet or not team.first
-        with terminal_progress(quiet=silent) as downloading, _bar(silent) as progress:
+        with terminal_progress(quiet=silent) as downloading, count_bar("testing", silent) as progress:
             evaluation = evaluate_model(
                 name,
                 data,
@@ -98,29 +96,12 @@ def _arguments(model: list[str], checkpoint: Path | None) -> tuple[str, Path | N
 def _check_targets(output: Path | None, report: Path | None) -> None:
     """Find out now, not after hours of work, that a file cannot be written."""
     for path in (output, report):
-        if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-            found = "a folder" if path.is_dir() else "no writable folder to put it in"
-            raise UsageError(f"Cannot write {path}", expected="a file in a writable folder", found=found)
+        if path is not None:
+            check_file(path)
     if report is not None:
-        from efficientformer.evaluation.report import require_libraries
+        from efficientformer.reporting.page import require_libraries
 
         require_libraries()
-
-
-@contextmanager
-def _bar(quiet: bool) -> Iterator[Progress | None]:
-    """Give a progress bar on standard error; None if quiet, or if that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("testing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("testing")
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _deliver(evaluation: Evaluation, as_json: bool, output: Path | None, report: Path | None, quiet: bool) -> None:
@@ -203,17 +184,12 @@ def _print(evaluation: Evaluation) -> None:
 
 
 def _print_classes(console: Console, evaluation: Evaluation) -> None:
-    from rich.table import Table
-    from rich.text import Text
+    from efficientformer.cli.tables import print_table
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("class")
-    for heading in ("images", "top-1", "precision", "F1"):
-        table.add_column(heading, justify="right")
-    per_class = evaluation.result.per_class
+    per_class, rows = evaluation.result.per_class, []
     for index, name in enumerate(evaluation.classes):
         figures = (float(column[index]) for column in (per_class.top1, per_class.precision, per_class.f1))
         cells = ("-" if math.isnan(value) else f"{value:.2f}" for value in figures)
-        table.add_row(Text(name), f"{per_class.count[index]:,}", *cells)
+        rows.append((name, f"{per_class.count[index]:,}", *cells))
     console.print()
-    console.print(table)
+    print_table(console, ("class", "images", "top-1", "precision", "F1"), rows, left=1)

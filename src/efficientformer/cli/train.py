@@ -31,12 +31,9 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:
     """Train or fine-tune. Ctrl-C saves and says how to go on; torchrun spreads it over devices and nodes."""
-    from efficientformer.spec.errors import UsageError, missing_extra
+    from efficientformer.spec.errors import UsageError, require
 
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("train", "Training", error) from error
+    require("train", "Training", "torch")
     given = {"model": model or None, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
     changes = {name: value for name, value in given.items() if value is not None}
     if resume is not None and (recipe is not None or output is not None or changes or settings):

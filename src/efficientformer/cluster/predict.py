@@ -30,7 +30,7 @@ from efficientformer.runtime.engines import ENGINES, PRECISIONS
 from efficientformer.runtime.inputs import Input
 from efficientformer.runtime.question import Question
 from efficientformer.runtime.records import arrow_row, arrow_schema, record
-from efficientformer.spec.errors import EngineError, ImageError, UsageError, missing_extra
+from efficientformer.spec.errors import EngineError, ImageError, UsageError, require
 from efficientformer.spec.fields import check_choice, check_count
 
 FORMATS = ("parquet", "json")
@@ -242,12 +242,10 @@ def predict_on_cluster(
         EngineError: If a worker fails for another reason than its death, or rows are missing.
         MissingExtraError: If the ray extra is not installed.
     """
-    try:
-        import pyarrow.parquet  # noqa: F401
-        import ray
-        from ray.exceptions import RayError
-    except ImportError as error:
-        raise missing_extra("ray", "Prediction on a cluster", error) from error
+    require("ray", "Prediction on a cluster", "pyarrow.parquet", "ray")
+    import ray
+    from ray.exceptions import RayError
+
     check_choice("format", format_, FORMATS)
     check_count("part size", part_size)
     if workers is not None:

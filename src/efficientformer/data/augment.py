@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -64,13 +64,6 @@ class Augmentation:
             raise SpecError("RandAugment works on decoded pictures, one by one", hint="Set crop to rrc")
 
 
-class Transform(Protocol):
-    """Turns a decoded picture into a uint8 array (C, H, W)."""
-
-    def __call__(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """Transform."""
-
-
 class SampleAugment:
     """The part done per picture, in worker processes: random resized crop, flips, RandAugment or colour jitter.
 
@@ -109,7 +102,7 @@ class SampleAugment:
             for operation in step.ops if isinstance(step, RandAugment) else ():
                 if operation.name.startswith("Posterize"):
                     operation.aug_fn = posterize
-        self._transform: Transform = composed
+        self._transform: Callable[[Image.Image], npt.NDArray[np.uint8]] = composed
 
     def __call__(self, image: Image.Image, seed: int) -> npt.NDArray[np.uint8]:
         """Return (C, H, W) uint8; the same for the same seed in any process."""

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from efficientformer.data.source import ImageSource
 from efficientformer.runtime.image import SUFFIXES, read_file
 
+SHOWN = 5  # names in a message
+
 
 class Names:
     """Many names in one block of bytes.
@@ -101,8 +103,8 @@ def counted(number: int, singular: str, plural: str = "") -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
-def some(names: Iterable[str], limit: int = 5) -> str:
+def some(names: Iterable[str]) -> str:
     """Return the first names of many for a message, with how many more there are."""
     listed = list(names)
-    more = f" and {len(listed) - limit:,} more" if len(listed) > limit else ""
-    return ", ".join(map(repr, listed[:limit])) + more
+    more = f" and {len(listed) - SHOWN:,} more" if len(listed) > SHOWN else ""
+    return ", ".join(map(repr, listed[:SHOWN])) + more

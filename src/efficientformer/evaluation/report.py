@@ -11,7 +11,6 @@ import numpy as np
 from efficientformer.evaluation.metrics import BINS
 from efficientformer.evaluation.result import Evaluation, Mistake
 from efficientformer.reporting.page import Page, Thumbnail, new_figure, plain
-from efficientformer.spec.errors import missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,19 +23,6 @@ _MAX_CLASS_ROWS = 50
 _MAX_PAIRS = 15
 _MAX_SKIPPED = 200
 _FEW = 10  # predictions in a bin of the reliability diagram
-
-
-def require_libraries() -> None:
-    """Find out before a long evaluation whether its report can be written.
-
-    Raises:
-        MissingExtraError: If jinja2 or matplotlib is not installed.
-    """
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("report", "An HTML report", error) from error
 
 
 def write_report(evaluation: Evaluation, path: str | Path) -> None:

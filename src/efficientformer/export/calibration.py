@@ -12,12 +12,12 @@ import numpy.typing as npt
 from efficientformer.data.align import match_classes
 from efficientformer.data.folders import list_folder
 from efficientformer.data.sources import is_part_name, part_of
-from efficientformer.export.qdq import Progress
 from efficientformer.runtime.image import decode
 from efficientformer.runtime.inputs import Input, gather
 from efficientformer.runtime.preprocess import preprocess
 from efficientformer.spec.errors import DataError, ImageError
 from efficientformer.spec.manifest import Manifest
+from efficientformer.spec.progress import Progress
 
 LEAST = 8  # pictures below which neither scales nor figures mean anything
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from efficientformer.runtime.engines import open_engine
-from efficientformer.spec.errors import CheckpointError, EngineError, UsageError, missing_extra
+from efficientformer.spec.errors import CheckpointError, EngineError, UsageError, require
 from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, ModelCard, WeightsSource, resolve
 from efficientformer.weights.beside import stamp_beside
-from efficientformer.weights.cache import Cache, Progress, cache_root, writing_to
+from efficientformer.weights.cache import Cache, cache_root, writing_to
+from efficientformer.weights.progress import Progress
 
 if TYPE_CHECKING:
     from efficientformer.spec.manifest import Manifest
@@ -264,7 +265,4 @@ def _export(checkpoint: Checkpoint, manifest: Manifest, target: Path) -> None:
 
 
 def _require_torch(model: str) -> None:
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("torch", f"Preparing {model} for its first prediction", error) from error
+    require("torch", f"Preparing {model} for its first prediction", "torch")

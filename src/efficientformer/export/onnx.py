@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ from efficientformer.export.proto import INPUT, OPSET, OUTPUT, halve_weights, qu
 from efficientformer.export.verify import Agreement, verify
 from efficientformer.models.fold import fold
 from efficientformer.models.network import EfficientFormer
-from efficientformer.spec.errors import UsageError, missing_extra
+from efficientformer.spec.errors import require
 from efficientformer.spec.manifest import Manifest
+from efficientformer.spec.whole import named_by, whole_file
 
 
 def export_onnx(
@@ -43,42 +42,21 @@ def export_onnx(
     """
     path = Path(path)
     model = copy.deepcopy(model).float().cpu().eval()
-    handle, temporary = _hidden_file(path)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            proto = _to_proto(model)
-            if half_storage:
-                halve_weights(proto)
-            sign(proto, manifest)
-            file.write(proto.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
-        agreement = verify(model, temporary, half_storage=half_storage)
-        temporary.chmod(0o644)  # mkstemp's files are for their owner only
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return agreement
-
-
-def _hidden_file(path: Path) -> tuple[int, Path]:
-    """Open a file beside the one that is to be written; its number and its path."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        hint = "Choose a file in a writable folder"
-        raise UsageError(f"Cannot write {path}", found=error.strerror or str(error), hint=hint) from error
-    return handle, Path(name)
+    with contextlib.ExitStack() as stack:
+        with named_by(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = stack.enter_context(whole_file(path))
+        proto = _to_proto(model)
+        if half_storage:
+            halve_weights(proto)
+        sign(proto, manifest)
+        temporary.write_bytes(proto.SerializeToString())
+        return verify(model, temporary, half_storage=half_storage)
 
 
 def _to_proto(model: EfficientFormer) -> Any:  # noqa: ANN401 (an onnx.ModelProto; onnx has no types)
-    try:
-        import onnxscript  # noqa: F401 (torch's exporter needs it, and its own error does not say which extra brings it)
-    except ImportError as error:
-        raise missing_extra("torch", "Building a deployable file", error) from error
+    # torch's exporter needs it, and its own error does not say which extra brings it
+    require("torch", "Building a deployable file", "onnxscript")
     deployed = fold(model)
     example = torch.zeros(2, model.spec.in_chans, *model.spec.input_size)
     batch = torch.export.Dim("batch")

@@ -23,18 +23,16 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from efficientformer.export.proto import halve_weights, load_float, put_first, quiet, sign
 from efficientformer.spec.manifest import Manifest
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Who watches: called with what is done now, how many of its steps are done, and how many there are."""
+from efficientformer.spec.progress import Progress
 
 WEIGHTED = ("Conv", "MatMul", "Gemm")
 MIN_WEIGHTS = 1024  # smaller tensors save nothing when only weights are stored in int8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -19,12 +18,14 @@ import numpy.typing as npt
 
 from efficientformer.export.calibration import Pictures, gather_pictures
 from efficientformer.export.deployable import deployable, quantised_target
-from efficientformer.export.qdq import Progress, Quantiser, store_weights_half, store_weights_int8
+from efficientformer.export.qdq import Quantiser, store_weights_half, store_weights_int8
 from efficientformer.runtime.engines import Engine, damaged_engines, installed_engines, open_engine
 from efficientformer.runtime.timing import Timing, environment, time_together
 from efficientformer.spec.errors import EngineError, ExportError, UsageError
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
+from efficientformer.spec.progress import Progress
+from efficientformer.spec.whole import whole_file
 from efficientformer.spec.zoo import name_of
 from efficientformer.weights.cache import CacheError, writing_to
 
@@ -364,12 +365,5 @@ def _remember(path: Path, kept: Path) -> None:
 def _copy(path: Path, target: Path) -> None:
     """Copy a file; ``target`` appears only once it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with whole_file(target) as temporary:
         shutil.copyfile(path, temporary)
-        temporary.chmod(0o644)  # mkstemp's files are for their owner only
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

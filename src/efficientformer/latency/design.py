@@ -12,7 +12,6 @@ from efficientformer.latency.parts import Part, parts_of
 from efficientformer.spec.arch import (
     ATTENTION_STAGES,
     BLOCK_KINDS,
-    NUM_STAGES,
     ArchSpec,
     AttentionSpec,
     BlockSpec,
@@ -20,8 +19,7 @@ from efficientformer.spec.arch import (
 )
 from efficientformer.spec.errors import InputSizeError, SpecError
 from efficientformer.spec.fields import as_list, as_pair, check_choice, check_int
-
-Size = tuple[int, int]
+from efficientformer.spec.geometry import NUM_STAGES, Grid
 
 WIDTHS = tuple(range(16, 257, 16))
 DEPTHS = (3, 3, 6, 4)
@@ -105,7 +103,7 @@ class TableSpace:
 
 
 def _network(
-    space: TableSpace, widths: Sequence[int], blocks: Sequence[tuple[BlockSpec, ...]], size: Size, stride: int
+    space: TableSpace, widths: Sequence[int], blocks: Sequence[tuple[BlockSpec, ...]], size: Grid, stride: int
 ) -> ArchSpec:
     stages = tuple(StageSpec(*stage) for stage in zip(widths, blocks, space.embeddings, strict=True))
     return ArchSpec(space.family, stages, size, space.in_chans, space.num_classes, False, stride, space.attention)

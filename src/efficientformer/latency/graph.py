@@ -19,14 +19,12 @@ from efficientformer.export.proto import INPUT, OPSET, OUTPUT, sign
 from efficientformer.spec import geometry
 from efficientformer.spec.arch import ArchSpec, BlockSpec, StageSpec
 from efficientformer.spec.errors import missing_extra
+from efficientformer.spec.geometry import STEM_STRIDES, Grid
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 
 IR_VERSION = 10
 LAYER_NORM_EPS = 1e-5
-STEM_STRIDES = {4: (2, 2), 2: (2, 1), 1: (1, 1)}
-
-Grid = tuple[int, int]
 
 
 def write_network(spec: ArchSpec, path: str | Path, *, name: str = "") -> Path:

@@ -35,8 +35,7 @@ from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.fields import check_number
-
-Progress = Callable[[str, int, int], None]  # told what is done, how much of it, and of how much
+from efficientformer.spec.progress import Progress
 
 NETWORKS = 160
 TURN_RUNS, TURN_S = 2, 0.010  # a turn has so many runs and lasts so long at least
@@ -152,7 +151,6 @@ def build_table(
     threads: int | None = None,
     networks: int = NETWORKS,
     max_spread: float = MAX_SPREAD,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> LatencyTable:
     """Measure a sample of a space and fit what each part costs.
@@ -164,13 +162,12 @@ def build_table(
         threads: As for ``open_engine``.
         networks: How many networks to measure.
         max_spread: As for ``measure_specs``.
-        seed: Of the sample.
         progress: Told how it goes.
 
     Raises:
         EfficientFormerError: As ``measure_specs``.
     """
-    specs = design(space, networks, seed=seed)
+    specs = design(space, networks)
     latencies, opened_one = _time_specs(specs, engine, precision, threads, MIN_PASSES, max_spread, progress)
     return table_of(space, specs, [latency.ms for latency in latencies], opened_one, threads=threads)
 

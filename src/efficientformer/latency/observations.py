@@ -15,13 +15,14 @@ from typing import Any
 
 from efficientformer.export.proto import INPUT
 from efficientformer.latency.graph import GraphWriter, map_block, token_block, weighted_attention
-from efficientformer.latency.measure import Latency, Progress, time_engines
+from efficientformer.latency.measure import Latency, time_engines
 from efficientformer.runtime.engines import open_engine
 from efficientformer.runtime.timing import environment
 from efficientformer.spec.arch import BlockSpec, StageSpec
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
+from efficientformer.spec.progress import Progress
 from efficientformer.spec.variants import v1_spec
 
 PICTURE = (224, 224)

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from efficientformer.spec.arch import BLOCK_KINDS, ArchSpec
 from efficientformer.spec.count import count_parts
 from efficientformer.spec.errors import SpecError
-
-Grid = tuple[int, int]
+from efficientformer.spec.geometry import Grid
 
 BLOCKS = sum(BLOCK_KINDS.values(), ())
 _KEY = re.compile(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from efficientformer.export.proto import OUTPUT
-from efficientformer.latency.measure import Latency, Progress, time_engines
+from efficientformer.latency.measure import Latency, time_engines
 from efficientformer.latency.names import name_nodes, part_in
 from efficientformer.runtime.engines import Engine, open_engine
 from efficientformer.runtime.engines.openvino import OpenVinoEngine
@@ -24,6 +24,7 @@ from efficientformer.runtime.timing import environment
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.count import count_parts
 from efficientformer.spec.fields import check_int
+from efficientformer.spec.progress import Progress
 
 RUNS, WARMUP, PASSES = 200, 8, 5
 OTHER = "other"

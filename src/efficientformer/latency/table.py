@@ -5,12 +5,9 @@ Standard library only, so that a table can be read and asked where no engine is 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +22,7 @@ from efficientformer.spec.arch import BLOCK_KINDS, ArchSpec, AttentionSpec, load
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.fields import check_choice, check_int, check_keys, check_number
 from efficientformer.spec.variants import VARIANTS
+from efficientformer.spec.whole import named_by, whole_file
 
 SCHEMA = 2  # 1 had other costs of weights, and no parts for first blocks
 MAX_PARTS = 200_000
@@ -376,25 +374,10 @@ def _as_sizes(sizes: object) -> tuple[tuple[int, int], ...]:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write JSON under a temporary name in the same folder, then rename it.
+    """Write a file of JSON, which is there whole or not at all.
 
     Raises:
         UsageError: If the file cannot be written.
     """
-    temporary = None
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", text=True)
-        temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(data, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp's files are for their owner only
-        temporary.replace(path)
-    except OSError as error:
-        hint = "Choose a file in a writable folder"
-        raise UsageError(f"Cannot write {path}", found=str(error), hint=hint) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+    with named_by(path), whole_file(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from efficientformer.models.layers import ConvNorm, StridedDepthwise
 from efficientformer.spec.arch import AttentionSpec
-
-Grid = tuple[int, int]
+from efficientformer.spec.geometry import Grid
 
 
 def offset_index(key_grid: Grid, query_stride: int = 1) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from efficientformer.models.attention import DownsampleAttention, Grid, MapAttention, TokenAttention
+from efficientformer.models.attention import DownsampleAttention, MapAttention, TokenAttention
 from efficientformer.models.blocks import ConvMlp, MapBlock, TokenBlock, TokenMlp
 from efficientformer.models.layers import ConvNorm, PoolMixer
 from efficientformer.spec.arch import ArchSpec, BlockSpec, StageSpec
 from efficientformer.spec.errors import InputSizeError, UsageError
+from efficientformer.spec.geometry import STEM_STRIDES, Grid, stage_grids
 
 
 class Stem(nn.Module):
@@ -25,7 +26,7 @@ class Stem(nn.Module):
     def __init__(self, spec: ArchSpec) -> None:
         super().__init__()
         width = spec.stages[0].width
-        stride1, stride2 = {4: (2, 2), 2: (2, 1), 1: (1, 1)}[spec.stem_stride]
+        stride1, stride2 = STEM_STRIDES[spec.stem_stride]
         self.conv1 = ConvNorm(spec.in_chans, width // 2, 3, stride=stride1)
         self.conv2 = ConvNorm(width // 2, width, 3, stride=stride2)
         self.act: nn.Module = nn.ReLU() if spec.family == "v1" else nn.GELU()
@@ -102,7 +103,7 @@ class EfficientFormer(nn.Module):
         self.head_dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(width, spec.num_classes)
         self.head_dist = nn.Linear(width, spec.num_classes) if spec.distilled else None
-        self.apply(_init_weights)
+        self.apply(init_weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training: recompute each block in the backward pass."""
@@ -176,11 +177,9 @@ class EfficientFormer(nn.Module):
             raise UsageError("Wrong number of input channels", expected=str(spec.in_chans), found=str(channels))
         if (height, width) == spec.input_size:
             return
-        fits = spec.accepts((height, width))
-        has_attention = any(b.has_attention for s in spec.stages for b in s.blocks)
-        if has_attention or spec.stages[-1].embedding == "attn":
-            fits = fits and spec.with_input_size((height, width)).grids[2:] == spec.grids[2:]
-        if not fits:
+        grids = stage_grids((height, width), spec.stem_stride)
+        keeps = all(grids[stage] == grid for stage, grid in spec.attention_grids.items())
+        if not (keeps and spec.accepts((height, width))):
             expected = "x".join(map(str, spec.input_size))
             raise InputSizeError(
                 "The input size does not fit this network",
@@ -256,8 +255,8 @@ def _build_block(
     return MapBlock(dim, mixer, ConvMlp(dim, hidden, depthwise=spec.family == "v2"), drop_path, scale_init)
 
 
-def _init_weights(module: nn.Module) -> None:
-    """Truncated normal of std 0.02 on convolutions and linear layers, zero biases (both papers' code)."""
+def init_weights(module: nn.Module) -> None:
+    """Initialise a convolution or linear layer: truncated normal of std 0.02, zero biases (both papers' code)."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientformer.spec.errors import UsageError, missing_extra
+from efficientformer.spec.errors import UsageError, missing_extra, require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,6 +104,15 @@ class Page:
             Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise UsageError(f"Cannot write {path}", found=str(error)) from error
+
+
+def require_libraries() -> None:
+    """Find out before long work whether its page can be written.
+
+    Raises:
+        MissingExtraError: If jinja2 or matplotlib is not installed.
+    """
+    require("report", "An HTML report", "jinja2", "matplotlib")
 
 
 def new_figure(width: float = 7.0, height: float = 3.6) -> Figure:

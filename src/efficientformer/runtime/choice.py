@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +28,7 @@ from efficientformer.runtime.engines import (
 from efficientformer.runtime.samples import sample_batch
 from efficientformer.runtime.timing import environment, time_together
 from efficientformer.spec.errors import EngineError
+from efficientformer.spec.whole import whole_file
 
 # Largest difference of a logit that half precision may make, relative to the largest logit: bf16 keeps 8 bits and
 # makes 0.004 to 0.02 in the networks of both papers; a network it breaks is off by far more.
@@ -158,7 +157,5 @@ def _key(path: Path, precision: str, threads: int | None) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    Path(name).replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(text)

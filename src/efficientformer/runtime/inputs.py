@@ -113,9 +113,9 @@ def _raise(error: ImageError) -> bytes:
     raise error
 
 
-def _failed(name: str, expected: str, found: str, hint: str = "") -> Input:
+def _failed(name: str, expected: str, found: str) -> Input:
     """Return an input for a name that leads nowhere."""
-    error = ImageError(f"Cannot read {name!r}", expected=expected, found=found, hint=hint)
+    error = ImageError(f"Cannot read {name!r}", expected=expected, found=found)
     return Input(name, partial(_raise, error))
 
 

@@ -11,6 +11,7 @@ from efficientformer.spec.errors import UsageError
 
 FACTORS = tuple(1 - step / 200 for step in range(200))
 MAX_DRAWS = 20_000
+TOLERANCE = 0.03  # share of a latency that a network drawn for it may lie below it
 
 
 def scaled(space: Space, factor: float) -> Candidate:
@@ -72,10 +73,8 @@ def drawn(space: Space, rng: random.Random) -> Candidate:
     return candidate
 
 
-def drawn_at(
-    space: Space, device: Device, target_ms: float, count: int, seed: int, tolerance: float = 0.03
-) -> Sequence[Candidate]:
-    """Return different random networks whose predicted latency is a target's, or at most ``tolerance`` below it.
+def drawn_at(space: Space, device: Device, target_ms: float, count: int, seed: int) -> Sequence[Candidate]:
+    """Return different random networks whose predicted latency is a target's, or a little (``TOLERANCE``) below it.
 
     Raises:
         UsageError: If chance finds too few.
@@ -84,7 +83,7 @@ def drawn_at(
     found: dict[str, Candidate] = {}
     for _ in range(MAX_DRAWS):
         candidate = drawn(space, rng)
-        if (1 - tolerance) * target_ms <= device.predict(candidate.spec).ms <= target_ms:
+        if (1 - TOLERANCE) * target_ms <= device.predict(candidate.spec).ms <= target_ms:
             found.setdefault(candidate.key, candidate)
         if len(found) == count:
             return list(found.values())

@@ -55,8 +55,7 @@ def _naming(part: str) -> Iterator[None]:
     try:
         yield
     except EfficientFormerError as error:
-        raise type(error)(f"{part}: {error.problem}", expected=error.expected, found=error.found,
-                          hint=error.hint) from error  # fmt: skip
+        raise error.at(part) from error
 
 
 def _check_final_freeze(final: Recipe, space: Space, network: EfficientFormer, supernet: Supernet) -> None:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from efficientformer.latency.table import HERE, LatencyTable, likeness, table_command
-from efficientformer.slimming.plan import Plan
+from efficientformer.slimming.plan import TABLE, Plan
 from efficientformer.slimming.space import Space, table_space
 from efficientformer.slimming.watch import table_progress
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import SpecError, UsageError
 
-TABLE = "table.json"
 ASKED = "asked for"  # in a measured table's environment: what the plan left to choose, and what it did not
 
 

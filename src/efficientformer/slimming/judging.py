@@ -18,7 +18,7 @@ from efficientformer.slimming.channels import Order, by_chance, by_importance, b
 from efficientformer.slimming.extract import Pool
 from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.judge import Pictures, PoolJudge, Recovery
-from efficientformer.slimming.plan import LEAST_CALIBRATION, Plan
+from efficientformer.slimming.plan import IMPORTANCES, LEAST_CALIBRATION, PATH, TABLE, Plan
 from efficientformer.slimming.search import EVERY, Device, PathFile, Search, Step
 from efficientformer.slimming.space import Space
 from efficientformer.slimming.subject import SupernetSubject
@@ -31,10 +31,9 @@ from efficientformer.training.setup import Prepared, build_task, prepare
 from efficientformer.training.state import RunFolder
 from efficientformer.training.task import AUTOCAST
 from efficientformer.weights.checkpoint import save_native
-from efficientformer.weights.files import atomic_write
+from efficientformer.weights.files import write_json
 
 WEIGHTS = "supernet/last.safetensors"  # its temperature has fallen; best would be chosen by what scores the cuts
-IMPORTANCES = "importances.json"
 
 
 @dataclass
@@ -87,8 +86,7 @@ class Bench:
         supernet, _ = load_supernet(folder / WEIGHTS)
         shares = supernet.probabilities()
         data = {"shares": shares, "paths": Importances.of(shares).paths}
-        with atomic_write(folder / IMPORTANCES) as file:
-            file.write((json.dumps(data, indent=1) + "\n").encode())
+        write_json(folder / IMPORTANCES, data)
 
     def __enter__(self) -> Bench:
         return self
@@ -104,8 +102,9 @@ class Bench:
         breadth = EVERY if options.joint else options.breadth
         if options.importances == "shuffled":
             importances = importances.shuffled(self._shuffle_seed)
-        (self.folder / "search").mkdir(exist_ok=True)
-        file = PathFile(self.folder / "search" / "path.json", self.space, self._identity())
+        path = self.folder / PATH
+        path.parent.mkdir(exist_ok=True)
+        file = PathFile(path, self.space, self._identity())
         judge = self._searching = self._judge()
         return Search(self.space, importances, device, judge, file, breadth, progress, options.goal,
                       options.max_params)  # fmt: skip
@@ -156,7 +155,7 @@ class Bench:
     def _identity(self) -> str:
         """Return what the path depends on: supernet, pictures, latency table, options."""
         digest = hashlib.sha256((self.folder / WEIGHTS).read_bytes())
-        digest.update((self.folder / "table.json").read_bytes())
+        digest.update((self.folder / TABLE).read_bytes())
         digest.update(json.dumps([dataclasses.asdict(self.plan.options), self.prepared.digest]).encode())
         return digest.hexdigest()
 

@@ -18,9 +18,10 @@ from efficientformer.spec.errors import SpecError, UsageError, nearest
 from efficientformer.spec.fields import as_list, check_choice, check_int, check_keys, check_number
 from efficientformer.spec.variants import v1_spec
 from efficientformer.training.recipe import Recipe, override
-from efficientformer.weights.files import atomic_write
+from efficientformer.weights.files import write_json
 
-PLAN = "slim.json"
+# Files of a run folder that several modules read or write.
+PLAN, TABLE, IMPORTANCES, PATH = "slim.json", "table.json", "importances.json", "search/path.json"
 FOUND: dict[str, Any] = {"model": "auto", "spec": None, "input_size": 0}  # of the final recipe: the search finds them
 LEAST_CALIBRATION = 2  # pictures: where a map has one pixel, a single one has no variance
 SUPERNET = "supernet"  # as a teacher: the start network, trained as part of the supernet
@@ -203,8 +204,7 @@ class Plan:
         parts: dict[str, Any] = {"supernet": self.supernet.to_dict(), "final": self.final.to_dict()}
         parts["start"] = None if self.start is None else self.start.to_dict()
         data = {**plain, **parts, "options": dataclasses.asdict(self.options)}
-        with atomic_write(folder / PLAN) as file:
-            file.write((json.dumps(data, indent=2) + "\n").encode())
+        write_json(folder / PLAN, data, indent=2)
 
     @classmethod
     def load(cls, folder: Path) -> Plan:

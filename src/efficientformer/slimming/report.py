@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from efficientformer.latency.table import LatencyTable
 from efficientformer.reporting.page import Page, new_figure, plain, png
-from efficientformer.slimming.plan import Plan
+from efficientformer.slimming.plan import IMPORTANCES, Plan
 from efficientformer.slimming.search import Step, reachable
 from efficientformer.spec.arch import ArchSpec, load_json
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import SpecError
 from efficientformer.spec.fields import as_list, check_number
-from efficientformer.weights.files import atomic_write
+from efficientformer.weights.files import atomic_write, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +85,7 @@ def write_report(
     rows = path_rows(steps, measured)
     _write(folder / "path.csv", _csv(rows).encode())
     described = [{**row, "spec": step.candidate.spec.to_dict()} for row, step in zip(rows, steps, strict=True)]
-    _write(folder / "path.json", (json.dumps(described, indent=1) + "\n").encode())
+    write_json(folder / "path.json", described)
     comparisons = read_comparisons(folder / COMPARISONS)
     figure = draw_path(steps, measured, networks, comparisons, f"{table.engine}, {table.precision}")
     _write(folder / "accuracy_latency.png", png(figure))
@@ -301,7 +300,7 @@ def _some(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _importances(folder: Path, start: Step) -> list[list[float]]:
-    path = folder / "importances.json"
+    path = folder / IMPORTANCES
     data = load_json(f"the importances {path}", path.read_bytes())
     rows = as_list(f"importances in {path}", data.get("paths") if isinstance(data, dict) else None, 4)
     found = [as_list(f"importances of a stage in {path}", row, 256) for row in rows]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import shlex
 import shutil
@@ -35,7 +34,7 @@ from efficientformer.slimming.check import check_run
 from efficientformer.slimming.device import Measured
 from efficientformer.slimming.extract import frozen_parts
 from efficientformer.slimming.judging import Bench, check_pictures
-from efficientformer.slimming.plan import PLAN, SUPERNET, Plan, make_folder
+from efficientformer.slimming.plan import IMPORTANCES, PATH, PLAN, SUPERNET, TABLE, Plan, make_folder
 from efficientformer.slimming.report import Finished, write_report
 from efficientformer.slimming.search import PathFile, Search, Step, check_targets, first_within, reachable
 from efficientformer.slimming.space import Space
@@ -50,11 +49,12 @@ from efficientformer.training.lock import LOCK, alone_in
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import Outcome, train
 from efficientformer.training.setup import PlainNetwork
+from efficientformer.training.state import STATE
 from efficientformer.training.subject import Subject
 from efficientformer.weights.checkpoint import load_checkpoint, save_native
-from efficientformer.weights.files import atomic_write
+from efficientformer.weights.files import write_json
 
-PATH, MEASURED, CHOICE = "search/path.json", "search/measured.json", "choice.json"
+MEASURED, CHOICE = "search/measured.json", "choice.json"
 TEACHER = "search/start.safetensors"  # the start network as the search began with it
 TOGETHER = 10  # networks whose latencies are measured, and then kept, at once: a killed run goes on after them
 REPEATS = 0.01  # share of a budget left for what a latency may differ by when it is measured again
@@ -186,8 +186,7 @@ class _SlimRun:
 
     def _train_supernet(self) -> bool:
         """Train the supernet if it is not trained; return whether it is."""
-        importances = self.folder / "importances.json"
-        if importances.exists():
+        if (self.folder / IMPORTANCES).exists():
             return True
         outcome = self._train(self.plan.supernet, self.folder / "supernet", self._subject())
         if outcome.finished:
@@ -197,7 +196,7 @@ class _SlimRun:
     def _train(self, recipe: Recipe, folder: Path, subject: Subject) -> Outcome:
         """Train in a folder of this run, or go on there."""
         options: dict[str, Any] = {"quiet": self.quiet, "subject": subject}
-        if (folder / "state.pt").exists():
+        if (folder / STATE).exists():
             return train(data=self.plan.data, resume=folder, **options)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its first checkpoint
         return train(recipe, self.plan.data, folder, **options)
@@ -323,7 +322,7 @@ def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, qui
     if (folder / PLAN).exists():
         hint = f"Go on with: efficientformer slim --resume {shlex.quote(str(folder))}; or choose another --output"
         raise UsageError(f"{folder} holds a run already", hint=hint)
-    kept = folder / device.TABLE  # of a run that was refused after it had measured one
+    kept = folder / TABLE  # of a run that was refused after it had measured one
     _check_empty(folder, but={LOCK, kept.name} if table is None else {LOCK})
     plan.check()
     plan = decide(dataclasses.replace(plan, data=str(Path(plan.data).absolute())))
@@ -440,5 +439,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, data: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write((json.dumps(data, indent=1) + "\n").encode())
+    write_json(path, data)

@@ -10,7 +10,6 @@ written, without scoring them again, and goes on to the path an uninterrupted on
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +25,7 @@ from efficientformer.spec.arch import ArchSpec, load_json
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.fields import as_list, check_int, check_keys, check_number
-from efficientformer.weights.files import atomic_write
+from efficientformer.weights.files import write_json
 
 EVERY = 1000  # as a breadth: all cuts there are
 
@@ -153,8 +152,7 @@ class PathFile:
     def write(self, steps: Sequence[Step]) -> None:
         """Write the path; the file before it stands until this one is whole."""
         data = {"identity": self._identity, "start": self._space.start.to_dict(), "steps": [s.to_dict() for s in steps]}
-        with atomic_write(self._path) as file:
-            file.write((json.dumps(data, indent=1) + "\n").encode())
+        write_json(self._path, data)
 
 
 @dataclass
@@ -185,10 +183,6 @@ class Search:
     max_params: int = 0
     steps: list[Step] = field(default_factory=list)
 
-    def check(self, targets: Sequence[float]) -> None:
-        """Raise UsageError, naming the reachable range, if a target cannot be met."""
-        check_targets(self.space, self.device, targets, self.max_params)
-
     def run(self, target_ms: float) -> list[Step]:
         """Slim until the predicted latency is at most the target, and the parameters are within their limit.
 
@@ -198,7 +192,7 @@ class Search:
         Raises:
             UsageError: If the target cannot be reached, or the file holds another search.
         """
-        self.check([target_ms])
+        check_targets(self.space, self.device, [target_ms], self.max_params)
         if not self.steps:
             self.steps = self.file.read()
             for step in self.steps:

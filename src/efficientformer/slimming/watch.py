@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from efficientformer.slimming.search import Step
+from efficientformer.spec.progress import Progress
+from efficientformer.training.watch import new_bar
 
 
 class SearchWatch:
@@ -30,7 +32,7 @@ class SearchWatch:
 
     def __enter__(self) -> SearchWatch:
         if not self._quiet and sys.stderr.isatty():
-            self._bar = _new_bar()
+            self._bar = new_bar()
             self._task = self._bar.add_task("slimming", total=max(1e-9, self._start - self._target))
             self._bar.start()
         return self
@@ -57,21 +59,11 @@ class SearchWatch:
 
 
 @contextmanager
-def table_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+def table_progress(*, quiet: bool) -> Iterator[Progress | None]:
     """Show how far the measuring of a latency table is: told what is done, how much of it, and of how much."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
-    with _new_bar() as bar:
+    with new_bar() as bar:
         task = bar.add_task("latency table", total=1)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-
-
-def _new_bar() -> Any:  # noqa: ANN401 (rich is imported only where there is a terminal)
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
-    )  # fmt: skip

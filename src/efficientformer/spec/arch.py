@@ -16,6 +16,7 @@ from typing import Any
 from efficientformer.spec import geometry
 from efficientformer.spec.errors import InputSizeError, SpecError, UsageError
 from efficientformer.spec.fields import as_list, as_pair, check_bool, check_choice, check_int, check_keys, check_number
+from efficientformer.spec.geometry import NUM_STAGES, Grid
 
 SCHEMA = 1
 
@@ -23,7 +24,6 @@ SCHEMA = 1
 # and the same preceded by attention on maps.
 BLOCK_KINDS = {"v1": ("mb4d", "mb3d"), "v2": ("ffn", "attn_ffn")}
 ATTENTION_KINDS = ("mb3d", "attn_ffn")
-NUM_STAGES = 4
 ATTENTION_STAGES = (2, 3)  # zero-based: attention is quadratic in the tokens, so only the last two stages may hold it
 
 
@@ -182,14 +182,16 @@ class ArchSpec:
         )
 
     @property
-    def total_stride(self) -> int:
-        """Stride of the last stage's map."""
-        return self.stem_stride << (NUM_STAGES - 1)
-
-    @property
-    def grids(self) -> tuple[tuple[int, int], ...]:
+    def grids(self) -> tuple[Grid, ...]:
         """Height and width of each stage's map at ``input_size``."""
         return geometry.stage_grids(self.input_size, self.stem_stride)
+
+    @property
+    def attention_grids(self) -> dict[int, Grid]:
+        """Zero-based stages to the maps that attention is bound to: each pair of their positions has its own bias."""
+        bound = {i for i, stage in enumerate(self.stages) if any(block.has_attention for block in stage.blocks)}
+        bound |= {j for i, stage in enumerate(self.stages) if stage.embedding == "attn" for j in (i - 1, i)}
+        return {stage: self.grids[stage] for stage in sorted(bound)}
 
     @property
     def strided_stages(self) -> tuple[int, ...]:
@@ -221,9 +223,9 @@ class ArchSpec:
         """Return plain dicts, lists, numbers and strings; ``from_dict`` gives the equal spec back."""
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
-    def to_json(self, indent: int | None = None) -> str:
+    def to_json(self) -> str:
         """Return the spec as JSON text."""
-        return json.dumps(self.to_dict(), indent=indent)
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: object) -> ArchSpec:
@@ -266,8 +268,7 @@ def read_spec(path: Path) -> ArchSpec:
     try:
         return ArchSpec.from_json(text)
     except SpecError as error:
-        raise SpecError(f"{path}: {error.problem}", expected=error.expected, found=error.found,
-                        hint=error.hint) from error  # fmt: skip
+        raise error.at(path) from error
 
 
 def load_json(name: str, text: str | bytes) -> object:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from efficientformer.spec import geometry
 from efficientformer.spec.arch import ArchSpec, AttentionSpec, BlockSpec, StageSpec
-
-Grid = tuple[int, int]
+from efficientformer.spec.geometry import Grid
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Self
 
 
 class EfficientFormerError(Exception):
@@ -30,6 +32,10 @@ class EfficientFormerError(Exception):
         text = "; ".join(parts) + "."
         end = "" if hint.endswith("?") else "."
         super().__init__(f"{text} {hint.rstrip('.')}{end}" if hint else text)
+
+    def at(self, place: object) -> Self:
+        """Return the error again, saying at which place, such as a file, it was met."""
+        return type(self)(f"{place}: {self.problem}", expected=self.expected, found=self.found, hint=self.hint)
 
 
 class UsageError(EfficientFormerError, ValueError):
@@ -96,3 +102,16 @@ def missing_extra(extra: str, purpose: str, cause: ImportError) -> MissingExtraE
         found=f"no module named {cause.name!r}" if cause.name else str(cause),
         hint=f"Install it with: pip install 'efficientformer[{extra}]'",
     )
+
+
+def require(extra: str, purpose: str, *libraries: str) -> None:
+    """Find out before any work whether libraries that ``efficientformer[extra]`` installs can be imported.
+
+    Raises:
+        MissingExtraError: If one cannot.
+    """
+    try:
+        for library in libraries:
+            import_module(library)
+    except ImportError as error:
+        raise missing_extra(extra, purpose, error) from error

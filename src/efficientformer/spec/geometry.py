@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from itertools import count
 
+Grid = tuple[int, int]  # height and width of a map, or of an input in pixels
+
 NUM_STAGES = 4
+STEM_STRIDES = {4: (2, 2), 2: (2, 1), 1: (1, 1)}  # the stem's total stride to those of its two convolutions
 
 
 def halve(side: int) -> int:
@@ -22,30 +25,32 @@ def stage_sides(side: int, stem_stride: int) -> tuple[int, ...]:
     return tuple(sides)
 
 
-def stage_grids(size: tuple[int, int], stem_stride: int) -> tuple[tuple[int, int], ...]:
+def stage_grids(size: Grid, stem_stride: int) -> tuple[Grid, ...]:
     """Return (height, width) of each stage's map for an input size in pixels."""
     heights, widths = (stage_sides(side, stem_stride) for side in size)
     return tuple(zip(heights, widths, strict=True))
 
 
+def least_side(stem_stride: int) -> int:
+    """Return the smallest input side in pixels: the stride of the last stage's map."""
+    return stem_stride << (NUM_STAGES - 1)
+
+
 def is_legal_side(side: int, stem_stride: int, strided_stages: tuple[int, ...]) -> bool:
     """Whether an input side works: no smaller than the total stride, and even maps where attention is strided."""
     sides = stage_sides(side, stem_stride)
-    return side >= stem_stride * 2 ** (NUM_STAGES - 1) and all(sides[stage] % 2 == 0 for stage in strided_stages)
+    return side >= least_side(stem_stride) and all(sides[stage] % 2 == 0 for stage in strided_stages)
 
 
 def nearest_legal_side(side: int, stem_stride: int, strided_stages: tuple[int, ...]) -> int:
     """Return the legal input side nearest to ``side``, the larger one where two are as near."""
-    for distance in count():
-        for candidate in (side + distance, side - distance):
-            if candidate > 0 and is_legal_side(candidate, stem_stride, strided_stages):
-                return candidate
-    raise AssertionError("unreachable: legal sides have no upper end")
+    candidates = (candidate for distance in count() for candidate in (side + distance, side - distance))
+    return next(each for each in candidates if each > 0 and is_legal_side(each, stem_stride, strided_stages))
 
 
 def describe_legal_sides(stem_stride: int, strided_stages: tuple[int, ...]) -> str:
     """Say in words which input sides are legal."""
-    least = stem_stride * 2 ** (NUM_STAGES - 1)
+    least = least_side(stem_stride)
     if not strided_stages:
         return f"sides of at least {least} pixels"
     step = stem_stride * 2 ** max(strided_stages)

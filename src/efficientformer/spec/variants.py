@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from efficientformer.spec.arch import ArchSpec, AttentionSpec, BlockSpec, StageSpec
+from efficientformer.spec.fields import as_pair
 
 # Widths, blocks per stage, and how many last blocks of stage 4 are MB3D: V1 paper, table 5 (appendix).
 _V1 = {
@@ -65,7 +66,7 @@ def v1_spec(
     return ArchSpec(
         "v1",
         tuple(stages),
-        input_size,  # type: ignore[arg-type]  # one number is made a pair by the spec
+        as_pair("input size", input_size),
         in_chans=in_chans,
         num_classes=num_classes,
         distilled=distilled,
@@ -112,7 +113,7 @@ def v2_spec(
     return ArchSpec(
         "v2",
         tuple(stages),
-        input_size,  # type: ignore[arg-type]
+        as_pair("input size", input_size),
         in_chans=in_chans,
         num_classes=num_classes,
         distilled=distilled,

@@ -67,10 +67,15 @@ class WeightsSource:
     filename: str
     layout: str
     preprocess: PreprocessSpec
-    alias: str = ""
+    alias: str
     sha256: str = ""
     top1: float | None = None
     top5: float | None = None
+
+    @property
+    def aliases(self) -> set[str]:
+        """The project's own names for these weights: mmpretrain's checkpoint and its old names lack the batch size."""
+        return {self.alias, self.alias.replace("_8xb128", "")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +121,9 @@ class ModelCard:
         short = {self.short}
         if self.paper == "2212.08059":
             short |= {f"v2_{self._variant}", f"efficientformer_v2_{self._variant}"}
-        names = {self.name.replace("_", "-"), *short, *(source.alias for source in self.sources)}
-        names |= {source.alias.replace("_8xb128", "") for source in self.sources}  # the checkpoint's and old names
+        names = {self.name.replace("_", "-"), *short}.union(*(source.aliases for source in self.sources))
         names |= {source.alias.replace("3rdparty_", "") for source in self.sources if source.name == "mmpretrain"}
-        return tuple(sorted(names - {"", self.name}))
+        return tuple(sorted(names - {self.name}))
 
     def source(self, name: str) -> WeightsSource | None:
         """Return the source called ``name``, or None."""
@@ -195,8 +199,7 @@ def resolve(name: str) -> Resolved:
     names: dict[str, ModelCard] = {}
     for card in cards():
         for source in card.sources:
-            variants = {source.alias, source.alias.replace("_8xb128", "")} - {""}
-            if wanted in {variant.lower() for variant in variants}:
+            if wanted in {alias.lower() for alias in source.aliases}:
                 return Resolved(card, source)
         names |= {alias.lower(): card for alias in (*card.aliases, card.name)}
     if wanted in names:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.errors import SpecError, UsageError, missing_extra
 from efficientformer.training.recipe import Recipe
+from efficientformer.weights.loading import HEADS
 
-HEADS = ("head.", "head_dist.", "norm.")
+BEHIND_BODY = (*HEADS, "norm.")  # what is not the body
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # also the synchronised one
 _PART = re.compile(r"stages\.\d|[^.]+")  # what a parameter belongs to, first of all
 _BLOCK = re.compile(r"stages\.(\d)\.(?:blocks\.(\d+)|embedding)")
@@ -138,7 +139,7 @@ def clip_gradients(model: EfficientFormer, recipe: Recipe) -> None:
     if recipe.clip == "agc":
         from timm.utils.agc import adaptive_clip_grad
 
-        body: Iterable[Tensor] = [p for n, p in model.named_parameters() if not n.startswith(HEADS[:2])]
+        body: Iterable[Tensor] = [p for n, p in model.named_parameters() if not n.startswith(HEADS)]
         adaptive_clip_grad([p for p in body if p.grad is not None], clip_factor=recipe.clip_at)
     elif recipe.clip == "norm":
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_at)
@@ -161,7 +162,7 @@ def freeze(model: EfficientFormer, prefixes: Iterable[str]) -> list[nn.Module]:
     """
     names = [name for name, _ in model.named_parameters()]
     for prefix in prefixes:
-        chosen = [n for n in names if not n.startswith(HEADS)] if prefix == "body" else _under(prefix, names)
+        chosen = [n for n in names if not n.startswith(BEHIND_BODY)] if prefix == "body" else _under(prefix, names)
         if not chosen:
             parts = ", ".join(dict.fromkeys(_PART.findall(name)[0] for name in names))
             raise UsageError(f"freeze={prefix!r} matches nothing", hint=f"Parts are body, {parts} ...")

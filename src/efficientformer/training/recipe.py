@@ -312,8 +312,7 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         return Recipe.from_dict(load_json("the recipe", data) if file.suffix == ".json" else _assignments(data))
     except SpecError as error:
-        raise SpecError(f"{file}: {error.problem}", expected=error.expected, found=error.found,
-                        hint=error.hint) from error  # fmt: skip
+        raise error.at(file) from error
 
 
 def override(recipe: Recipe, settings: Iterable[str], **changes: Any) -> Recipe:  # noqa: ANN401 (fields, checked)

@@ -20,10 +20,10 @@ import torch
 from efficientformer.data.source import ImageSource
 from efficientformer.evaluation.distributed import Team
 from efficientformer.evaluation.evaluate import evaluate
-from efficientformer.evaluation.report import require_libraries
 from efficientformer.evaluation.result import Evaluation
 from efficientformer.evaluation.torch_predictor import TorchPredictor
 from efficientformer.models.network import EfficientFormer
+from efficientformer.reporting.page import require_libraries
 from efficientformer.spec.errors import EfficientFormerError, EngineError, TrainingError, UsageError, missing_extra
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest

@@ -1,4 +1,4 @@
-"""From a recipe and a data set to everything the loop needs: network, manifest, pictures, optimiser, task."""
+"""From a recipe and a data set to what the loop needs but the optimiser: network, manifest, pictures, task."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from efficientformer.spec.errors import CheckpointError, TrainingError, UsageErr
 from efficientformer.spec.fields import check_choice, check_count, check_int, check_keys
 from efficientformer.training.lock import LOCK
 from efficientformer.training.recipe import Recipe, load_recipe
-from efficientformer.weights.files import atomic_write
+from efficientformer.weights.files import atomic_write, write_json
 
 STATE = "state.pt"
 BEFORE_FIRST_STEP = {
@@ -190,8 +190,7 @@ class RunFolder:
         after = {**before, **changes}
         if after == before:
             return
-        with atomic_write(self.path / "data.json") as file:
-            file.write((json.dumps(after, indent=2) + "\n").encode())
+        write_json(self.path / "data.json", after, indent=2)
 
     def save_state(self, parts: Mapping[str, Any], progress: Progress) -> None:
         """Write everything a run needs to go on from here.

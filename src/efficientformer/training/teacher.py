@@ -192,12 +192,9 @@ def _open_timm(recipe: Recipe, student: Manifest, dtype: torch.dtype | None) -> 
     except ImportError as error:
         raise missing_extra("train", "A timm teacher", error) from error
     name = recipe.teacher.removeprefix(TIMM)
-    weights: dict[str, Any] = (
-        {"checkpoint_path": recipe.teacher_weights} if recipe.teacher_weights else {"pretrained": True}
-    )
-    extra: dict[str, Any] = {"num_classes": student.spec.num_classes} if recipe.teacher_weights else {}
+    own: dict[str, Any] = {"checkpoint_path": recipe.teacher_weights, "num_classes": student.spec.num_classes}
     try:
-        network = timm.create_model(name, **weights, **extra)
+        network = timm.create_model(name, **(own if recipe.teacher_weights else {"pretrained": True}))
     except Exception as error:  # timm, huggingface_hub and torch.load each raise their own
         hint = "Put the weights into a file and name it with teacher_weights"
         raise TrainingError(f"timm cannot make the teacher {name!r}", found=str(error)[:300], hint=hint) from error

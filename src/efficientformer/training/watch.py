@@ -43,19 +43,9 @@ class Watch:
             self._log = (folder / "train.log").open("a", encoding="utf-8", errors="backslashreplace")
             self._events = SummaryWriter(folder / "tensorboard", purge_step=first)
         if not self._quiet and sys.stderr.isatty():
-            self._bar, self._task = self._open_bar(first)
-
-    def _open_bar(self, first: int) -> tuple[Any, Any]:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
-        )  # fmt: skip
-        task = bar.add_task("training", total=self._total, completed=first)
-        bar.start()
-        return bar, task
+            self._bar = new_bar()
+            self._task = self._bar.add_task("training", total=self._total, completed=first)
+            self._bar.start()
 
     @property
     def images_per_s(self) -> float:
@@ -98,8 +88,8 @@ class Watch:
     def scalars(self, values: Mapping[str, float | int | None], step: int) -> None:
         """Add values to TensorBoard."""
         with self._tolerating():
-            for name, value in values.items() if self._events is not None else ():
-                if value is not None and name not in ("step", "epoch") and self._events is not None:
+            for name, value in values.items():
+                if self._events is not None and value is not None and name not in ("step", "epoch"):
                     self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -119,6 +109,17 @@ class Watch:
         except OSError as error:
             self._log = self._events = None
             sys.stderr.write(f"warning: the log cannot be written any more: {error}\n")
+
+
+def new_bar() -> Any:  # noqa: ANN401 (rich is imported only where there is a terminal)
+    """Return a bar for one long job: what is done now, the share done, the time gone and the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
+    )  # fmt: skip
 
 
 def duration(seconds: float) -> str:

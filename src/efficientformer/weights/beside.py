@@ -188,7 +188,7 @@ def _fitted(
 ) -> PreprocessSpec:  # fmt: skip
     """Return ``usual`` as it is said to be."""
     height, width = as_pair("input size", size)
-    if not _fits(spec, spec.with_input_size((height, width))):
+    if spec.with_input_size((height, width)).attention_grids != spec.attention_grids:
         expected = "x".join(map(str, spec.input_size))
         raise SpecError("The weights are for another input size", expected=expected, found=f"{height}x{width}")
     change |= {"input_size": (height, width)}
@@ -199,10 +199,3 @@ def _fitted(
     if spec.in_chans == 1 and len(preprocess.mean) != 1:
         preprocess = preprocess.grey()
     return preprocess
-
-
-def _fits(spec: ArchSpec, other: ArchSpec) -> bool:
-    """Whether the weights of a network are those of the same for another input size: its attention has equal grids."""
-    attend = {i for i, stage in enumerate(spec.stages) if any(block.has_attention for block in stage.blocks)}
-    embed = {j for i, stage in enumerate(spec.stages) if stage.embedding == "attn" for j in (i - 1, i)}
-    return all(spec.grids[index] == other.grids[index] for index in attend | embed)

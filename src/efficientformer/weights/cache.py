@@ -14,51 +14,22 @@ import os
 import re
 import shutil
 import stat
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from efficientformer.spec.errors import DownloadError, UsageError
+from efficientformer.spec.whole import whole_file
 from efficientformer.spec.zoo import WeightsSource
+from efficientformer.weights.progress import Progress
 
 HOME_VARIABLE = "EFFICIENTFORMER_HOME"
 _LOCK_TIMEOUT = 3600.0  # seconds; longer than any download worth waiting for
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 # Weights are binary: a safetensors header length, a zip or a pickle never reads as markup without a zero byte.
 _MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<[!?A-Za-z][^\x00]*\Z")
-
-Progress = Callable[[str, int, int | None], None]
-"""Who watches a download: called with what is done, the bytes that are here, and all bytes (None: unknown)."""
-
-
-@contextmanager
-def terminal_progress(*, quiet: bool = False) -> Iterator[Progress | None]:
-    """Give a bar with bytes, speed and time left on standard error; None if quiet, or if that is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        tasks = {}
-
-        def report(label: str, done: int, total: int | None) -> None:
-            if label not in tasks:  # begun where a resumed transfer begins, else the speed would count old bytes
-                tasks[label] = bar.add_task(label, total=total, completed=done)
-            bar.update(tasks[label], completed=done, total=total)
-
-        yield report
-
-
-def silent(label: str, done: int, total: int | None) -> None:
-    """Print nothing, as a library should."""
 
 
 class SourceFailedError(DownloadError):
@@ -319,6 +290,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(data), encoding="utf-8")
-    draft.replace(path)
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(data), encoding="utf-8")

@@ -160,11 +160,9 @@ def save_foreign(path: str | Path, state: Mapping[str, Tensor], spec: ArchSpec, 
 
 def _check_geometry(spec: ArchSpec, layout: str) -> None:
     """Refuse what no tensor of a foreign file can say, and what its code would silently build otherwise."""
-    attends = any(block.has_attention for stage in spec.stages for block in stage.blocks)
-    attends = attends or any(stage.embedding == "attn" for stage in spec.stages)
     if spec.stem_stride != STEM_STRIDE:
         found = f"stem stride {spec.stem_stride}"
-    elif attends and any(height != width for height, width in spec.grids[2:]):
+    elif any(height != width for height, width in spec.attention_grids.values()):
         found = f"input {'x'.join(map(str, spec.input_size))}"
     else:
         return

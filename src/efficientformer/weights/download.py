@@ -27,15 +27,14 @@ from efficientformer.spec.zoo import WeightsSource
 from efficientformer.weights.cache import (
     Cache,
     Part,
-    Progress,
     SourceFailedError,
     check_file,
     hub_cached,
     sha256_of,
-    silent,
     web_page,
     writing_to,
 )
+from efficientformer.weights.progress import Progress, silent
 
 OFFLINE_VARIABLES = ("EFFICIENTFORMER_OFFLINE", "HF_HUB_OFFLINE")
 _CHUNK = 1 << 20

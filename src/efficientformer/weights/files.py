@@ -6,10 +6,9 @@ Everything here distrusts the file: it may be truncated, of another kind, or mad
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
+import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from efficientformer.spec.errors import CheckpointError
 from efficientformer.spec.manifest import METADATA_KEY
+from efficientformer.spec.whole import whole_file
 from efficientformer.weights.pickles import read_pickle
 
 MAX_TENSORS = 100_000
@@ -174,15 +174,18 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         CheckpointError: If the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("xb") as file:
+        with whole_file(path) as temporary, temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         raise CheckpointError(f"Cannot write {path}", found=str(error)) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+
+
+def write_json(path: Path, data: object, *, indent: int = 1) -> None:
+    """Write a file of JSON, which is there whole or not at all.
+
+    Raises:
+        CheckpointError: If the file cannot be written.
+    """
+    with atomic_write(path) as file:
+        file.write((json.dumps(data, indent=indent) + "\n").encode())

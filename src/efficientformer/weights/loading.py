@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from efficientformer.models.attention import Grid, OffsetAttention
-from efficientformer.models.network import EfficientFormer
+from efficientformer.models.attention import OffsetAttention
+from efficientformer.models.network import EfficientFormer, init_weights
 from efficientformer.spec.errors import CheckpointError
+from efficientformer.spec.geometry import Grid
 from efficientformer.weights.checkpoint import Checkpoint, WeightsWarning
 from efficientformer.weights.formats.layout import BIASES, skeleton
 
@@ -52,7 +53,8 @@ def load_into(
         said.append(f"the stem's stride goes from {change}: the network sees everything at another scale")
     model.load_state_dict(state)
     if reset_head:
-        _init_heads(model)
+        for head in filter(None, (model.head, model.head_dist)):
+            init_weights(head)
     for sentence in said:
         warnings.warn(sentence[0].upper() + sentence[1:], WeightsWarning, stacklevel=2)
 
@@ -127,10 +129,3 @@ def _check_fit(
     if wanted.keys() != shapes.keys():
         hint = "Build it with distilled=False, or give reset_head=True for new heads to be trained"
         raise CheckpointError("The network has a distillation head (head_dist) and the weights have none", hint=hint)
-
-
-def _init_heads(model: EfficientFormer) -> None:
-    """Initialise the heads as a new network's are."""
-    for head in filter(None, (model.head, model.head_dist)):
-        nn.init.trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,10 +19,10 @@ from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import IMAGENET_MEAN, PreprocessSpec
 from efficientformer.spec.zoo import EMBEDDED, LAYOUT_PREPROCESS, ModelCard, WeightsSource, resolve
 from efficientformer.weights.beside import known_labels, read_beside
-from efficientformer.weights.cache import Progress
 from efficientformer.weights.checkpoint import Checkpoint, WeightsWarning, load_checkpoint
 from efficientformer.weights.download import fetch
 from efficientformer.weights.loading import load_into
+from efficientformer.weights.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Overrides:
         distilled: Whether to have a distillation head.
     """
 
-    input_size: int | tuple[int, int] | None = None
+    input_size: int | Sequence[int] | None = None
     num_classes: int | None = None
     in_chans: int | None = None
     distilled: bool | None = None

@@ -17,13 +17,13 @@ from torch import Tensor
 from efficientformer.spec.arch import (
     ATTENTION_KINDS,
     BLOCK_KINDS,
-    NUM_STAGES,
     ArchSpec,
     AttentionSpec,
     BlockSpec,
     StageSpec,
 )
 from efficientformer.spec.errors import CheckpointError
+from efficientformer.spec.geometry import NUM_STAGES, Grid
 from efficientformer.weights.formats.detect import detect_family, get_layout
 from efficientformer.weights.formats.layout import BIASES, SAME, Layout, Rules, join, rename
 
@@ -52,7 +52,7 @@ def infer_spec(state: Mapping[str, Tensor], layout: str) -> ArchSpec:
     return ArchSpec(
         names.layout.family,
         tuple(stages),
-        _input_side(names, attentions),  # type: ignore[arg-type]  # one number is made a pair by the spec
+        _input_size(names, attentions),
         in_chans=names.shape(_Part(0, names.layout.stem, "stem"), "conv1.conv.weight", 4)[1],
         num_classes=names.shape(_Part(3, names.layout.head, "head"), "weight", 2)[0],
         distilled=bool(names.below(names.layout.head_dist)),
@@ -167,8 +167,8 @@ def _attention(names: _Names, attentions: Sequence[_Part]) -> AttentionSpec:
     return AttentionSpec(**sizes)
 
 
-def _input_side(names: _Names, attentions: Sequence[_Part]) -> int:
-    """Return the side of the smallest square input that gives the grids of the bias tables."""
+def _input_size(names: _Names, attentions: Sequence[_Part]) -> Grid:
+    """Return the smallest square input (height, width) that gives the grids of the bias tables."""
     sides: dict[int, int] = {}  # by stage
     for part in attentions:
         embeds = part.kind == "attn"
@@ -184,6 +184,7 @@ def _input_side(names: _Names, attentions: Sequence[_Part]) -> int:
         # an embedding attends to the map of the stage before it
         sides.setdefault(part.stage - embeds, side * _stride(names, part))
     if not sides:
-        return DEFAULT_SIDE
+        return DEFAULT_SIDE, DEFAULT_SIDE
     stage = min(sides)
-    return (sides[stage] * STEM_STRIDE) << stage
+    side = (sides[stage] * STEM_STRIDE) << stage
+    return side, side

@@ -81,6 +81,11 @@ class Entry:
     floating: bool = True
 
 
+def same(*names: str) -> Rules:
+    """Return the rules of layers that bear our names over there, too."""
+    return tuple((name, name) for name in names)
+
+
 def conv_norm(ours: str, conv: str, norm: str) -> Rules:
     """Return the rules of one of our ConvNorm layers."""
     return ((f"{ours}.conv", conv), (f"{ours}.norm", norm))
@@ -139,9 +144,7 @@ def skeleton(spec: ArchSpec) -> EfficientFormer:
     Raises:
         CheckpointError: If the attention works on more than 64 x 64 positions.
     """
-    for stage, (grid, previous) in enumerate(zip(spec.grids, ((0, 0), *spec.grids), strict=False)):
-        attends = any(block.has_attention for block in spec.stages[stage].blocks)
-        height, width = previous if spec.stages[stage].embedding == "attn" else grid if attends else (0, 0)
+    for height, width in spec.attention_grids.values():
         if height * width > MAX_TOKENS:
             limit = f"at most {MAX_TOKENS} positions"
             raise CheckpointError("Attention on too large a map", expected=limit, found=f"{height}x{width}")

@@ -6,7 +6,7 @@ in the last stage.
 
 from __future__ import annotations
 
-from efficientformer.weights.formats.layout import BIASES, Layout, conv_norm
+from efficientformer.weights.formats.layout import BIASES, Layout, conv_norm, same
 
 _SCALES = (("layer_scale1.gamma", "ls1.weight"), ("layer_scale2.gamma", "ls2.weight"))
 
@@ -24,13 +24,8 @@ V1 = Layout(
             *_SCALES,
         ),
         "mb3d": (
-            ("norm1", "norm1"),
-            (f"token_mixer.{BIASES}", f"token_mixer.{BIASES}"),
-            ("token_mixer.qkv", "token_mixer.qkv"),
-            ("token_mixer.proj", "token_mixer.proj"),
-            ("norm2", "norm2"),
-            ("mlp.fc1", "mlp.fc1"),
-            ("mlp.fc2", "mlp.fc2"),
+            *same("norm1", f"token_mixer.{BIASES}", "token_mixer.qkv", "token_mixer.proj"),
+            *same("norm2", "mlp.fc1", "mlp.fc2"),
             *_SCALES,
         ),
     },

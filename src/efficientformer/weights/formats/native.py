@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from efficientformer.weights.formats.layout import BIASES, Layout, Rules
-
-
-def _same(*names: str) -> Rules:
-    return tuple((name, name) for name in names)
+from efficientformer.weights.formats.layout import BIASES, Layout, Rules, same
 
 
 def _conv_norms(*names: str) -> tuple[str, ...]:
@@ -14,10 +10,10 @@ def _conv_norms(*names: str) -> tuple[str, ...]:
 
 
 _V1 = {
-    "stem": _same(*_conv_norms("conv1", "conv2")),
-    "conv": _same("conv", "norm"),
-    "mb4d": _same("layer_scale1.gamma", *_conv_norms("mlp.fc1", "mlp.fc2"), "layer_scale2.gamma"),
-    "mb3d": _same(
+    "stem": same(*_conv_norms("conv1", "conv2")),
+    "conv": same("conv", "norm"),
+    "mb4d": same("layer_scale1.gamma", *_conv_norms("mlp.fc1", "mlp.fc2"), "layer_scale2.gamma"),
+    "mb3d": same(
         "norm1",
         *(f"token_mixer.{name}" for name in (BIASES, "qkv", "proj")),
         "layer_scale1.gamma",
@@ -39,9 +35,9 @@ _DOWNSAMPLE = (BIASES, "q.local", *_conv_norms("q.proj", "k", "v", "v_local", "p
 _V2 = {
     "stem": _V1["stem"],
     "conv": _V1["conv"],
-    "attn": _same(*(f"attn.{name}" for name in _DOWNSAMPLE), *_conv_norms("conv")),
-    "ffn": _same(*_FFN),
-    "attn_ffn": _same(*(f"token_mixer.{name}" for name in _MIXER), "layer_scale1.gamma", *_FFN),
+    "attn": same(*(f"attn.{name}" for name in _DOWNSAMPLE), *_conv_norms("conv")),
+    "ffn": same(*_FFN),
+    "attn_ffn": same(*(f"token_mixer.{name}" for name in _MIXER), "layer_scale1.gamma", *_FFN),
 }
 
 

@@ -6,7 +6,7 @@ an index in the last stage; norms of an MLP are registered after both of its con
 
 from __future__ import annotations
 
-from efficientformer.weights.formats.layout import BIASES, Layout, Rules, conv_norm
+from efficientformer.weights.formats.layout import BIASES, Layout, Rules, conv_norm, same
 
 
 def _sequential(ours: str, theirs: str, first: int = 0) -> Rules:
@@ -26,13 +26,8 @@ _V1 = {
     "mb4d": (*_SCALES, *_FC, *_FC_NORMS),
     "mb3d": (
         *_SCALES,
-        ("norm1", "norm1"),
-        (f"token_mixer.{BIASES}", f"token_mixer.{BIASES}"),
-        ("token_mixer.qkv", "token_mixer.qkv"),
-        ("token_mixer.proj", "token_mixer.proj"),
-        ("norm2", "norm2"),
-        ("mlp.fc1", "mlp.fc1"),
-        ("mlp.fc2", "mlp.fc2"),
+        *same("norm1", f"token_mixer.{BIASES}", "token_mixer.qkv", "token_mixer.proj"),
+        *same("norm2", "mlp.fc1", "mlp.fc2"),
     ),
 }
 _MLP_V2 = (*_FC, *conv_norm("mlp.mid", "mlp.mid", "mlp.mid_norm"), *_FC_NORMS)
@@ -40,7 +35,7 @@ _V2 = {
     "stem": _STEM,
     "conv": _CONV,
     "attn": (
-        (f"attn.{BIASES}", f"attn.{BIASES}"),
+        *same(f"attn.{BIASES}"),
         ("attn.q.local", "attn.q.local.0"),
         *_sequential("attn.q.proj", "attn.q.proj"),
         *_sequential("attn.k", "attn.k"),
@@ -52,14 +47,13 @@ _V2 = {
     "ffn": (_SCALES[1], *_MLP_V2),
     "attn_ffn": (
         *_SCALES,
-        (f"token_mixer.{BIASES}", f"token_mixer.{BIASES}"),
+        *same(f"token_mixer.{BIASES}"),
         *_sequential("token_mixer.stride_conv", "token_mixer.stride_conv"),
         *_sequential("token_mixer.q", "token_mixer.q"),
         *_sequential("token_mixer.k", "token_mixer.k"),
         *_sequential("token_mixer.v", "token_mixer.v"),
         *_sequential("token_mixer.v_local", "token_mixer.v_local"),
-        ("token_mixer.talking_head1", "token_mixer.talking_head1"),
-        ("token_mixer.talking_head2", "token_mixer.talking_head2"),
+        *same("token_mixer.talking_head1", "token_mixer.talking_head2"),
         *_sequential("token_mixer.proj", "token_mixer.proj", first=1),
         *_MLP_V2,
     ),

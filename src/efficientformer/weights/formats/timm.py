@@ -5,7 +5,7 @@ In V1 the reshape into tokens (``Flat``) takes an index in the last stage, and t
 
 from __future__ import annotations
 
-from efficientformer.weights.formats.layout import BIASES, Layout, Rules, conv_norm
+from efficientformer.weights.formats.layout import BIASES, Layout, Rules, conv_norm, same
 
 
 def _conv_bn(*names: str) -> Rules:
@@ -16,7 +16,7 @@ _SCALE1, _SCALE2 = ("layer_scale1.gamma", "ls1.gamma"), ("layer_scale2.gamma", "
 
 _V1 = {
     "stem": (*conv_norm("conv1", "conv1", "norm1"), *conv_norm("conv2", "conv2", "norm2")),
-    "conv": (("conv", "conv"), ("norm", "norm")),
+    "conv": same("conv", "norm"),
     "mb4d": (
         _SCALE1,
         *conv_norm("mlp.fc1", "mlp.fc1", "mlp.norm1"),
@@ -24,14 +24,9 @@ _V1 = {
         _SCALE2,
     ),
     "mb3d": (
-        ("norm1", "norm1"),
-        (f"token_mixer.{BIASES}", f"token_mixer.{BIASES}"),
-        ("token_mixer.qkv", "token_mixer.qkv"),
-        ("token_mixer.proj", "token_mixer.proj"),
+        *same("norm1", f"token_mixer.{BIASES}", "token_mixer.qkv", "token_mixer.proj"),
         _SCALE1,
-        ("norm2", "norm2"),
-        ("mlp.fc1", "mlp.fc1"),
-        ("mlp.fc2", "mlp.fc2"),
+        *same("norm2", "mlp.fc1", "mlp.fc2"),
         _SCALE2,
     ),
 }
@@ -41,16 +36,14 @@ _V2 = {
     "conv": (("conv", "conv.conv"), ("norm", "conv.bn")),
     "attn": (
         *_conv_bn("conv"),
-        (f"attn.{BIASES}", f"attn.{BIASES}"),
-        ("attn.q.local", "attn.q.local"),
+        *same(f"attn.{BIASES}", "attn.q.local"),
         *_conv_bn("attn.q.proj", "attn.k", "attn.v", "attn.v_local", "attn.proj"),
     ),
     "ffn": _FFN,
     "attn_ffn": (
-        (f"token_mixer.{BIASES}", f"token_mixer.{BIASES}"),
+        *same(f"token_mixer.{BIASES}"),
         *_conv_bn(*(f"token_mixer.{name}" for name in ("stride_conv", "q", "k", "v", "v_local"))),
-        ("token_mixer.talking_head1", "token_mixer.talking_head1"),
-        ("token_mixer.talking_head2", "token_mixer.talking_head2"),
+        *same("token_mixer.talking_head1", "token_mixer.talking_head2"),
         *_conv_bn("token_mixer.proj"),
         _SCALE1,
         *_FFN,

@@ -1,0 +1,57 @@
+"""Files that are there whole or not at all: written under a hidden name beside their own, which they get at the end."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from efficientformer.spec.errors import UsageError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a hidden file that gets its name, once it is on disk, when the block ends well, and vanishes if it does not.
+
+    Raises:
+        OSError: If ``path`` is a folder, or no file can be created, brought to disk or named there.
+    """
+    if path.is_dir():
+        raise IsADirectoryError("it is a folder")
+    with hidden_file(path) as temporary:
+        yield temporary
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+@contextmanager
+def hidden_file(path: Path) -> Iterator[Path]:
+    """Give a hidden file beside a path, which vanishes with the block unless it got another name.
+
+    Raises:
+        OSError: If no file can be created there.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    temporary.touch(exist_ok=False)  # with the permissions that the umask gives; tempfile's are their owner's alone
+    try:
+        yield temporary
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def named_by(path: Path) -> Iterator[None]:
+    """Turn what the operating system says against a user's file into an error that names the file.
+
+    Raises:
+        UsageError: On any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        hint = "Choose a file in a writable folder"
+        raise UsageError(f"Cannot write {path}", found=error.strerror or str(error), hint=hint) from error
