@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efficientformer.api import Classifier, evaluate_model, get_model, inference_model
+    from efficientformer.api import Classifier, evaluate_model, get_model, inference_model, save_model, transform
     from efficientformer.export.quantize import quantize
     from efficientformer.latency.table import LatencyTable
     from efficientformer.runtime.classifier import Failed, Prediction
@@ -40,8 +40,10 @@ _ROOMS = {
     "load_recipe": "training.recipe",
     "make_plan": "slimming.start",
     "quantize": "export.quantize",
+    "save_model": "api",
     "slim": "slimming.run",
     "train": "training.run",
+    "transform": "api",
 }
 
 __all__ = [  # noqa: PLE0604, RUF100 (names load lazily)
@@ -61,8 +63,10 @@ __all__ = [  # noqa: PLE0604, RUF100 (names load lazily)
     "load_recipe",
     "make_plan",
     "quantize",
+    "save_model",
     "slim",
     "train",
+    "transform",
 ]
 
 

@@ -301,8 +301,10 @@ def test_get_model_says_what_it_changes(native, model):
         get_model("efficientformer_l1", pretrained=native)
     with pytest.raises(UsageError, match="Two weights files"):
         get_model(str(native), pretrained=native)
-    with pytest.raises(CheckpointError):
-        get_model(str(native), in_chans=1)
+    with pytest.warns(UserWarning, match="summed over the colours"):
+        assert get_model(str(native), in_chans=1)(images[:, :1]).shape == (1, 7)
+    with pytest.raises(CheckpointError, match="Other input channels"):
+        get_model(str(native), in_chans=2)
 
 
 def test_build_without_weights_is_random():

@@ -16,7 +16,9 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from efficientformer import get_model
 from efficientformer.models.network import EfficientFormer
+from efficientformer.spec import zoo
 from efficientformer.spec.errors import CheckpointError, UsageError
 from efficientformer.spec.manifest import METADATA_KEY, Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
@@ -523,6 +525,15 @@ class TestLoadInto:
             load_into(model, checkpoint, drop_dist_head=True)
         assert torch.equal(model.head.weight, checkpoint.state["head.weight"])
 
+    def test_kernels_are_summed_over_colours_for_grey_pictures(self, tmp_path):
+        checkpoint = native_checkpoint(tmp_path, V1)
+        model, colour = EfficientFormer(dataclasses.replace(V1, in_chans=1)).eval(), EfficientFormer(V1).eval()
+        load_into(colour, checkpoint)
+        with pytest.warns(WeightsWarning, match="kernels are summed over the colours"):
+            load_into(model, checkpoint)
+        grey = torch.rand(2, 1, 64, 64)
+        torch.testing.assert_close(model(grey), colour(grey.expand(-1, 3, -1, -1)))
+
     def test_another_stem_stride_is_said(self, tmp_path):
         checkpoint = native_checkpoint(tmp_path, V1)
         model = EfficientFormer(dataclasses.replace(V1, stem_stride=1, input_size=(16, 16)))
@@ -533,7 +544,7 @@ class TestLoadInto:
         ("change", "message"),
         [
             ({"num_classes": 7}, "Other classes; expected 7; found 5. reset_head=True"),
-            ({"in_chans": 1}, "Other input channels; expected 1; found 3. Build the network with in_chans=3"),
+            ({"in_chans": 2}, "Other input channels; expected 2; found 3. Build the network with in_chans=3"),
             ({"distilled": False}, "weights have a distillation head.*drop_dist_head=True"),
             (
                 {"stages": V1.stages[:3] + v1_spec(W, (1, 1, 1, 3), 1).stages[3:]},
@@ -554,3 +565,48 @@ class TestLoadInto:
         checkpoint = native_checkpoint(tmp_path, dataclasses.replace(V1, distilled=False))
         with pytest.raises(CheckpointError, match=r"network has a distillation head.*distilled=False"):
             load_into(EfficientFormer(V1), checkpoint)
+
+
+class TestHeadless:
+    """What timm saves of a network that was made with num_classes=0."""
+
+    @pytest.fixture(params=["v1", "v2"])
+    def network(self, request, monkeypatch):
+        """A zoo's network, small."""
+        name, spec = {"v1": ("efficientformer_l1", V1), "v2": ("efficientformerv2_s0", V2)}[request.param]
+        small = dataclasses.replace(zoo.resolve(name).card, spec=spec)
+        monkeypatch.setattr(zoo, "cards", lambda: (small,))
+        return EfficientFormer(spec), name
+
+    def written(self, network, path):
+        theirs = from_ours(network.state_dict(), "timm", network.spec)
+        torch.save({name: tensor for name, tensor in theirs.items() if not name.startswith("head")}, path)
+        return path
+
+    @pytest.mark.parametrize("num_classes", [3, 5, np.int64(1000)])
+    @pytest.mark.filterwarnings("error::UserWarning")
+    def test_new_heads_are_given_where_the_network_is_named(self, network, num_classes, tmp_path):
+        (network, name), path = network, self.written(network[0], tmp_path / "z.pth")
+        with pytest.warns(WeightsWarning, match=rf"heads are new \({num_classes} classes\)"):
+            found = get_model(name, pretrained=path, num_classes=num_classes)
+        assert found.spec == dataclasses.replace(network.spec, num_classes=int(num_classes))
+        assert found.manifest.labels == ()
+        body = {n: t for n, t in found.state_dict().items() if not n.startswith("head")}
+        assert equal(body, {n: t for n, t in network.state_dict().items() if not n.startswith("head")})
+        assert 0.01 < found.head.weight.std() < 0.03
+
+    def test_it_is_refused_where_nothing_says_the_classes(self, network, tmp_path):
+        (network, name), path = network, self.written(network[0], tmp_path / "z.pth")
+        for load in (lambda: get_model(name, pretrained=path), lambda: get_model(path, num_classes=3)):
+            with pytest.raises(
+                CheckpointError, match=r"head\.weight is missing.*name the network, and give num_classes"
+            ):
+                load()
+
+    def test_half_a_head_is_a_damaged_file(self, network, tmp_path):
+        network, name = network
+        theirs = from_ours(network.state_dict(), "timm", network.spec)
+        for lost in ("head.bias", "head_dist.weight", "norm.weight"):
+            torch.save({n: tensor for n, tensor in theirs.items() if n != lost}, tmp_path / "z.pth")
+            with pytest.raises(CheckpointError, match=f"missing: {lost}"):
+                get_model(name, pretrained=tmp_path / "z.pth", num_classes=3)

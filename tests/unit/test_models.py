@@ -2,14 +2,16 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from efficientformer import get_model
 from efficientformer.models.attention import TokenAttention
 from efficientformer.models.layers import LayerScale, StridedDepthwise
 from efficientformer.models.network import EfficientFormer
-from efficientformer.spec.errors import InputSizeError, UsageError
+from efficientformer.spec.errors import InputSizeError, SpecError, UsageError
 from efficientformer.spec.variants import VARIANTS, v1_spec, v2_spec
 from tests.unit.test_spec import SLIMMED
 
@@ -73,6 +75,85 @@ def test_features_of_all_stages_and_the_pooled_ones(name):
         model.extract_feat(images, stage="head")
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_maps_of_some_stages_and_no_stage_more_than_they_need(name):
+    model = EfficientFormer(TINY[name]).eval()
+    images = images_for(model.spec)
+    maps = model.features(images)
+    ran = []
+    for index, stage in enumerate(model.stages):
+        stage.register_forward_hook(lambda *_, index=index: ran.append(index))
+    for wanted, up_to in (((0,), 1), ([1, 2], 3), ((3, 1), 4)):
+        ran.clear()
+        found = model.features(images, wanted)
+        assert ran == list(range(up_to))
+        assert all(torch.equal(a, maps[index]) for a, index in zip(found, wanted, strict=True))
+    assert [m.shape[1] for m in maps] == list(model.channels)
+    sides = [(images.shape[-1] - 1) // stride + 1 for stride in model.strides]
+    assert [m.shape[-1] for m in maps] == sides
+
+
+@pytest.mark.parametrize("wanted", [(), (4,), (-1,), 3, "0"])
+def test_maps_of_no_stage_are_refused(wanted):
+    with pytest.raises(UsageError, match="Illegal out_indices; expected some of the stages 0, 1, 2, 3"):
+        EfficientFormer(TINY["one head"]).features(torch.rand(1, 3, 64, 64), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [("v1 with every part", (0, 1)), ("one head", (0, 1, 2)), ("v2 with every part", (0, 1))],
+)
+def test_the_size_is_bound_by_the_stages_that_run(name, fits):
+    model = EfficientFormer(TINY[name]).eval()
+    images = torch.rand(1, 3, 97, 130)
+    assert [m.shape[-2:] for m in model.features(images, fits)] == [
+        (-(-97 // stride), -(-130 // stride)) for stride in model.strides[: len(fits)]
+    ]
+    with pytest.raises(InputSizeError, match="97x130"):
+        model.features(images, (len(fits),))
+
+
+def test_a_table_is_bound_to_its_own_map_only():
+    """Stage 4's of the sizes 48 and 64 are equal, stage 3's are not."""
+    model = EfficientFormer(TINY["one head"]).eval()
+    assert model(torch.rand(1, 3, 48, 48)).shape == (1, 7)
+    embeds = v2_spec((16, 24, 32, 48), ((4,), (), (3,), ()), 0, input_size=64)  # attends to stage 3's map
+    assert embeds.stages[3].embedding == "attn"
+    assert [embeds.fits((48, 48), stages) for stages in (3, 4)] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["v1 with every part", "v2 with every part", "one head"])
+def test_new_heads(name):
+    model = EfficientFormer(TINY[name]).double().eval()
+    model.head.requires_grad_(False)
+    images = images_for(model.spec).double()
+    maps = model.features(images)
+    model.reset_classifier(np.int64(200))
+    assert model.spec == dataclasses.replace(TINY[name], num_classes=200)
+    assert type(model.spec.num_classes) is int
+    heads = [head for head in (model.head, model.head_dist) if head is not None]
+    assert len(heads) == 1 + model.spec.distilled
+    for head in heads:
+        assert head.weight.dtype == torch.float64
+        assert head.weight.requires_grad
+        assert not head.training
+        assert 0.015 < head.weight.std() < 0.025
+        assert head.bias.abs().max() == 0
+    assert model(images).shape == (2, 200)
+    assert all(torch.equal(a, b) for a, b in zip(model.features(images), maps, strict=True))
+
+
+def test_no_classes_are_refused_and_nothing_is_changed():
+    model = EfficientFormer(TINY["one head"])
+    head = model.head
+    with pytest.raises(SpecError, match=r"from 1 to 1000000; found 0\..*extract_feat\(x\)\[0\].*features\(x\)"):
+        model.reset_classifier(0)
+    with pytest.raises(SpecError, match=r"extract_feat\(x\)\[0\]"):
+        get_model("efficientformer_l1", num_classes=0)
+    assert model.head is head
+    assert model.spec == TINY["one head"]
+
+
 def test_evaluation_returns_the_mean_of_the_heads_logits():
     model = EfficientFormer(TINY["v2 with every part"]).eval()
     images = images_for(model.spec)
@@ -113,6 +194,8 @@ def test_compiles_exports_and_runs_in_bf16_and_channels_last(spec):
     expected = model(images)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
+    features = torch.compile(model.features, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(features(images, (1, 3)), model.features(images)[1::2], rtol=1e-4, atol=1e-5)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.testing.assert_close(program.module()(images[:1].repeat(5, 1, 1, 1))[:1], expected[:1], rtol=1e-4, atol=1e-5)
     last = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))

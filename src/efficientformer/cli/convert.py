@@ -91,18 +91,13 @@ def _write(
     checkpoint: Checkpoint, manifest: Manifest, target: Path, to: Layout, input_size: int | None, half: bool
 ) -> str:
     """Write the file and say what was written."""
-    import dataclasses
-
     import torch
 
     from efficientformer.weights.checkpoint import save_foreign, save_native
     from efficientformer.weights.pretrained import build
 
     if input_size is not None:
-        spec = manifest.spec.with_input_size(input_size)
-        preprocess = manifest.preprocess.with_input_size(input_size)
-        # figures measured at the old size say nothing of the new one
-        manifest = dataclasses.replace(manifest, spec=spec, preprocess=preprocess, metrics={})
+        manifest = manifest.with_spec(manifest.spec.with_input_size(input_size))
     network = build(manifest.spec, checkpoint)
     if to is Layout.ONNX:
         from efficientformer.export.onnx import export_onnx

@@ -5,7 +5,8 @@ Shapes: B batch, C channels, h and w the map of a stage, N = h * w tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -17,7 +18,9 @@ from efficientformer.models.blocks import ConvMlp, MapBlock, TokenBlock, TokenMl
 from efficientformer.models.layers import ConvNorm, PoolMixer
 from efficientformer.spec.arch import ArchSpec, BlockSpec, StageSpec
 from efficientformer.spec.errors import InputSizeError, UsageError
-from efficientformer.spec.geometry import STEM_STRIDES, Grid, stage_grids
+from efficientformer.spec.fields import as_plain
+from efficientformer.spec.geometry import NUM_STAGES, STEM_STRIDES, Grid
+from efficientformer.spec.manifest import Manifest
 
 
 class Stem(nn.Module):
@@ -82,6 +85,11 @@ class EfficientFormer(nn.Module):
         head_dropout: Dropout on the pooled features before the heads, in training.
         layer_scale_init: First value of every layer scale (1e-5 in both papers' code).
 
+    Attributes:
+        spec: The architecture.
+        manifest: How pictures are prepared for it, its class names and where its weights are from, as ``get_model``
+            knows them; None for a network made of a spec alone.
+
     Raises:
         UsageError: If a rate is not in [0, 1).
     """
@@ -96,6 +104,7 @@ class EfficientFormer(nn.Module):
                     f"Illegal {name}", expected="a rate from 0 up to but not including 1", found=repr(rate)
                 )
         self.spec = spec
+        self.manifest: Manifest | None = None
         self.stem = Stem(spec)
         self.stages = nn.ModuleList(_build_stages(spec, drop_path_rate, layer_scale_init))
         width = spec.stages[-1].width
@@ -105,31 +114,68 @@ class EfficientFormer(nn.Module):
         self.head_dist = nn.Linear(width, spec.num_classes) if spec.distilled else None
         self.apply(init_weights)
 
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of the four stages' maps."""
+        return tuple(stage.width for stage in self.spec.stages)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """By how much the input is larger than each of the four stages' maps."""
+        return tuple(self.spec.stem_stride << index for index in range(NUM_STAGES))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the heads by new ones, to be trained; ``manifest`` names no classes then.
+
+        Args:
+            num_classes: Their classes.
+
+        Raises:
+            SpecError: If there can be no such number; nothing is changed then.
+        """
+        self.spec = dataclasses.replace(self.spec, num_classes=as_plain(num_classes))
+        self.head = self._new_head(self.head)
+        self.head_dist = None if self.head_dist is None else self._new_head(self.head_dist)
+        if self.manifest is not None:
+            self.manifest = dataclasses.replace(self.manifest, spec=self.spec, labels=(), metrics={})
+
+    def _new_head(self, old: nn.Linear) -> nn.Linear:
+        """Return a head for the spec's classes: on the device, in the dtype and in the mode of another."""
+        weight = old.weight
+        head = nn.Linear(old.in_features, self.spec.num_classes, device=weight.device, dtype=weight.dtype)
+        init_weights(head)
+        return head.train(old.training)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training: recompute each block in the backward pass."""
         for stage in self.stages:
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable
 
-    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the four stages' maps, before the final norm.
+    def features(self, x: Tensor, out_indices: Sequence[int] = tuple(range(NUM_STAGES))) -> tuple[Tensor, ...]:
+        """Return maps of stages, before the final norm; no stage after the last of them runs.
 
         Args:
             x: Images (B, in_chans, height, width), preprocessed.
+            out_indices: Which stages' maps, from 0 to 3, in the order they are to have.
 
         Returns:
-            Four tensors (B, C_i, h_i, w_i), at strides 4, 8, 16 and 32 for the published networks.
+            A tensor (B, C_i, h_i, w_i) for each: ``channels`` and ``strides`` say which. The published networks' are at
+            strides 4, 8, 16 and 32.
 
         Raises:
-            InputSizeError: If the network has attention and was built for other map sizes.
+            UsageError: If there are no such stages.
+            InputSizeError: If a stage that runs has attention and was built for other map sizes.
         """
-        self._check_input(x)
+        num_stages = _stages_up_to(out_indices)
+        self._check_input(x, num_stages)
         x = self.stem(x)
-        maps = []
-        for stage in self.stages:
+        maps = {}
+        for index, stage in zip(range(num_stages), self.stages, strict=False):
             x = stage(x)
-            maps.append(x)
-        return maps[0], maps[1], maps[2], maps[3]
+            if index in out_indices:
+                maps[index] = x
+        return tuple(maps[index] for index in out_indices)
 
     def pool(self, x: Tensor) -> Tensor:
         """Final norm, then mean over positions: the last stage's map (B, C, h, w) to features (B, C)."""
@@ -144,8 +190,9 @@ class EfficientFormer(nn.Module):
         """
         if stage not in ("neck", "backbone"):
             raise UsageError("Illegal stage for extract_feat", expected="'neck' or 'backbone'", found=repr(stage))
-        maps = self.features(inputs)
-        return (self.pool(maps[-1]),) if stage == "neck" else maps
+        if stage == "backbone":
+            return self.features(inputs)
+        return (self.pool(self.features(inputs, (NUM_STAGES - 1,))[0]),)
 
     def forward(self, x: Tensor, *, return_heads: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Classify.
@@ -162,7 +209,7 @@ class EfficientFormer(nn.Module):
             InputSizeError: If the input's size does not fit the attention tables.
             UsageError: If ``return_heads`` is asked of a network with one head.
         """
-        pooled = self.head_dropout(self.pool(self.features(x)[-1]))  # (B, C)
+        pooled = self.head_dropout(*self.extract_feat(x))  # (B, C)
         if self.head_dist is None:
             if return_heads:
                 raise UsageError("This network has one head", hint="Build it with distilled=True to get two")
@@ -170,16 +217,12 @@ class EfficientFormer(nn.Module):
         cls, dist = self.head(pooled), self.head_dist(pooled)
         return (cls, dist) if return_heads else (cls + dist) / 2
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor, num_stages: int) -> None:
         spec = self.spec
         channels, height, width = x.shape[1:]
         if channels != spec.in_chans:
             raise UsageError("Wrong number of input channels", expected=str(spec.in_chans), found=str(channels))
-        if (height, width) == spec.input_size:
-            return
-        grids = stage_grids((height, width), spec.stem_stride)
-        keeps = all(grids[stage] == grid for stage, grid in spec.attention_grids.items())
-        if not (keeps and spec.accepts((height, width))):
+        if (height, width) != spec.input_size and not spec.fits((height, width), num_stages):
             expected = "x".join(map(str, spec.input_size))
             raise InputSizeError(
                 "The input size does not fit this network",
@@ -211,6 +254,15 @@ def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 
     result: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), quietly()))
     return result
+
+
+def _stages_up_to(indices: Sequence[int]) -> int:
+    """Return how many stages run for the maps of some."""
+    legal = range(NUM_STAGES)
+    if not isinstance(indices, Sequence) or not indices or any(index not in legal for index in indices):
+        expected = f"some of the stages {', '.join(map(str, legal))}"
+        raise UsageError("Illegal out_indices", expected=expected, found=repr(indices))
+    return max(indices) + 1
 
 
 def pool(norm: nn.Module, x: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ SCHEMA = 1
 BLOCK_KINDS = {"v1": ("mb4d", "mb3d"), "v2": ("ffn", "attn_ffn")}
 ATTENTION_KINDS = ("mb3d", "attn_ffn")
 ATTENTION_STAGES = (2, 3)  # zero-based: attention is quadratic in the tokens, so only the last two stages may hold it
+_WITHOUT_HEAD = (
+    "A network's heads cost next to nothing: network.extract_feat(x)[0] gives the pooled features without them, "
+    "network.features(x) the maps"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,7 @@ class ArchSpec:
         for name, side in zip(("input height", "input width"), self.input_size, strict=True):
             check_int(name, side, 1, 8192)
         check_int("in_chans", self.in_chans, 1, 1024)
-        check_int("num_classes", self.num_classes, 1, 1_000_000)
+        check_int("num_classes", self.num_classes, 1, 1_000_000, _WITHOUT_HEAD)
         check_bool("distilled", self.distilled)
         check_choice("stem_stride", self.stem_stride, (1, 2, 4))
         if not isinstance(self.attention, AttentionSpec):
@@ -186,11 +190,14 @@ class ArchSpec:
         """Height and width of each stage's map at ``input_size``."""
         return geometry.stage_grids(self.input_size, self.stem_stride)
 
-    @property
-    def attention_grids(self) -> dict[int, Grid]:
-        """Zero-based stages to the maps that attention is bound to: each pair of their positions has its own bias."""
-        bound = {i for i, stage in enumerate(self.stages) if any(block.has_attention for block in stage.blocks)}
-        bound |= {j for i, stage in enumerate(self.stages) if stage.embedding == "attn" for j in (i - 1, i)}
+    def attention_grids(self, num_stages: int = NUM_STAGES) -> dict[int, Grid]:
+        """Return the maps that attention in the first stages is bound to, by zero-based stage.
+
+        Each distance of two of their positions has a bias of its own. An embedding attends to the map before it.
+        """
+        stages = self.stages[:num_stages]
+        bound = {i for i, stage in enumerate(stages) if any(block.has_attention for block in stage.blocks)}
+        bound |= {i - 1 for i, stage in enumerate(stages) if stage.embedding == "attn"}
         return {stage: self.grids[stage] for stage in sorted(bound)}
 
     @property
@@ -201,6 +208,15 @@ class ArchSpec:
     def accepts(self, size: tuple[int, int]) -> bool:
         """Whether the network could be built for inputs of ``size`` (height, width)."""
         return all(geometry.is_legal_side(side, self.stem_stride, self.strided_stages) for side in size)
+
+    def fits(self, size: tuple[int, int], num_stages: int = NUM_STAGES) -> bool:
+        """Whether the first stages of this very network, built for ``input_size``, work on inputs of ``size``.
+
+        Attention does on maps of one size only, that of its bias table; all else does on any.
+        """
+        grids = geometry.stage_grids(size, self.stem_stride)
+        keeps = all(grids[stage] == grid for stage, grid in self.attention_grids(num_stages).items())
+        return keeps and min(size) >= geometry.least_side(self.stem_stride)
 
     def legal_sizes(self) -> str:
         """Say in words which input sides are legal."""

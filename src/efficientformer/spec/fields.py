@@ -11,10 +11,12 @@ from typing import Any
 from efficientformer.spec.errors import SpecError, UsageError, nearest
 
 
-def check_int(name: str, value: object, low: int, high: int) -> None:
+def check_int(name: str, value: object, low: int, high: int, hint: str = "") -> None:
     """Raise SpecError unless ``value`` is an int (not a bool) in ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise SpecError(f"Illegal {name}", expected=f"a whole number from {low} to {high}", found=repr(value))
+        raise SpecError(
+            f"Illegal {name}", expected=f"a whole number from {low} to {high}", found=repr(value), hint=hint
+        )
 
 
 def check_count(name: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,20 @@ class Manifest:
                 raise SpecError(
                     f"Illegal {name}", expected=f"names with {kind[0].__name__} values", found=repr(values)[:80]
                 )
+
+    def with_spec(self, spec: ArchSpec) -> Manifest:
+        """Return the manifest of these weights in a changed network: what does not hold of it any more is left out.
+
+        Raises:
+            SpecError: If pictures cannot be prepared for it.
+        """
+        if spec == self.spec:
+            return self
+        preprocess = self.preprocess.with_input_size(spec.input_size)
+        if spec.in_chans == 1:
+            preprocess = preprocess.averaged()
+        labels = self.labels if spec.num_classes == self.spec.num_classes else ()
+        return dataclasses.replace(self, spec=spec, preprocess=preprocess, labels=labels, metrics={})
 
     def label(self, index: int) -> str:
         """Return the name of a class, or its number as text when names are unknown."""

@@ -181,7 +181,7 @@ def name_of(model: object) -> str:
         "This names no network",
         expected="a name of the zoo, or a weights or exported file",
         found=f"a {type(model).__name__}",
-        hint="Of a network in memory give the file it was saved to: torch.save(network.state_dict(), 'mine.pth')",
+        hint="Of a network in memory give the file it was saved to: save_model(network, 'mine.safetensors')",
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.errors import SpecError, UsageError, missing_extra
 from efficientformer.training.recipe import Recipe
-from efficientformer.weights.loading import HEADS
+from efficientformer.weights.formats.translate import HEADS
 
 BEHIND_BODY = (*HEADS, "norm.")  # what is not the body
 BATCH_NORM = nn.modules.batchnorm._BatchNorm  # also the synchronised one

@@ -283,6 +283,8 @@ def build_network(
         preprocess = _preprocess_from_scratch(recipe)
     spec = Overrides(input_size=recipe.input_size or None, num_classes=len(classes)).apply(spec)
     preprocess = preprocess.with_input_size(spec.input_size)
+    if spec.in_chans == 1:
+        preprocess = preprocess.averaged()
     model = new_network(recipe, spec)
     if checkpoint is not None:
         reset = manifest.labels != classes

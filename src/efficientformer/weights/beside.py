@@ -188,7 +188,7 @@ def _fitted(
 ) -> PreprocessSpec:  # fmt: skip
     """Return ``usual`` as it is said to be."""
     height, width = as_pair("input size", size)
-    if spec.with_input_size((height, width)).attention_grids != spec.attention_grids:
+    if not spec.fits(spec.with_input_size((height, width)).input_size):
         expected = "x".join(map(str, spec.input_size))
         raise SpecError("The weights are for another input size", expected=expected, found=f"{height}x{width}")
     change |= {"input_size": (height, width)}

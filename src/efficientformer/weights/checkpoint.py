@@ -56,9 +56,19 @@ class Checkpoint:
     sha256: str
     labels: tuple[str, ...] = ()
 
+    @property
+    def headless(self) -> bool:
+        """Whether the file held no heads: ``spec`` then says which the network is to be given."""
+        return "head.weight" not in self.state
+
 
 def load_checkpoint(
-    path: str | Path, *, layout: str = "auto", ema: bool | None = None, spec: ArchSpec | None = None
+    path: str | Path,
+    *,
+    layout: str = "auto",
+    ema: bool | None = None,
+    spec: ArchSpec | None = None,
+    heads: ArchSpec | None = None,
 ) -> Checkpoint:
     """Read a weights file: ours, or one of the authors, timm, mmpretrain or transformers.
 
@@ -71,6 +81,7 @@ def load_checkpoint(
             and warns if the file holds both.
         spec: The architecture, where the file cannot say it all (stem stride, grids that are not square); one of ours
             says it.
+        heads: A network whose heads are meant where the file has none; without it such a file is refused.
 
     Raises:
         UsageError: If ``layout`` is unknown.
@@ -91,9 +102,9 @@ def load_checkpoint(
         if manifest is not None:
             spec = manifest.spec
         elif spec is None:
-            spec = infer_spec(file.state, layout)
+            spec = infer_spec(file.state, layout, heads)
             notes += (f"architecture read off the shapes, with a stem of stride {STEM_STRIDE}",)
-        state, report = to_ours(file.state, layout, spec)
+        state, report = to_ours(file.state, layout, spec, headless=heads is not None)
         report.check()
     if file.ambiguous:
         text = f"{path.name} holds averaged (EMA) weights too; took the plain ones (ema=True takes the others)"
@@ -162,7 +173,7 @@ def _check_geometry(spec: ArchSpec, layout: str) -> None:
     """Refuse what no tensor of a foreign file can say, and what its code would silently build otherwise."""
     if spec.stem_stride != STEM_STRIDE:
         found = f"stem stride {spec.stem_stride}"
-    elif any(height != width for height, width in spec.attention_grids.values()):
+    elif any(height != width for height, width in spec.attention_grids().values()):
         found = f"input {'x'.join(map(str, spec.input_size))}"
     else:
         return

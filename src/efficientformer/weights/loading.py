@@ -13,8 +13,9 @@ from efficientformer.spec.errors import CheckpointError
 from efficientformer.spec.geometry import Grid
 from efficientformer.weights.checkpoint import Checkpoint, WeightsWarning
 from efficientformer.weights.formats.layout import BIASES, skeleton
+from efficientformer.weights.formats.translate import HEADS
 
-HEADS = ("head.", "head_dist.")
+STEM = "stem.conv1.conv.weight"
 
 
 def load_into(
@@ -23,7 +24,8 @@ def load_into(
     """Load weights into a network in train form; every tensor of both is accounted for.
 
     Where the input size of the network gives other attention grids than the checkpoint's, the bias tables are
-    resampled (bilinear over the offsets; offset 0 stays offset 0), and a warning says so.
+    resampled (bilinear over the offsets; offset 0 stays offset 0); where the network takes grey pictures and the
+    weights are for colours, the stem's kernels are summed over them. Warnings say so.
 
     Args:
         model: The network; changed in place.
@@ -46,6 +48,7 @@ def load_into(
         for name in dropped:
             del state[name]
         said += ["the distillation head is left out: logits are the classification head's alone"] if dropped else []
+    said += _sum_colours(state, checkpoint, model)
     said += _resample(state, checkpoint, model)
     _check_fit(state, target, checkpoint, model)
     if checkpoint.spec.stem_stride != model.spec.stem_stride:
@@ -96,6 +99,14 @@ def _resample(state: dict[str, Tensor], checkpoint: Checkpoint, model: Efficient
     ]
 
 
+def _sum_colours(state: dict[str, Tensor], checkpoint: Checkpoint, model: EfficientFormer) -> list[str]:
+    """Make the stem, in ``state``, one for grey pictures if the network takes those; say it."""
+    if (checkpoint.spec.in_chans, model.spec.in_chans) != (3, 1):
+        return []
+    state[STEM] = state[STEM].sum(1, keepdim=True)  # (C, 3, 3, 3) -> (C, 1, 3, 3)
+    return ["the stem's kernels are summed over the colours: the network sees grey pictures as it saw them before"]
+
+
 def _size(grid: Grid) -> str:
     return f"{grid[0]}x{grid[1]}"
 
@@ -105,7 +116,7 @@ def _check_fit(
 ) -> None:
     """Raise CheckpointError unless names and shapes are equal; say the likely reasons by what to do about them."""
     old, new = checkpoint.spec, model.spec
-    if old.in_chans != new.in_chans:
+    if state[STEM].shape[1] != new.in_chans:
         hint = f"Build the network with in_chans={old.in_chans}, or convert the images"
         raise CheckpointError("Other input channels", expected=str(new.in_chans), found=str(old.in_chans), hint=hint)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

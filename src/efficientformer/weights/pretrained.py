@@ -137,6 +137,8 @@ def describe(
 
 def _class_names(checkpoint: Checkpoint, beside: tuple[str, ...], usual: tuple[str, ...]) -> tuple[str, ...]:
     """Return the class names said beside a file or in it; else the usual ones, if it has as many."""
+    if checkpoint.headless:  # there are no classes yet
+        return ()
     classes = checkpoint.spec.num_classes
     said = beside or known_labels(checkpoint.labels)
     if said and len(said) != classes:
@@ -153,6 +155,7 @@ def load_named(
     offline: bool | None = None,
     progress: Progress | None = None,
     ema: bool | None = None,
+    num_classes: int | None = None,
 ) -> tuple[Checkpoint, Manifest]:
     """Read the weights for ``get_model``: a zoo network's own, or those of a file that must fit it.
 
@@ -162,6 +165,7 @@ def load_named(
         offline: Forbid (True) or allow (False) connections; None asks the environment.
         progress: Told how a download goes.
         ema: Take the averaged weights of a training checkpoint.
+        num_classes: Classes of the new heads, where a file for a zoo network has none.
 
     Raises:
         UsageError: If there is nothing to load.
@@ -179,7 +183,8 @@ def load_named(
         if pretrained is True:
             return load_published(found.card, found.source, offline=offline, progress=progress, ema=ema)
         path, card = Path(str(pretrained)), found.card
-    checkpoint = load_checkpoint(path, ema=ema, spec=model if isinstance(model, ArchSpec) else None)
+    heads = Overrides(num_classes=num_classes).apply(card.spec) if card and num_classes is not None else None
+    checkpoint = load_checkpoint(path, ema=ema, spec=model if isinstance(model, ArchSpec) else None, heads=heads)
     if card is not None:
         _check_same_network(checkpoint, card, path)
         checkpoint = _with_stem_of(checkpoint, card)
@@ -206,8 +211,8 @@ def build(
         spec, drop_path_rate=drop_path_rate, head_dropout=head_dropout, layer_scale_init=layer_scale_init
     )
     if checkpoint is not None:
-        other_classes = checkpoint.spec.num_classes != spec.num_classes
-        load_into(model, checkpoint, reset_head=other_classes, drop_dist_head=not spec.distilled)
+        new_heads = checkpoint.headless or checkpoint.spec.num_classes != spec.num_classes
+        load_into(model, checkpoint, reset_head=new_heads, drop_dist_head=not spec.distilled)
     return model
 
 

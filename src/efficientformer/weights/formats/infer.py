@@ -32,7 +32,7 @@ DEFAULT_SIDE = 224  # of a network without attention, which works on any size
 MAX_DEPTH = 256
 
 
-def infer_spec(state: Mapping[str, Tensor], layout: str) -> ArchSpec:
+def infer_spec(state: Mapping[str, Tensor], layout: str, heads: ArchSpec | None = None) -> ArchSpec:
     """Return the spec of the network whose tensors are ``state``, named as in ``layout``.
 
     Only names and shapes are looked at, and only as many as it takes; whether all the rest fits is for the reader
@@ -41,6 +41,7 @@ def infer_spec(state: Mapping[str, Tensor], layout: str) -> ArchSpec:
     Args:
         state: Tensors by name, on any device.
         layout: ``native``, ``snap``, ``timm``, ``mmpretrain`` or ``transformers``.
+        heads: A network whose classes and heads are taken where there are no heads.
 
     Raises:
         CheckpointError: If a tensor the architecture depends on is missing or misshapen.
@@ -49,13 +50,14 @@ def infer_spec(state: Mapping[str, Tensor], layout: str) -> ArchSpec:
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     names = _Names(get_layout(layout, detect_family(layout, shapes)), shapes)
     stages, attentions = _stages(names)
+    num_classes, distilled = _heads(names, heads)
     return ArchSpec(
         names.layout.family,
         tuple(stages),
         _input_size(names, attentions),
         in_chans=names.shape(_Part(0, names.layout.stem, "stem"), "conv1.conv.weight", 4)[1],
-        num_classes=names.shape(_Part(3, names.layout.head, "head"), "weight", 2)[0],
-        distilled=bool(names.below(names.layout.head_dist)),
+        num_classes=num_classes,
+        distilled=distilled,
         stem_stride=STEM_STRIDE,
         attention=_attention(names, attentions),
     )
@@ -130,6 +132,17 @@ def _stages(names: _Names) -> tuple[list[StageSpec], list[_Part]]:
         stages.append(StageSpec(width, tuple(_block(names, block, width) for block in blocks), embedding.kind))
         attentions += [part for part in (embedding, *blocks) if part.kind in (*ATTENTION_KINDS, "attn")]
     return stages, attentions
+
+
+def _heads(names: _Names, absent: ArchSpec | None) -> tuple[int, bool]:
+    """Return the number of classes, and whether there is a distillation head; those of ``absent`` without heads."""
+    head, distilled = names.layout.head, bool(names.below(names.layout.head_dist))
+    if names.below(head) or distilled:
+        return names.shape(_Part(3, head, "head"), "weight", 2)[0], distilled
+    if absent is None:
+        hint = "Without it the classes are unknown: name the network, and give num_classes, to get new heads"
+        raise CheckpointError(f"{head}.weight is missing", hint=hint)
+    return absent.num_classes, absent.distilled
 
 
 def _block(names: _Names, part: _Part, width: int) -> BlockSpec:

@@ -144,7 +144,7 @@ def skeleton(spec: ArchSpec) -> EfficientFormer:
     Raises:
         CheckpointError: If the attention works on more than 64 x 64 positions.
     """
-    for height, width in spec.attention_grids.values():
+    for height, width in spec.attention_grids().values():
         if height * width > MAX_TOKENS:
             limit = f"at most {MAX_TOKENS} positions"
             raise CheckpointError("Attention on too large a map", expected=limit, found=f"{height}x{width}")

@@ -13,6 +13,7 @@ from efficientformer.spec.errors import CheckpointError
 from efficientformer.weights.formats.detect import get_layout
 from efficientformer.weights.formats.layout import entries
 
+HEADS = ("head.", "head_dist.")  # what our names of the heads' tensors begin with
 INDEX_RULE = "bias index: equal to the one computed from the grid"
 
 
@@ -55,13 +56,16 @@ class Report:
             )
 
 
-def to_ours(state: Mapping[str, Tensor], layout: str, spec: ArchSpec) -> tuple[dict[str, Tensor], Report]:
+def to_ours(
+    state: Mapping[str, Tensor], layout: str, spec: ArchSpec, *, headless: bool = False
+) -> tuple[dict[str, Tensor], Report]:
     """Translate a state dict into our names and shapes; nothing is copied.
 
     Args:
         state: Tensors under the names of ``layout``.
         layout: ``native``, ``snap``, ``timm``, ``mmpretrain`` or ``transformers``.
         spec: The network they make up.
+        headless: Whether its heads may be missing, all of them.
 
     Returns:
         Our state dict, and the report; the former is complete only if ``report.check()`` raises nothing.
@@ -72,7 +76,8 @@ def to_ours(state: Mapping[str, Tensor], layout: str, spec: ArchSpec) -> tuple[d
     ours: dict[str, Tensor] = {}
     mapped, dropped, missing, mismatched = [], [], [], []
     rest = dict(state)
-    for entry in entries(get_layout(layout, spec.family), spec):
+    listing = entries(get_layout(layout, spec.family), spec)
+    for entry in listing:
         tensor = rest.pop(entry.theirs, None)
         if tensor is None:
             if entry.ours:  # the derived index may be there or not
@@ -89,6 +94,9 @@ def to_ours(state: Mapping[str, Tensor], layout: str, spec: ArchSpec) -> tuple[d
             dropped.append((entry.theirs, INDEX_RULE))
         else:
             mismatched.append(f"{entry.theirs} (its values are not |dy| * width + |dx|)")
+    heads = [entry.theirs for entry in listing if entry.ours.startswith(HEADS)]
+    if headless and set(heads) <= set(missing):
+        missing = [name for name in missing if name not in heads]
     report = Report(tuple(mapped), tuple(dropped), tuple(missing), tuple(rest), tuple(mismatched))
     return ours, report
 
