@@ -72,7 +72,10 @@ __all__ = [  # noqa: PLE0604, RUF100 (names load lazily)
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (whatever the room holds)
     if name not in _ROOMS:
-        raise AttributeError(f"module 'efficientformer' has no attribute {name!r}")
+        from efficientformer.spec.habits import NAMES, pointer
+
+        hint = pointer(NAMES, name)
+        raise AttributeError(f"module 'efficientformer' has no attribute {name!r}{'. ' if hint else ''}{hint}")
     try:
         room = import_module(f"efficientformer.{_ROOMS[name]}")
     except ModuleNotFoundError as error:

@@ -27,6 +27,7 @@ from efficientformer.runtime.image import Source
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import DownloadError, UnknownModelError, UsageError, missing_extra, require
 from efficientformer.spec.fields import check_choice
+from efficientformer.spec.habits import ENGINE_WORDS
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, Resolved, name_of, resolve
@@ -65,7 +66,8 @@ class Classifier(EngineClassifier):
     must still be there unchanged.
 
     Args:
-        model: A zoo name or alias, a weights file, or an exported file; by default the network in the package.
+        model: A zoo name or alias, a weights file, an exported file, or the folder of a run; by default the network in
+            the package.
         checkpoint: A weights file to use instead of the zoo's weights.
         engine: ``auto`` or an engine's name: ``onnxruntime``, ``openvino``, ``torch``, ``torch-compile``. With a device
             other than the CPU, ``auto`` is ``torch``.
@@ -101,7 +103,7 @@ class Classifier(EngineClassifier):
         progress: DownloadProgress | None = None,
     ) -> None:
         model, device = name_of(model), str(device)  # torch.device is taken, too
-        check_choice("engine", engine, (*ENGINES, *TORCH_ENGINES))
+        check_choice("engine", engine, (*ENGINES, *TORCH_ENGINES), ENGINE_WORDS)
         check_choice("precision", precision, PRECISIONS)
         check_threads(threads, streams)
         if engine == "auto" and device not in ("auto", "cpu"):
@@ -196,7 +198,7 @@ def get_model(
     from efficientformer.weights.pretrained import Overrides, build, load_named
     from efficientformer.weights.progress import terminal_progress
 
-    model = model if isinstance(model, ArchSpec) else name_of(model)
+    model = model if isinstance(model, ArchSpec) else file_of(name_of(model)) or name_of(model)
     pretrained = False if pretrained is None else pretrained
     if isinstance(model, str) and not isinstance(pretrained, bool):
         check_weights(model, pretrained)
@@ -449,7 +451,7 @@ def _predictor(
     progress: DownloadProgress | None,
 ) -> Engine:
     """Open a network in torch, or as an exported file; which of the two is settled here and nowhere else."""
-    check_choice("engine", engine, EVALUATION_ENGINES)
+    check_choice("engine", engine, EVALUATION_ENGINES, ENGINE_WORDS)
     exported = str(checkpoint or file_of(model)).endswith(".onnx")
     quantised = precision == "int8"  # a file that ``quantize`` made, whatever names the network
     if engine == "torch" or (engine == "auto" and not exported and not quantised and find_spec("torch") is not None):

@@ -144,6 +144,7 @@ def test_command(cli, folder, tmp_path):
     assert code == 1, err
     assert "1 of 121 inputs were skipped" in err
     assert "121 pictures by 2 workers" in err
+    assert "Using efficientformer_cifar10, shipped in the package" in err
     check(rows(tmp_path / "labels"), folder)
     again, _, err = cli("predict", folder, "--ray", "-o", tmp_path / "labels", "--engine", "onnxruntime")
     assert again == code

@@ -271,6 +271,7 @@ class TestTrainingCheckpoints:
         assert f"took {taken}" in checkpoint.report.notes
         warned = [w for w in recwarn if issubclass(w.category, WeightsWarning)]
         assert len(warned) == (ema is None)
+        assert all(f"efficientformer convert --ema {tmp_path / 'a.pth'} FILE" in str(w.message) for w in warned)
 
     def test_averaged_weights_alone_are_taken(self, tmp_path):
         _, averaged, content = training_checkpoint()
@@ -408,7 +409,10 @@ BAD_FILES = {
         lambda path: path.write_bytes(b"\x08\x08\x12\x07pytorch\x1a\x05"),
         "a deployed model, such as ONNX",
     ),
-    "an OpenVINO model": (lambda path: path.write_text('<?xml version="1.0"?><net>'), "OpenVINO"),
+    "an OpenVINO model": (
+        lambda path: path.write_text('<?xml version="1.0"?><net>'),
+        r"OpenVINO model\. Of deployed files only \.onnx is read; efficientformer convert CHECKPOINT FILE\.onnx",
+    ),
     "an ORT model": (lambda path: path.write_bytes(b"\x20\0\0\0ORTM\0\0\0\0"), "ONNX Runtime"),
     "a TorchScript program": (_torchscript, "torch.jit or torch.export"),
     "numpy arrays": (lambda path: np.savez(path.open("wb"), a=np.ones(2)), "another zip archive"),
@@ -610,3 +614,9 @@ class TestHeadless:
             torch.save({n: tensor for n, tensor in theirs.items() if n != lost}, tmp_path / "z.pth")
             with pytest.raises(CheckpointError, match=f"missing: {lost}"):
                 get_model(name, pretrained=tmp_path / "z.pth", num_classes=3)
+
+
+def test_a_deployed_file_of_another_tool_is_known_by_its_ending(tmp_path):
+    (tmp_path / "own.engine").write_bytes(b"ftrt0000")
+    with pytest.raises(CheckpointError, match=r"a deployed model \(\.engine\)\. Of deployed files only \.onnx is read"):
+        load_checkpoint(tmp_path / "own.engine")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFile, ImageOps, features
 
 from efficientformer.runtime.image import decode
@@ -282,8 +283,9 @@ def test_a_pillow_image_may_be_given_to_several_threads_at_once():
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-def test_folders_and_addresses_are_not_read_and_the_hint_says_what_does(kind, tmp_path):
-    for name, found in ((str(tmp_path), "a folder"), ("https://host/a.jpg", "an address")):
+def test_folders_patterns_and_addresses_are_not_read_and_the_hint_says_what_does(kind, tmp_path):
+    pattern = str(tmp_path / "*.jpg")
+    for name, found in ((str(tmp_path), "a folder"), ("https://host/a.jpg", "an address"), (pattern, "a pattern")):
         with pytest.raises(ImageError, match=f"found {found}") as caught:
             decode(kind(name))
         assert f"classify.predict(gather([{name!r}])), with gather from efficientformer.runtime.inputs" in str(
@@ -384,3 +386,16 @@ def test_max_pixels_is_exact():
         decode(source, max_pixels=61 * 43)
         with pytest.raises(ImageError, match="61 x 43"):
             decode(source, max_pixels=61 * 43 - 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        (torch.zeros(3, 8, 8), r"found Tensor\. Give a uint8 array"),
+        (["a.jpg", "b.jpg"], r"classify\.predict\(\[\.\.\.\]\)"),
+        (3, "found int.$"),
+    ],
+)
+def test_what_is_no_picture_is_told_what_to_do(given, hint):
+    with pytest.raises(ImageError, match=hint):
+        decode(given)

@@ -1,6 +1,9 @@
 """Many pictures: in order, drawn lazily, nothing left running, the same labels as one by one."""
 
 import functools
+import json
+import pickle
+import shutil
 import threading
 import time
 from io import BytesIO
@@ -14,8 +17,10 @@ from PIL import ExifTags, Image
 from efficientformer import Classifier
 from efficientformer.runtime.classifier import EngineClassifier, Failed
 from efficientformer.runtime.image import decode
+from efficientformer.runtime.inputs import gather
 from efficientformer.runtime.pipeline import AHEAD, in_order
 from efficientformer.runtime.preprocess import resize_crop
+from efficientformer.runtime.records import record
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.preprocess import PreprocessSpec
 
@@ -185,8 +190,8 @@ def test_a_few_pictures_open_no_second_engine(count, opened, monkeypatch):
 def test_a_stream_is_not_asked_for_many_before_its_first_result(monkeypatch):
     classifier, drawn, done = open_classifier("onnxruntime"), [], []
     monkeypatch.setattr(classifier, "_for_many", None)
-    original = classifier._classify
-    monkeypatch.setattr(classifier, "_classify", lambda *given: (original(*given), done.append(1))[0])
+    original = classifier._scores
+    monkeypatch.setattr(classifier, "_scores", lambda *given: (original(*given), done.append(1))[0])
 
     def frames():
         for number in range(12):
@@ -246,11 +251,13 @@ def test_one_picture_of_another_layout_is_not_a_stack_of_its_rows(shape):
         open_classifier("onnxruntime").predict(np.zeros(shape, np.uint8))
 
 
-@pytest.mark.parametrize("name", ["photos/", Path("photos"), "https://host/a.jpg", Path("https://host/a.jpg")])
-def test_the_name_of_a_folder_or_an_address_is_told_how_to_be_given(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name", ["photos/", Path("photos"), "https://host/a.jpg", Path("https://host/a.jpg"), "photos/*"]
+)
+def test_the_name_of_a_folder_a_pattern_or_an_address_is_told_how_to_be_given(name, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"Use classify\.predict\(gather\(\['(photos/?|https://host/a\.jpg)'\]\)\)"):
+    with pytest.raises(UsageError, match=r"Use classify\.predict\(gather\(\['(photos/?\*?|https://host/a\.jpg)'\]\)\)"):
         open_classifier("onnxruntime").predict(name)
 
 
@@ -306,3 +313,34 @@ def test_fast_decoding_leaves_other_formats_alone():
     file = BytesIO()
     Image.open(BytesIO(jpeg(1600, 1200))).save(file, "PNG")
     assert decode(file.getvalue(), shrink_for=PreprocessSpec(resize_size=235)).size == (1600, 1200)
+
+
+def test_results_say_which_picture_they_are_of_in_a_line(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    shutil.copy(PHOTOS[0], tmp_path / "good.jpg")
+    classify = open_classifier("onnxruntime")
+    broken, good = classify.predict(gather([tmp_path]))
+    assert (broken.source, good.source) == (str(tmp_path / "broken.jpg"), str(tmp_path / "good.jpg"))
+    assert repr(good) == f"Prediction({good.name!r}, {good.score:.3f}, {good.source!r})"
+    assert repr(broken) == f"Failed({broken.source!r}, {str(broken.error)!r})"
+    assert pickle.loads(pickle.dumps(good)).source == good.source
+    single = classify(PHOTOS[0])
+    assert single.source == str(PHOTOS[0])
+    (unnamed,) = classify.predict([PHOTOS[0].read_bytes()])
+    assert repr(unnamed) == f"Prediction({single.name!r}, {single.score:.3f})"
+    assert repr(next(classify.predict([b"no picture"]))).startswith('Failed("Cannot decode the 10 bytes')
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_names_stay_with_their_pictures_where_some_fail(batch_size):
+    names = [*PHOTOS[:2], "absent.jpg", *PHOTOS[2:4], "absent too.jpg", *PHOTOS[4:]]
+    found = list(open_classifier("onnxruntime").predict(names, batch_size=batch_size))
+    assert [each.source for each in found] == list(map(str, names))
+
+
+def test_records_are_those_of_the_command():
+    prediction = open_classifier("onnxruntime")(PHOTOS[0])
+    assert json.loads(json.dumps(prediction.record(2))) == record(str(PHOTOS[0]), prediction, "", 2)
+    assert len(prediction.record()["top_k"]) == 3
+    (failed,) = open_classifier("onnxruntime").predict(["absent.jpg"])
+    assert failed.record() == {"path": "absent.jpg", "error": str(failed.error)}

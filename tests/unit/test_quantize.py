@@ -15,6 +15,7 @@ import pytest
 from onnx import numpy_helper
 
 from efficientformer import Classifier
+from efficientformer.cli.quantize import _print
 from efficientformer.export import deployable as building
 from efficientformer.export import quantize as module
 from efficientformer.export.calibration import gather_pictures
@@ -464,6 +465,14 @@ def test_command_prints_a_table(cli, pictures, small, tmp_path):
     assert "broken.jpg" in err
     code, out, _ = cli("quantize", "efficientformer_cifar10", "--data", pictures, "-o", tmp_path / "out", "--json")
     assert json.loads(out)["kind"] == "int8"
+
+
+def test_no_line_of_the_report_breaks_inside_a_value(made, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    report, _ = made
+    _print(report)
+    measured = f"calibrated on 12 pictures, measured on 12 others; single precision: {report.top1:.2f} % top-1\n"
+    assert measured in capsys.readouterr().out
 
 
 def test_reports_are_plain_data(made):

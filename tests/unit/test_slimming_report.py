@@ -130,3 +130,7 @@ def test_no_budget_is_suggested_that_would_be_refused(tmp_path):
     assert "efficientformer convert" in text
     assert "--target-latency" not in text
     assert "--threads" not in text
+
+
+def test_a_network_is_short_in_print():
+    assert len(repr(Finished(0.9, STEP, Path("x"), 91.0))) < 200

@@ -99,3 +99,21 @@ def test_a_folder_with_weights_says_how_to_name_them(file, tmp_path):
     (tmp_path / file).touch()
     with pytest.raises(UnknownModelError, match=f"is a folder. Name the weights in it: .*{file}"):
         resolve(str(tmp_path))
+
+
+def test_several_patterns_are_one_or_the_other():
+    assert list_models(["*_l1", "*_L3"]) == ["efficientformer_l1", "efficientformer_l3"]
+    assert list_models([]) == []
+
+
+def test_the_folder_of_several_networks_names_them(tmp_path):
+    for name in ("slim.json", "slimmed-1ms.safetensors", "slimmed-2ms.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(UnknownModelError, match=r"Name the weights in it: .*slimmed-1ms.* or .*slimmed-2ms"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["own.xml", "own.mlpackage", "own.engine"])
+def test_deployed_files_of_other_tools_are_not_read(name):
+    with pytest.raises(UnknownModelError, match=r"only \.onnx is read; efficientformer convert"):
+        resolve(name)

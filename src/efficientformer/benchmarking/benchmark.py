@@ -22,6 +22,7 @@ from efficientformer.runtime.samples import photographs
 from efficientformer.runtime.timing import Timing, environment, take_turns
 from efficientformer.spec.errors import EfficientFormerError, EngineError, UsageError
 from efficientformer.spec.fields import check_choice
+from efficientformer.spec.habits import ENGINE_WORDS
 from efficientformer.spec.progress import Progress
 from efficientformer.weights.progress import Progress as DownloadProgress
 
@@ -217,7 +218,7 @@ def benchmark(
         UsageError: If a name, number or picture is wrong.
         EfficientFormerError: If a network cannot be built.
     """
-    check_choice("engine", engine, CHOICES)
+    check_choice("engine", engine, CHOICES, ENGINE_WORDS)
     check_choice("precision", precision, PRECISIONS)
     if not models or not batches or min(batches) < 1 or rounds < 1:
         found = f"{len(models)} networks, batches {list(batches)}, {rounds} rounds"

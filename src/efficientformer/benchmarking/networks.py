@@ -77,7 +77,7 @@ def open_networks(
             found.append(_with_random_weights(model, label, scratch))
             continue
         path = deployable(model, offline=offline, progress=progress)
-        source = None if (file or "").endswith(SUFFIX) else model
+        source = None if (file or "").endswith(SUFFIX) else file or model
         quantised = quantised_file(model) or path
         found.append(Network(label, path, quantised, source, False, open_engine(path, "onnxruntime").manifest))
     return found

@@ -9,8 +9,10 @@ import os
 import sys
 import threading
 import warnings
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from efficientformer.cli.benchmark import benchmark
 from efficientformer.cli.convert import convert
@@ -25,13 +27,32 @@ from efficientformer.cli.quantize import quantize
 from efficientformer.cli.slim import slim
 from efficientformer.cli.test import test
 from efficientformer.cli.train import train
-from efficientformer.spec.errors import EfficientFormerError
+from efficientformer.spec.errors import EfficientFormerError, UsageError
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a system says of a disk or a file that takes no more
 
+
+class _Verbs(TyperGroup):
+    """The verbs; other libraries' words for them lead to ours."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401 (of the click that typer carries)
+        """Find a verb.
+
+        Raises:
+            UsageError: If it is another library's word for one.
+        """
+        if args[0] not in self.commands:
+            from efficientformer.spec.habits import COMMANDS, pointer
+
+            if hint := pointer(COMMANDS, args[0]):
+                raise UsageError(f"There is no command {args[0]!r}", hint=hint)
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="efficientformer",
+    cls=_Verbs,
     help="EfficientFormer: vision transformers at MobileNet speed.",
     no_args_is_help=True,
     add_completion=False,

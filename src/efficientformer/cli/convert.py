@@ -40,11 +40,17 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Convert weights between layouts; to ONNX they are folded, and the file is compared with the network."""
+    from efficientformer.export.deployable import file_of
     from efficientformer.spec.errors import UsageError, require
     from efficientformer.spec.labels import read_names
+    from efficientformer.spec.zoo import FOREIGN_SUFFIXES
 
+    source = file_of(source) or source
     if to is None:
         to = Layout.ONNX if target.suffix == ".onnx" else Layout.NATIVE
+    if target.suffix in FOREIGN_SUFFIXES:
+        hint = "Write an .onnx file: ONNX Runtime and OpenVINO run it as it is, and others' converters read it"
+        raise UsageError(f"{target.suffix} files are not written", found=str(target), hint=hint)
     if target.exists() and not force:
         raise UsageError(f"{target} exists", hint="Choose another name, or --force to replace it")
     if ema and not Path(source).is_file():

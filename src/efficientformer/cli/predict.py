@@ -162,6 +162,8 @@ def _on_cluster(
         found = f"{len(inputs)} inputs, output {output or 'none'}"
         raise UsageError("Illegal --ray", expected="one folder or URI, and --output FOLDER", found=found)
     options = Options(engine, precision, threads or 1, top_k, decode.value)
+    if not quiet:
+        _note(model, checkpoint, engine, precision)
     with terminal_progress(quiet=quiet) as progress:
         path = deployable(model, checkpoint=checkpoint, precision=precision, offline=offline or None, progress=progress)
     summary = predict_on_cluster(
@@ -232,15 +234,10 @@ def _load(
 ) -> Classifier:
     from efficientformer.api import Classifier
     from efficientformer.runtime.processor import available_cores
-    from efficientformer.spec.zoo import EMBEDDED
     from efficientformer.weights.progress import terminal_progress
 
-    if not model and checkpoint is None and not quiet:
-        typer.echo(
-            f"Using {EMBEDDED}, shipped in the package (10 classes). For 1,000 ImageNet classes: "
-            "--model efficientformer_l1 (or l3, l7, v2_s0, v2_s1, v2_s2, v2_l).",
-            err=True,
-        )
+    if not quiet:
+        _note(model, checkpoint, engine, precision)
     chosen, many = engine == "auto", any(True for _ in islice(listed(), FEW, None))
     if chosen and precision in ("auto", "fp32", "int8") and not many:
         engine = "onnxruntime"  # opens fastest
@@ -259,6 +256,22 @@ def _load(
     if chosen and engine == "auto" and not quiet:
         typer.echo(f"{classifier.engine}: {classifier.reason}", err=True)
     return classifier
+
+
+def _note(model: str, checkpoint: Path | None, engine: str, precision: str) -> None:
+    """Say on standard error what is used where no network is named, or that one is built for many seconds, once."""
+    from efficientformer.api import TORCH_ENGINES
+    from efficientformer.export.deployable import is_ready
+    from efficientformer.spec.zoo import EMBEDDED
+
+    if not model and checkpoint is None:
+        typer.echo(
+            f"Using {EMBEDDED}, shipped in the package (10 classes). For 1,000 ImageNet classes: "
+            "--model efficientformer_l1 (or l3, l7, v2_s0, v2_s1, v2_s2, v2_l).",
+            err=True,
+        )
+    elif engine not in TORCH_ENGINES and not is_ready(model, checkpoint=checkpoint, precision=precision):
+        typer.echo(f"Building the deployable file of {checkpoint or model}; this is done once.", err=True)
 
 
 def _gather(inputs: list[str], annotate: Path | None, offline: bool) -> Iterator[Input]:
@@ -287,12 +300,12 @@ def _annotated(result: Result, folder: Path) -> Result:
 def _digest(model: str, checkpoint: Path | None, engine: str, precision: str) -> str:
     """Return the SHA-256 of the file that runs: what a manifest says can be true of other weights too."""
     from efficientformer.api import TORCH_ENGINES
-    from efficientformer.export.deployable import deployable
+    from efficientformer.export.deployable import deployable, file_of
     from efficientformer.weights.cache import sha256_of
 
     if engine not in TORCH_ENGINES:
         path = deployable(model, checkpoint=checkpoint, precision=precision, offline=True)  # there already
-    elif not (path := checkpoint or Path(model)).is_file():
+    elif not (path := checkpoint or Path(file_of(model) or model)).is_file():
         return ""  # a zoo name in torch, whose manifest holds the digest of its weights
     return sha256_of(path)
 

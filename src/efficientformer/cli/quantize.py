@@ -71,11 +71,13 @@ def _print(report: QuantisationReport) -> None:
 
     console = Console(highlight=False)
     before, after = (size / 1e6 for size in report.sizes)
-    console.print(f"[bold]{escape(str(report.path))}[/bold]: {report.kind}, {before:.2f} to {after:.2f} MB")
+    name = f"[bold]{escape(str(report.path))}[/bold]"
+    console.print(f"{name}: {report.kind}, {before:.2f} to {after:.2f} MB", soft_wrap=True)
     single = "" if report.top1 is None else f"; single precision: {report.top1:.2f} % top-1"
-    console.print(f"calibrated on {report.calibrated_on} pictures, measured on {report.held_out} others{single}")
+    measured = f"calibrated on {report.calibrated_on} pictures, measured on {report.held_out} others{single}"
+    console.print(measured, soft_wrap=True)
     if report.kept:
-        console.print(f"kept in float: {escape(', '.join(report.kept))}")
+        console.print(f"kept in float: {escape(', '.join(report.kept))}", soft_wrap=True)
     accuracy = []
     for each in report.accuracy:
         top1 = "" if each.top1 is None else f"{each.top1:.2f} %"

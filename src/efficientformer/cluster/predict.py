@@ -29,9 +29,10 @@ from efficientformer.runtime.classifier import DECODINGS, Failed, FileClassifier
 from efficientformer.runtime.engines import ENGINES, PRECISIONS
 from efficientformer.runtime.inputs import Input
 from efficientformer.runtime.question import Question
-from efficientformer.runtime.records import arrow_row, arrow_schema, record
+from efficientformer.runtime.records import arrow_row, arrow_schema
 from efficientformer.spec.errors import EngineError, ImageError, UsageError, require
 from efficientformer.spec.fields import check_choice, check_count
+from efficientformer.spec.habits import ENGINE_WORDS
 
 FORMATS = ("parquet", "json")
 PARTS_PER_WORKER = 8  # so that workers of different speed end together
@@ -63,7 +64,7 @@ class Options:
     decode: str = "exact"
 
     def __post_init__(self) -> None:
-        check_choice("engine", self.engine, ENGINES)
+        check_choice("engine", self.engine, ENGINES, ENGINE_WORDS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("decode", self.decode, DECODINGS)
         check_count("number of threads", self.threads)
@@ -152,13 +153,8 @@ class Worker:
 
         with self._attempt(name) as deaths:
             outcomes = [self._one(path) for path in paths] if deaths else self.classify(paths)
-        rows = [
-            record(path, None, str(outcome.error), self._options.top_k)
-            if isinstance(outcome, Failed)
-            else record(path, outcome, "", self._options.top_k)
-            for path, outcome in zip(paths, outcomes, strict=True)
-        ]
-        self._write(arrow.Table.from_pylist([arrow_row(row) for row in rows], arrow_schema()), name)
+        rows = [arrow_row(outcome.record(self._options.top_k)) for outcome in outcomes]
+        self._write(arrow.Table.from_pylist(rows, arrow_schema()), name)
         return len(rows)
 
     def _write(self, rows: Any, name: str) -> None:  # noqa: ANN401 (a pyarrow.Table)
@@ -191,7 +187,7 @@ class Worker:
             if deaths < MAX_DEATHS:
                 return self.classify([path])[0]
             found = f"that {deaths} workers died over it"
-            return Failed(ImageError(f"Gave up {path!r}", expected="a picture that can be decoded", found=found))
+            return Failed(ImageError(f"Gave up {path!r}", expected="a picture that can be decoded", found=found), path)
 
     @contextlib.contextmanager
     def _attempt(self, what: str) -> Iterator[int]:

@@ -109,6 +109,11 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        """Return the network, the data and the top-1, short of the manifest and all counts."""
+        figure = f"top-1 {self.top1:.2f} % of {self.images:,}" if self.images else "no"
+        return f"Evaluation({self.model!r}, {self.data!r}, {figure} pictures)"
+
     @cached_property
     def result(self) -> Result:
         """All figures.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from efficientformer.runtime.engines import open_engine
 from efficientformer.spec.errors import CheckpointError, EngineError, UsageError, require
-from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, ModelCard, WeightsSource, resolve
+from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, ModelCard, WeightsSource, is_name, networks_in, resolve
 from efficientformer.weights.beside import stamp_beside
 from efficientformer.weights.cache import Cache, cache_root, writing_to
 from efficientformer.weights.progress import Progress
@@ -60,6 +60,29 @@ def deployable(
         return embedded_file()
     ready = _built_before(found.card, found.source)
     return ready or _build_named(found.card, found.source, offline, progress)
+
+
+def is_ready(model: str = "", *, checkpoint: str | Path | None = None, precision: str = "auto") -> bool:
+    """Tell whether ``deployable`` builds nothing: the file is there already, or is never built on the way (int8).
+
+    Args:
+        model: As for ``deployable``.
+        checkpoint: As for ``deployable``.
+        precision: As for ``deployable``.
+
+    Raises:
+        UsageError: If two weights files are given.
+        UnknownModelError: If ``model`` is neither in the zoo nor a file.
+        CheckpointError: If there is no such file.
+    """
+    model, checkpoint = _told_apart(model, checkpoint)
+    if precision == "int8":
+        return True
+    if checkpoint is not None:
+        file = _existing(Path(checkpoint))
+        return _is_exported(file) or _kept_for(model, file).exists()
+    found = resolve(model or EMBEDDED)
+    return found.card.name == EMBEDDED or _built_before(found.card, found.source) is not None
 
 
 def embedded_file() -> Path:
@@ -137,21 +160,28 @@ def check_weights(model: str, checkpoint: str | Path | None) -> None:
 
 
 def _told_apart(model: str, checkpoint: str | Path | None) -> tuple[str, str | Path | None]:
-    """Return name and weights file, also if the name is a file: one, or the folder that ``quantize`` wrote."""
+    """Return name and weights file, also if the name is a file: one, or the folder that holds it."""
     check_weights(model, checkpoint)
     file = file_of(model)
     return ("", file) if checkpoint is None and file is not None else (model, checkpoint)
 
 
 def file_of(model: str) -> str | None:
-    """Return the file that a model's name is, or that is in the folder of that name, as ``quantize`` leaves it.
+    """Return the file that a model's name is, or that is meant by the folder of that name.
+
+    That is the file that ``quantize`` leaves in a folder, or else the best weights of a run of training or slimming; of
+    a run in a folder that is called as a network of the zoo is, the network is meant.
 
     Returns:
-        The file, which need not exist if the name is plainly meant as a path; None for a name of the zoo.
+        The file, which need not exist if the name is plainly meant as a path; None for a name of the zoo, and for the
+        folder of a run with several networks.
     """
     if _is_file(model):
         return model
-    return str(_inside(model)) if model and os.path.isfile(_inside(model)) else None  # noqa: PTH113 (as below)
+    if model and os.path.isfile(_inside(model)):  # noqa: PTH113 (as below)
+        return str(_inside(model))
+    networks = networks_in(model)
+    return str(networks[0]) if len(networks) == 1 and not is_name(model) else None
 
 
 def _inside(folder: str) -> Path:

@@ -15,11 +15,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from efficientformer.runtime.engines import Engine, open_engine
-from efficientformer.runtime.image import Encoded, Source, decode, how_to_gather, is_address
+from efficientformer.runtime.image import WILDCARDS, Encoded, Source, decode, how_to_gather, is_address
 from efficientformer.runtime.inputs import Input
 from efficientformer.runtime.pipeline import in_order
 from efficientformer.runtime.preprocess import normalise, resize_crop
 from efficientformer.runtime.processor import available_cores
+from efficientformer.runtime.records import Record, record
 from efficientformer.spec.errors import EngineError, ImageError, UsageError
 from efficientformer.spec.fields import check_choice, check_count
 from efficientformer.spec.manifest import Manifest
@@ -35,10 +36,17 @@ class Prediction:
     Attributes:
         scores: Probability of every class, (num_classes,).
         manifest: Labels and the rest of what the network is.
+        source: The picture's name: its path or URL; empty for arrays, bytes and Pillow images.
     """
 
     scores: npt.NDArray[np.float32]
     manifest: Manifest
+    source: str = ""
+
+    def __repr__(self) -> str:
+        """Return the class, its probability and the picture, short of the manifest."""
+        picture = f", {self.source!r}" if self.source else ""
+        return f"Prediction({self.name!r}, {self.score:.3f}{picture})"
 
     @property
     def label(self) -> int:
@@ -65,6 +73,20 @@ class Prediction:
         order = np.argsort(-self.scores, kind="stable")[:k]
         return [(int(i), float(self.scores[i]), self.manifest.label(int(i))) for i in order]
 
+    def record(self, top_k: int = 3) -> Record:
+        """Return plain values for JSON, as ``efficientformer predict --format json`` writes them.
+
+        Args:
+            top_k: Classes to keep, at most.
+
+        Returns:
+            path (the picture's name), pred_label, pred_score, pred_class, and top_k: a list of label, score and class.
+
+        Raises:
+            UsageError: If ``top_k`` is not positive.
+        """
+        return record(self.source, self, "", top_k)
+
     def to_dict(self) -> dict[str, Any]:
         """Return mmpretrain's result: pred_label, pred_score, pred_class, pred_scores (an array)."""
         return {
@@ -77,9 +99,24 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Failed:
-    """A picture that could not be classified, and why."""
+    """A picture that could not be classified, and why; ``isinstance(each, Failed)`` tells it from a ``Prediction``.
+
+    Attributes:
+        error: Why.
+        source: The picture's name: its path or URL; empty for arrays, bytes and Pillow images.
+    """
 
     error: ImageError
+    source: str = ""
+
+    def __repr__(self) -> str:
+        """Return the picture and the reason."""
+        picture = f"{self.source!r}, " if self.source else ""
+        return f"Failed({picture}{str(self.error)!r})"
+
+    def record(self, top_k: int = 3) -> Record:
+        """Return plain values for JSON: path (the picture's name) and error; called as that of a prediction is."""
+        return record(self.source, None, str(self.error), top_k)
 
 
 class EngineClassifier:
@@ -128,7 +165,8 @@ class EngineClassifier:
             ImageError: If it is no readable picture.
             EngineError: If the network gives no numbers.
         """
-        return self._classify(self._engine, [self._prepare(picture, "exact")])[0]
+        (scores,) = self._scores(self._engine, [self._prepare(picture, "exact")])
+        return Prediction(scores, self.manifest, _name_of(picture))
 
     def predict(
         self,
@@ -186,8 +224,11 @@ class EngineClassifier:
             images = [image for image in prepared if isinstance(image, Image.Image)]
             engine, turns = running
             with turns:
-                found = iter(self._classify(engine, images) if images else ())
-            return [next(found) if isinstance(image, Image.Image) else image for image in prepared]
+                scores = iter(self._scores(engine, images) if images else ())
+            return [
+                Prediction(next(scores), self.manifest, _name_of(picture)) if isinstance(image, Image.Image) else image
+                for picture, image in zip(taken, prepared, strict=True)
+            ]
 
         return in_order(drawn(), work, workers=workers or max(engine.streams, available_cores()), chunk=chunk)
 
@@ -201,7 +242,7 @@ class EngineClassifier:
         try:
             return self._prepare(picture, how)
         except ImageError as error:
-            return Failed(error)
+            return Failed(error, _name_of(picture))
 
     def _prepare(self, picture: Source | Input, how: str) -> Image.Image:
         """Decode and crop, so that a batch holds small pictures only."""
@@ -210,10 +251,11 @@ class EngineClassifier:
         shrink_for = spec if how == "fast" else None
         return resize_crop(decode(source, mode=spec.mode, exif=spec.exif, name=name, shrink_for=shrink_for), spec)
 
-    def _classify(self, engine: Engine, images: Sequence[Image.Image]) -> list[Prediction]:
+    def _scores(self, engine: Engine, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
+        """Return the probabilities (N, num_classes) of prepared pictures."""
         logits = engine.run(normalise(images, self.manifest.preprocess))  # (N, num_classes)
         check_finite(logits, engine.name)
-        return [Prediction(scores, self.manifest) for scores in softmax(logits)]
+        return softmax(logits)
 
 
 class FileClassifier(EngineClassifier):
@@ -235,6 +277,13 @@ class FileClassifier(EngineClassifier):
         super().__init__(open_engine(Path(path), engine, precision=precision, threads=threads))
 
 
+def _name_of(picture: Source | Input) -> str:
+    """Return a picture's name; empty where it has none."""
+    if isinstance(picture, Input):
+        return picture.name
+    return os.fsdecode(picture) if isinstance(picture, str | os.PathLike) else ""
+
+
 def _is_one(pictures: object) -> bool:
     """Whether what should be several pictures is one; an array of one would be taken for its rows."""
     if isinstance(pictures, np.ndarray):
@@ -249,7 +298,7 @@ def _how_to_give(picture: object) -> str:
     """Return the hint for one picture, or one name, in the place of several."""
     if isinstance(picture, str | os.PathLike):
         is_folder = os.path.isdir(picture)  # noqa: PTH112 (no error for names no file can have)
-        if is_folder or is_address(picture):
+        if is_folder or is_address(picture) or WILDCARDS.search(os.fspath(picture)):
             return how_to_gather(picture)
     if isinstance(picture, np.ndarray) and picture.ndim == 3:
         return "Give one as classify.predict([picture]), a stack of grey ones as a list: classify.predict(list(stack))"

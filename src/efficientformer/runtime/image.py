@@ -13,7 +13,7 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, TypeAlias, cast
@@ -26,6 +26,8 @@ from efficientformer.runtime.preprocess import least_size
 from efficientformer.spec.errors import ImageError
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.preprocess import PreprocessSpec
+
+WILDCARDS = re.compile(r"[*?\[]")  # what makes a name a pattern of names
 
 Encoded: TypeAlias = bytes | bytearray | memoryview
 Source: TypeAlias = str | os.PathLike[str] | Encoded | IO[bytes] | Image.Image | npt.NDArray[Any]
@@ -129,6 +131,8 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         reason, hint = getattr(error, "strerror", None) or str(error), ""
         if is_address(path):
             reason, hint = "an address", how_to_gather(path)
+        elif isinstance(error, FileNotFoundError) and WILDCARDS.search(os.fspath(path)):
+            reason, hint = "a pattern", how_to_gather(path)
         raise ImageError(f"Cannot read {name}", expected="a readable picture file", found=reason, hint=hint) from error
 
 
@@ -138,7 +142,7 @@ def is_address(name: str | os.PathLike[str]) -> bool:
 
 
 def how_to_gather(name: str | os.PathLike[str]) -> str:
-    """Return the hint for a folder or an address in the place of a picture: nothing is listed or downloaded unasked."""
+    """Return the hint for a folder, pattern or address in the place of a picture: none is looked into unasked."""
     given = re.sub("^(https?):/+", r"\1://", os.fspath(name))  # a path has lost a slash
     return f"Use classify.predict(gather([{given!r}])), with gather from efficientformer.runtime.inputs"
 
@@ -226,8 +230,13 @@ def _read(source: object, name: str) -> Encoded:
         return source
     if hasattr(source, "read"):
         return read_stream(cast("IO[bytes]", source), name)
+    hint = ""
+    if isinstance(source, Iterable):
+        hint = "Several pictures go to classify.predict([...])"
+    if hasattr(source, "numpy"):  # a tensor of torch, tensorflow or jax, channels first or last
+        hint = "Give a uint8 array (H, W, 3): of a torch tensor (3, H, W) tensor.permute(1, 2, 0).cpu().numpy()"
     expected = "a path, bytes, a binary file, a Pillow image or a uint8 array"
-    raise ImageError("Cannot decode this kind of object", expected=expected, found=type(source).__name__)
+    raise ImageError("Cannot decode this kind of object", expected=expected, found=type(source).__name__, hint=hint)
 
 
 def _from_array(array: npt.NDArray[Any], name: str) -> Image.Image:

@@ -17,13 +17,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
-from efficientformer.runtime.image import SUFFIXES, read_file, read_stream
+from efficientformer.runtime.image import SUFFIXES, WILDCARDS, read_file, read_stream
 from efficientformer.spec.errors import ImageError
 
 STDIN = "-"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_WILDCARDS = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ def gather(
             yield Input(text, readable(partial(_download, text)))
         elif not text:
             yield _failed("''", "a file, folder, pattern or URL", "an empty name")
-        elif _WILDCARDS.search(text) and not os.path.lexists(text):
+        elif WILDCARDS.search(text) and not os.path.lexists(text):
             yield from _glob(text, outside)
         else:
             yield from _named(Path(text), text, outside)
@@ -214,7 +213,7 @@ def _expand(base: Path, parts: tuple[str, ...]) -> Iterator[Path | Input]:
             rest = rest[1:]
         rest = rest or ("*",)
         matches = ((folder, problem) for folder, _, problem in _walk(base))
-    elif _WILDCARDS.search(part):
+    elif WILDCARDS.search(part):
         matches = _matches(base, part)
     else:
         matches = [(base / part, None)] if os.path.lexists(base / part) else []

@@ -16,6 +16,7 @@ from efficientformer.slimming.space import Space
 from efficientformer.spec.arch import ArchSpec, AttentionSpec, load_json
 from efficientformer.spec.errors import SpecError, UsageError, nearest
 from efficientformer.spec.fields import as_list, check_choice, check_int, check_keys, check_number
+from efficientformer.spec.habits import ENGINE_WORDS
 from efficientformer.spec.variants import v1_spec
 from efficientformer.training.recipe import Recipe, override
 from efficientformer.weights.files import write_json
@@ -167,7 +168,7 @@ class Plan:
             raise UsageError("No target", hint="Name one: --target-latency 2.0ms")
         targets = {float(f"{target:g}") for target in self.targets}  # as their files are named
         object.__setattr__(self, "targets", tuple(sorted(targets, reverse=True)))
-        check_choice("engine", self.engine, ENGINES)
+        check_choice("engine", self.engine, ENGINES, ENGINE_WORDS)
         check_choice("precision", self.precision, PRECISIONS)
         if self.threads is not None:
             check_int("threads", self.threads, 1, 4096)

@@ -7,7 +7,7 @@ import io
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ class Finished:
     """
 
     target_ms: float
-    step: Step
+    step: Step = field(repr=False)  # long: it holds every cut that was scored
     weights: Path
     top1: float
     measured_ms: float | None = None

@@ -6,9 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any
 
 from efficientformer.spec.errors import SpecError, UsageError, nearest
+from efficientformer.spec.habits import pointer
+
+NO_WORDS: Mapping[str, str] = MappingProxyType({})
 
 
 def check_int(name: str, value: object, low: int, high: int, hint: str = "") -> None:
@@ -35,12 +39,19 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
         raise SpecError(f"Illegal {name}", expected=f"a number from {low} to {high}", found=found)
 
 
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raise SpecError unless ``value`` is one of ``choices`` (and of the same type: True is not 1)."""
+def check_choice(name: str, value: object, choices: Sequence[object], words: Mapping[str, str] = NO_WORDS) -> None:
+    """Raise SpecError unless ``value`` is one of ``choices`` (and of the same type: True is not 1).
+
+    Args:
+        name: What is chosen, for the message.
+        value: The choice.
+        choices: The legal ones.
+        words: What other libraries call them: a table of ``spec.habits``.
+    """
     if not any(value == choice and type(value) is type(choice) for choice in choices):
         legal = ", ".join(repr(choice) for choice in choices)
         close = nearest(str(value), [str(choice) for choice in choices], 1)
-        hint = f"Did you mean {close[0]}?" if close else ""
+        hint = pointer(words, str(value)) or (f"Did you mean {close[0]}?" if close else "")
         raise SpecError(f"Illegal {name}", expected=f"one of {legal}", found=repr(value), hint=hint)
 
 
@@ -49,8 +60,18 @@ def check_bool(name: str, value: object) -> None:
     check_choice(name, value, (True, False))
 
 
-def check_keys(name: str, data: object, cls: type) -> dict[str, Any]:
-    """Return ``data`` as a dict after checking that it is a mapping with just the fields of dataclass ``cls``."""
+def check_keys(name: str, data: object, cls: type, words: Mapping[str, str] = NO_WORDS) -> dict[str, Any]:
+    """Return ``data`` as a dict after checking that it is a mapping with just the fields of dataclass ``cls``.
+
+    Args:
+        name: What the mapping is, for messages.
+        data: The mapping.
+        cls: The dataclass.
+        words: What other libraries call its fields: a table of ``spec.habits``.
+
+    Raises:
+        SpecError: If it is not.
+    """
     if not isinstance(data, Mapping):
         raise SpecError(f"Illegal {name}", expected="a JSON object", found=type(data).__name__)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -58,7 +79,7 @@ def check_keys(name: str, data: object, cls: type) -> dict[str, Any]:
         if key not in fields:
             close = nearest(str(key), fields)
             hint = f"Did you mean {close[0]!r}?" if close else f"The fields are {', '.join(fields)}"
-            raise SpecError(f"Unknown field {key!r} in {name}", hint=hint)
+            raise SpecError(f"Unknown field {key!r} in {name}", hint=pointer(words, str(key)) or hint)
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in data:

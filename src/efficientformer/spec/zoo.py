@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,10 @@ from efficientformer.spec.variants import VARIANTS
 
 EMBEDDED = "efficientformer_cifar10"
 FILE_SUFFIXES = (".onnx", ".safetensors", ".pth", ".pt", ".bin")  # a name that ends so is meant as a path
+
+# Deployed files of other tools, which are neither read nor written.
+FOREIGN_SUFFIXES = (".xml", ".ort", ".tflite", ".pte", ".mlmodel", ".mlpackage", ".engine", ".plan", ".param")
+ONNX_ONLY = "Of deployed files only .onnx is read; efficientformer convert CHECKPOINT FILE.onnx writes one"
 
 # What a training run of ours, and timm's and transformers' ways to save a network, call the weights in their folders.
 _IN_FOLDERS = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
@@ -159,13 +164,13 @@ def cards() -> tuple[ModelCard, ...]:
     return (*_v1_cards(), *_v2_cards(), _cifar10_card())
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Return the canonical names of the networks whose name or an alias matches a shell pattern."""
-    wanted = pattern.lower()
+def list_models(pattern: str | Iterable[str] = "*") -> list[str]:
+    """Return the canonical names of the networks whose name or an alias matches a shell pattern, or one of several."""
+    wanted = [each.lower() for each in ([pattern] if isinstance(pattern, str) else pattern)]
     return [
         card.name
         for card in cards()
-        if any(fnmatch.fnmatch(name.lower(), wanted) for name in (card.name, *card.aliases))
+        if any(fnmatch.fnmatch(name.lower(), each) for name in (card.name, *card.aliases) for each in wanted)
     ]
 
 
@@ -195,24 +200,54 @@ def resolve(name: str) -> Resolved:
     Raises:
         UnknownModelError: If no card has that name; the message lists the nearest ones.
     """
-    wanted = re.sub("^(hf[-_]hub:)?(timm/)?", "", name.lower())
-    names: dict[str, ModelCard] = {}
-    for card in cards():
-        for source in card.sources:
-            if wanted in {alias.lower() for alias in source.aliases}:
-                return Resolved(card, source)
-        names |= {alias.lower(): card for alias in (*card.aliases, card.name)}
+    wanted, names = _bare(name), _names()
     if wanted in names:
-        return Resolved(names[wanted], None)
-    for weights in (Path(name) / file for file in _IN_FOLDERS):
-        if os.path.isfile(weights):  # noqa: PTH113 (no error for names no file can have)
-            raise UnknownModelError(f"{name!r} is a folder", hint=f"Name the weights in it: {weights}")
+        return names[wanted]
+    if inside := networks_in(name) or [Path(name) / file for file in _IN_FOLDERS if _holds(name, file)]:
+        hint = f"Name the weights in it: {' or '.join(map(str, inside))}"
+        raise UnknownModelError(f"{name!r} is a folder", hint=hint)
     if name.lower().endswith(FILE_SUFFIXES):
         raise UnknownModelError(f"There is no file {name!r}, and no model of that name", hint="Check the path")
+    if name.lower().endswith(FOREIGN_SUFFIXES):
+        raise UnknownModelError(f"{name!r} is no network that can be read here", hint=ONNX_ONLY)
     close = nearest(wanted, names)
     known = ", ".join(card.name for card in cards())
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
     raise UnknownModelError(f"Unknown model {name!r}", hint=f"{hint}The zoo holds {known} (efficientformer list)")
+
+
+def is_name(name: str) -> bool:
+    """Tell whether ``resolve`` finds a network of this name."""
+    return _bare(name) in _names()
+
+
+def networks_in(folder: str) -> list[Path]:
+    """Return the networks in the folder of a run of ours: a training's best weights, or one for each slimming target.
+
+    Args:
+        folder: Any name; there are none in what is no such folder.
+    """
+    if _holds(folder, "slim.json"):
+        return sorted(Path(folder).glob("slimmed-*.safetensors"))
+    best = "best.safetensors"
+    return [Path(folder) / best] if _holds(folder, best) and _holds(folder, "recipe.json") else []
+
+
+def _holds(folder: str, file: str) -> bool:
+    return bool(folder) and os.path.isfile(Path(folder) / file)  # noqa: PTH113 (no error for names no file can have)
+
+
+def _bare(name: str) -> str:
+    return re.sub("^(hf[-_]hub:)?(timm/)?", "", name.lower())
+
+
+def _names() -> dict[str, Resolved]:
+    """Return what each name in small letters means; a project's own name asks for its weights."""
+    names = {alias.lower(): Resolved(card, None) for card in cards() for alias in (*card.aliases, card.name)}
+    for card in cards():
+        for source in card.sources:
+            names |= {alias.lower(): Resolved(card, source) for alias in source.aliases}
+    return names
 
 
 def _timm(name: str, top1: float, top5: float | None) -> WeightsSource:

@@ -19,6 +19,7 @@ from typing import Any
 from efficientformer.spec.arch import ArchSpec, load_json
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.fields import check_choice, check_keys, check_number
+from efficientformer.spec.habits import SETTINGS
 
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -242,7 +243,7 @@ class Recipe:
         Raises:
             SpecError: On an unknown field or an illegal value.
         """
-        check_keys("the recipe", changes, Recipe)
+        check_keys("the recipe", changes, Recipe, SETTINGS)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -260,7 +261,7 @@ class Recipe:
         Raises:
             SpecError: On unknown fields and on illegal values.
         """
-        return cls(**check_keys("the recipe", data, cls))
+        return cls(**check_keys("the recipe", data, cls, SETTINGS))
 
 
 _RANGES: dict[str, tuple[float, float]] = {

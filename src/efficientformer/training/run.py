@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from efficientformer.data.source import ImageSource
+from efficientformer.data.sources import LAYOUTS
 from efficientformer.evaluation.distributed import Team
 from efficientformer.evaluation.evaluate import evaluate
 from efficientformer.evaluation.result import Evaluation
@@ -25,7 +26,6 @@ from efficientformer.evaluation.torch_predictor import TorchPredictor
 from efficientformer.models.network import EfficientFormer
 from efficientformer.reporting.page import require_libraries
 from efficientformer.spec.errors import EfficientFormerError, EngineError, TrainingError, UsageError, missing_extra
-from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
 from efficientformer.training.allocator import freed_memory_kept
 from efficientformer.training.lock import alone_in
@@ -143,11 +143,30 @@ def _check_call(
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         hint = 'Put it below: if __name__ == "__main__":'
         raise UsageError("train() is called again while a worker process imports your script", hint=hint)
-    check_choice("device", device, ("auto", "cpu"))
+    _check_kinds(recipe, data)
+    if device not in ("auto", "cpu"):
+        hint = "auto takes the GPUs there are; CUDA_VISIBLE_DEVICES=0 chooses among them, torchrun spreads over several"
+        raise UsageError("Illegal device", expected="auto or cpu", found=repr(device), hint=hint)
     if resume is None and data is None:
         raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
     if resume is not None and (recipe is not None or output is not None):
         raise UsageError("A resumed run keeps its recipe and folder", hint="Give resume alone, or with data that moved")
+
+
+def _check_kinds(recipe: object, data: object) -> None:
+    """Raise UsageError for what other libraries' functions take first: a network's name, a data set in memory."""
+    if not isinstance(recipe, Recipe | None):
+        hint = f"Recipe(model={str(recipe)!r}) makes one of a network, load_recipe(FILE) reads one"
+        if not isinstance(recipe, str | os.PathLike):
+            hint = "Recipe(model=NAME) makes one, with whatever else is to be other than usual"
+        raise UsageError("This is no recipe", expected="a Recipe", found=_kind(recipe), hint=hint)
+    if not isinstance(data, str | os.PathLike | None):
+        expected, hint = f"the path of a folder with {LAYOUTS}", "Give the folder that it reads"
+        raise UsageError("This is no data set", expected=expected, found=_kind(data), hint=hint)
+
+
+def _kind(value: object) -> str:
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _train(run: Run, prepared: Prepared, path: Path) -> Outcome:

@@ -20,6 +20,7 @@ from efficientformer.data.draws import DrawPlan
 from efficientformer.data.loader import Loader, MemoryLoader, WorkerLoader, decode_all, read_classes
 from efficientformer.data.source import ImageSource
 from efficientformer.data.sources import Splits, open_splits
+from efficientformer.export.deployable import file_of
 from efficientformer.models.network import EfficientFormer
 from efficientformer.runtime.image import decode
 from efficientformer.runtime.processor import available_cores
@@ -217,6 +218,8 @@ def rooted(recipe: Recipe) -> Recipe:
     changes: dict[str, object] = {}
     for name in ("model", "teacher", "teacher_weights", "teacher_cache"):
         value = getattr(recipe, name)
+        if name in ("model", "teacher"):
+            value = file_of(value) or value  # of the folder of a run
         if value and (name == "teacher_cache" or Path(value).is_file()):
             changes[name] = str(Path(value).absolute())
     if recipe.teacher.startswith(TIMM_FOLDER):

@@ -7,6 +7,7 @@ ones are read as data only; their architecture is read off the shapes.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -107,7 +108,8 @@ def load_checkpoint(
         state, report = to_ours(file.state, layout, spec, headless=heads is not None)
         report.check()
     if file.ambiguous:
-        text = f"{path.name} holds averaged (EMA) weights too; took the plain ones (ema=True takes the others)"
+        how = f"For the others: efficientformer convert --ema {shlex.quote(str(path))} FILE"
+        text = f"{path.name} holds averaged (EMA) weights too; took the plain ones. {how}"
         warnings.warn(text, WeightsWarning, stacklevel=2)
     report = dataclasses.replace(report, notes=notes)
     return Checkpoint(state, spec, layout, manifest, report, file.sha256, file.labels)

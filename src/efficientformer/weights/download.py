@@ -122,7 +122,7 @@ def fetch(
     raise DownloadError(
         f"No weights for {model_name}" + (f" are here, and {reason} forbids connections" if reason else ""),
         found="".join(f"\n  {failure}" for failure in failures) or "no source that publishes them",
-        hint=f"{by_hand}Any published layout is recognised. Or name a file: --checkpoint FILE, or pretrained='FILE'",
+        hint=f"{by_hand}Any published layout is recognised. Or give a weights file as the model",
     )
 
 

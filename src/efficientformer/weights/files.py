@@ -20,18 +20,19 @@ from torch import Tensor
 from efficientformer.spec.errors import CheckpointError
 from efficientformer.spec.manifest import METADATA_KEY
 from efficientformer.spec.whole import whole_file
+from efficientformer.spec.zoo import FOREIGN_SUFFIXES, ONNX_ONLY
 from efficientformer.weights.pickles import read_pickle
 
 MAX_TENSORS = 100_000
 MAX_NAME = 300  # letters
 
-_DEPLOYED = "Weights for torch are in .safetensors or .pth files; a deployed file is for `efficientformer predict`"
+_DEPLOYED = "Weights for torch are in .safetensors or .pth files; an .onnx file is for `efficientformer predict`"
 # (offset, bytes there, what such a file is, what to do)
 _OTHER_KINDS = (
-    (4, b"ORTM", "an ONNX Runtime model", _DEPLOYED),
-    (4, b"TFL3", "a LiteRT model", _DEPLOYED),
-    (4, b"ET1", "an ExecuTorch program", _DEPLOYED),
-    (0, b"<?xml", "an XML file, such as an OpenVINO model", _DEPLOYED),
+    (4, b"ORTM", "an ONNX Runtime model", ONNX_ONLY),
+    (4, b"TFL3", "a LiteRT model", ONNX_ONLY),
+    (4, b"ET1", "an ExecuTorch program", ONNX_ONLY),
+    (0, b"<?xml", "an XML file, such as an OpenVINO model", ONNX_ONLY),
     (
         0,
         b"version https://git-lfs",
@@ -41,7 +42,6 @@ _OTHER_KINDS = (
     (0, b"<", "a web page", "The download went wrong: fetch the file again"),
     (0, b"GGUF", "a GGUF file", "Weights are read from .safetensors or .pth files"),
 )
-_DEPLOYED_SUFFIXES = (".onnx", ".ort", ".tflite", ".pte", ".mlmodel", ".mlpackage", ".xml", ".param")
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,11 @@ def _sniff(path: Path, file: IO[bytes]) -> str:
     for offset, magic, what, hint in _OTHER_KINDS:
         if head[offset:].lower().startswith(magic.lower()):
             raise CheckpointError("Not a weights file", expected="safetensors or torch.save", found=what, hint=hint)
-    deployed = path.suffix in _DEPLOYED_SUFFIXES or (head[0] == 0x08 and head[2:3] in (b"\x12", b"\x3a"))
-    found = "a deployed model, such as ONNX" if deployed else f"a file that begins with {head[:8]!r}"
-    hint = _DEPLOYED if deployed else ""
+    found, hint = f"a file that begins with {head[:8]!r}", ""
+    if path.suffix in FOREIGN_SUFFIXES:
+        found, hint = f"a deployed model ({path.suffix})", ONNX_ONLY
+    elif path.suffix == ".onnx" or (head[0] == 0x08 and head[2:3] in (b"\x12", b"\x3a")):
+        found, hint = "a deployed model, such as ONNX", _DEPLOYED
     raise CheckpointError("Not a weights file", expected="safetensors or torch.save", found=found, hint=hint)
 
 

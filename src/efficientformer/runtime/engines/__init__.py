@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from efficientformer.runtime.processor import available_cores, overflows
 from efficientformer.spec.errors import EngineError
 from efficientformer.spec.fields import check_choice, check_count
+from efficientformer.spec.habits import ENGINE_WORDS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +89,7 @@ def _is_installed(engine: str) -> bool:
 
 
 def open_engine(
-    path: Path, engine: str = "auto", *, precision: str = "auto", threads: int | None = None, streams: int = 1
+    path: str | Path, engine: str = "auto", *, precision: str = "auto", threads: int | None = None, streams: int = 1
 ) -> Engine:
     """Open an exported file.
 
@@ -106,9 +107,10 @@ def open_engine(
         MissingExtraError: If the engine is not installed.
         EngineError: If the file cannot be run, says nothing about itself, or the engine has not that precision.
     """
-    check_choice("engine", engine, ENGINES)
+    check_choice("engine", engine, ENGINES, ENGINE_WORDS)
     check_choice("precision", precision, PRECISIONS)
     check_threads(threads, streams)
+    path = Path(path)
     if engine == "auto":
         engine = "openvino" if can_import("openvino") else "onnxruntime"
     if engine == "openvino":
