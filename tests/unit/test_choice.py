@@ -171,7 +171,7 @@ def test_classifier_chooses_and_says_why():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"engine": "onnx"}, "Did you mean onnxruntime"),
+        ({"engine": "onnx"}, "Here: onnxruntime"),
         ({"precision": "int4"}, "'int8'"),
         ({"device": "cuda", "engine": "openvino"}, "Only torch"),
         ({"device": "cuda:99"}, "Cannot use the device 'cuda:99'"),  # torch is taken for it
