@@ -297,7 +297,7 @@ def main() -> None:
     for name, ms in zip((*PEERS, *ours), measured, strict=True):
         if name in rows:
             rows[name]["latency_ms"] = ms
-    path_ms = json.loads((learned.folder / "path.json").read_text())[0]["measured_ms"]
+    path_ms = json.loads((learned.folder / "path.json").read_text())[0]["quiet_ms"]
     now = start_ms / path_ms  # the machine's speed against that at which the path in the report was measured
     comparisons = [
         {"name": name, "latency_ms": row["latency_ms"] / now, "top1": statistics.mean(row["top1"])}

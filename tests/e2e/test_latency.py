@@ -58,6 +58,22 @@ def test_a_profile_names_every_part(cli, tmp_path, engine, kind):
     assert sum(kind["ms"] for kind in found["kinds"]) == pytest.approx(found["operators_ms"], abs=1e-3)
 
 
+def test_operators_that_the_engine_cannot_time_are_counted_and_said(cli, tmp_path):
+    """OpenVINO counts whole microseconds, rounded down: those of this network take less."""
+    pytest.importorskip("openvino")
+    file = write_network(SMALL["v1"], tmp_path / "n.onnx")
+    options = ("--engine", "openvino", "--threads", 1, "--output", tmp_path / "p", "--quiet")
+    code, out, err = cli("profile", file, *options)
+    assert code == 0, err
+    found = json.loads((tmp_path / "p" / "profile.json").read_text())
+    assert found["unseen"] == sum(operator["ms"] == 0 for operator in found["operators"]) > 0
+    assert sum(kind["operators"] for kind in found["kinds"]) == len(found["operators"])
+    assert not {kind["kind"] for kind in found["kinds"]} & {"Const", "Input", "Output"}
+    said = f"{found['unseen']} of {len(found['operators'])} operators count as 0"
+    assert said in out
+    assert said in (tmp_path / "p" / "profile.html").read_text()
+
+
 @pytest.fixture
 def phone(tmp_path):
     """A table of a device that is not here, of all that the network below is made of."""
@@ -153,7 +169,13 @@ def test_the_four_observations(cli, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "o" / "observations.json").read_text())
     assert [len(each["variants"]) for each in found["observations"]] == [4, 5, 2, 3]
     assert all(each["verdict"] for each in found["observations"])
-    assert "hard-swish" in (tmp_path / "o" / "observations.html").read_text()
+    page = (tmp_path / "o" / "observations.html").read_text()
+    assert "hard-swish" in page
+    assert "Half of the latencies repeat within" in page
+    assert "Half of the latencies repeat within" in out
+    assert all(each["reason"] in page for each in found["observations"])
+    assert found["spread"] > 0
+    assert found["busy"] is False
 
 
 @pytest.mark.parametrize("name", ["efficientformer_l1", "efficientformerv2_s0"])

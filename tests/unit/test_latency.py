@@ -21,7 +21,7 @@ from efficientformer.runtime.timing import environment
 from efficientformer.slimming.space import Space, table_space
 from efficientformer.spec.arch import AttentionSpec
 from efficientformer.spec.errors import SpecError, UsageError
-from efficientformer.spec.variants import VARIANTS, v1_spec
+from efficientformer.spec.variants import VARIANTS, v1_spec, v2_spec
 
 SPACE = TableSpace(widths=(8, 16, 24), depths=(1, 1, 2, 2), stem_strides=(2,), attention=AttentionSpec(2, 8, 2))
 SPEC = dataclasses.replace(
@@ -65,6 +65,51 @@ def test_a_block_on_tokens_is_timed_without_the_reshapes_around_it():
     timings = {name: Latency(ms.get(name, 2.0), 0.0, 0.0, 0.0, 1) for name in observations._subjects()}
     found = {each.name: each.ms for each in observations._mixers(timings).variants}
     assert found["block with attention on tokens (MB3D)"] == pytest.approx(block)
+
+
+def observed(find, **ms):
+    """Return an observation of latencies, or of pairs of one and its standard error."""
+    pairs = {name.replace("_", " "): value if isinstance(value, tuple) else (value, 0.01) for name, value in ms.items()}
+    timings = {name: Latency(*pairs.get(name, (1.0, 0.01)), 0.0, 0.0, 1) for name in observations._subjects()}
+    return find(timings)
+
+
+@pytest.mark.parametrize(
+    ("linear", "error", "holds"),
+    [(9.0, 0.01, True), (9.0, 2.0, None), (5.0, 0.01, False), (5.4, 0.01, True), (5.1, 0.2, None), (3.0, 0.1, False)],
+)
+def test_an_observation_holds_or_not_or_cannot_be_told(linear, error, holds):
+    """Blocks of convolutions take 1 ms each; LayerNorm and linear layers as much as the parameter says, less 1."""
+    subjects = {"none": 0.0, "conv_gelu": (4.0, error), "linear_one": 1.0, "linear_gelu": (linear, error)}
+    found = observed(observations._norms, **subjects)
+    assert found.holds is holds
+    word = {True: "holds here", False: "does not hold here", None: "cannot be told here: the errors are too large"}
+    assert found.reason.startswith(word[holds])
+
+
+def test_stems_are_judged_for_each_stride():
+    found = observed(observations._stems, patch_16=10.0, stem_16=5.0)
+    assert (found.holds, found.reason) == (None, "to stride 16: holds here; to stride 4: does not hold here")
+    both = observed(observations._stems, patch_16=10.0, stem_16=5.0, patch_4=10.0, stem_4=5.0)
+    assert (both.holds, both.reason) == (True, "holds here")
+
+
+def test_activations_are_judged_by_what_the_paper_s_phone_did():
+    assert observed(observations._activations, none=0.0, conv_hardswish=4.0).holds
+    found = observed(observations._activations, none=0.0, conv_gelu=4.0)
+    assert found.holds is False
+    mixed = observed(observations._activations, none=0.0)
+    assert mixed.reason == "GELU hardly slower than ReLU: holds here; hard-swish slower than GELU: does not hold here"
+
+
+def test_a_map_of_an_embedding_with_attention_is_told_from_one_that_leads_to_the_same():
+    keys = []
+    for side in (3, 4):
+        spec = v2_spec((8, 16, 16, 24), ((2,), (2,), (), (2,)), 1, input_size=8 * side, stem_stride=2)
+        keys.append(next(part.key for part in parts_of(spec) if part.kind == "embedding attn"))
+        assert Part.parse(keys[-1]).key == keys[-1]
+    assert keys == ["embedding attn 16-24 from 3x3 at 2x2", "embedding attn 16-24 from 4x4 at 2x2"]
+    assert Part.parse("embedding attn 16-24 at 2x2"), "of an older table, which can still be read"
 
 
 @pytest.mark.parametrize("key", ["", "mb4d", "mb4d 8 at 4x4", "mb4d 08 x4 at 4x4", "stem 3-8 at 4x4", "x" * 100_000])
@@ -185,6 +230,12 @@ def test_the_origin_is_found_by_the_environment():
     assert made_up(environment=here | {"hardware": "a phone"}).origin == ELSEWHERE
     assert made_up(environment=here | {"versions": {"onnxruntime": "0.1"}}).origin == ELSEWHERE
     assert made_up(environment=here | {"versions": 7}).origin == ELSEWHERE
+
+
+def test_the_device_of_a_table_is_said_whatever_the_file_holds():
+    assert made_up().device == "a phone, unknown date"
+    hostile = {"hardware": "\ud800\x1b[31m", "date": ["2026"]}
+    assert made_up(environment=hostile).device == "\\ud800\\x1b[31m, ['2026']"
 
 
 def test_a_sample_shows_every_block_and_has_no_part_the_table_lacks():

@@ -9,9 +9,11 @@ import pytest
 from efficientformer.cli.slim import _line
 from efficientformer.latency.table import Cost, LatencyTable
 from efficientformer.reporting.page import Page, png
+from efficientformer.slimming.device import Measured
 from efficientformer.slimming.report import (
     Comparison,
     Finished,
+    _add_speed,
     _add_use,
     _importances,
     _summary,
@@ -21,7 +23,7 @@ from efficientformer.slimming.report import (
 )
 from efficientformer.slimming.search import Step
 from efficientformer.spec.arch import AttentionSpec
-from efficientformer.spec.errors import SpecError
+from efficientformer.spec.errors import SpecError, UsageError
 from tests.unit.test_slimming_search import SPACE
 
 STEP = Step(0, "start", SPACE.largest, 1.0, 0.1, 90.0)
@@ -34,9 +36,12 @@ def axis(measured, network):
 
 def test_the_axis_says_what_was_measured():
     """Networks that were finished where the engine is may have a path that was not measured."""
-    network = Finished(0.9, STEP, Path("x"), 91.0, measured_ms=0.8, quiet_ms=0.8)
-    predicted = dataclasses.replace(network, measured_ms=None, quiet_ms=None)
-    assert axis([1.0], network) == ("latency of one picture, engine (ms)", "path, inherited weights (held out)")
+    network = Finished(0.9, STEP, Path("x"), 91.0, Measured(0.8, 0.8))
+    predicted = dataclasses.replace(network, measured=None)
+    assert axis([Measured(1.0, 1.0)], network) == (
+        "latency of one picture, engine (ms)",
+        "path, inherited weights (held out)",
+    )
     label = "path, predicted, inherited weights (held out)"
     assert axis([None], network) == ("latency of one picture, engine (ms)", label)
     assert axis([None], predicted) == ("predicted latency of one picture, engine (ms)", label)
@@ -45,18 +50,20 @@ def test_the_axis_says_what_was_measured():
 @pytest.mark.parametrize(("measured", "quiet", "share"), [(2.0, 0.8, "40%"), (None, 0.8, "50%"), (2.0, None, "50%")])
 def test_a_measured_latency_is_compared_with_a_measured_one(tmp_path, measured, quiet, share):
     page, half = Page("Slimming"), dataclasses.replace(STEP, predicted_ms=0.5)
-    _summary(page, [STEP], [measured], [Finished(0.9, half, Path("x"), 91.0, quiet, quiet)])
+    start, found = (None if ms is None else Measured(ms, ms) for ms in (measured, quiet))
+    _summary(page, [STEP], [start], [Finished(0.9, half, Path("x"), 91.0, found)])
     page.write(tmp_path / "page.html")
     assert share in (tmp_path / "page.html").read_text()
 
 
 def test_what_was_not_measured_is_null():
-    assert [row["measured_ms"] for row in path_rows([STEP, STEP], [None, 1.0])] == [None, 1.0]
+    rows = path_rows([STEP, STEP], [None, Measured(1.2, 1.0)])
+    assert [(row["measured_ms"], row["quiet_ms"]) for row in rows] == [(None, None), (1.2, 1.0)]
 
 
 def drawn(comparisons):
-    network = Finished(0.9, STEP, Path("x"), 91.0, measured_ms=1.6, quiet_ms=0.8)
-    figure = draw_path([STEP], [1.0], [network], comparisons, "engine")
+    network = Finished(0.9, STEP, Path("x"), 91.0, Measured(0.9, 0.8))
+    figure = draw_path([STEP], [Measured(1.1, 1.0)], [network], comparisons, "engine")
     return {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
 
 
@@ -70,7 +77,7 @@ def test_networks_named_by_numbers_are_drawn_as_one_kind():
 def test_names_are_no_formulas(tmp_path):
     path = tmp_path / "comparisons.json"
     path.write_text('[{"name": "a $b_{ \\udc80 $", "latency_ms": 1, "top1": 1}]')
-    figure = draw_path([STEP], [1.0], [], read_comparisons(path), "engine")
+    figure = draw_path([STEP], [None], [], read_comparisons(path), "engine")
     assert png(figure)
 
 
@@ -96,13 +103,43 @@ def test_comparisons_that_are_none_are_refused(tmp_path, entries):
 
 
 def test_a_budget_that_is_not_held_is_said():
-    network = Finished(0.9, STEP, Path("x"), 91.0, measured_ms=1.6, quiet_ms=0.95)
-    assert _line(network) == (
-        "0.9 ms: top-1 91.00 %, predicted 1.000 ms, measured 0.950 ms; budget NOT held; "
+    network = Finished(0.9, STEP, Path("x"), 91.0, Measured(1.0, 0.95))
+    assert _line(network, "") == (
+        "0.9 ms: top-1 91.00 %, predicted 1.000 ms, measured 1.000 ms, 0.950 at the table's speed; budget NOT held; "
         "--resume measures again, on a quieter machine perhaps"
     )
-    assert _line(dataclasses.replace(network, quiet_ms=0.8)).endswith("budget held")
-    assert "not measured" in _line(dataclasses.replace(network, measured_ms=None, quiet_ms=None))
+    quiet = dataclasses.replace(network, measured=Measured(0.8, 0.8))
+    assert _line(quiet, "").endswith("measured 0.800 ms; budget held")
+    line = _line(dataclasses.replace(network, measured=None), "a phone, 2026-11-29")
+    assert line.endswith("not measured: the table is from elsewhere (a phone, 2026-11-29)")
+
+
+def test_a_budget_missed_by_far_is_never_held():
+    """However slow the start network was beside it: the table may be wrong."""
+    assert Finished(0.9, STEP, Path("x"), 91.0, Measured(2.5, 0.8)).holds is False
+    assert Finished(0.9, STEP, Path("x"), 91.0, Measured(0.85, 0.3)).holds
+
+
+def speed(tmp_path, start, network):
+    page = Page("Slimming")
+    _add_speed(page, STEP, [start], [Finished(0.9, STEP, Path("x"), 91.0, network)])
+    page.write(tmp_path / "page.html")
+    return (tmp_path / "page.html").read_text()
+
+
+def test_a_machine_slower_than_its_table_is_said(tmp_path):
+    scaled, plain, slow = Measured(1.1, 1.0), Measured(1.0, 1.0), Measured(2.0, 1.0)
+    for start, network in ((scaled, plain), (plain, scaled)):
+        assert "machine was busy" in speed(tmp_path, start, network)
+    assert "machine was busy" not in speed(tmp_path, plain, plain)
+    assert "table may be wrong" not in speed(tmp_path, plain, scaled)
+    assert "takes 2.000 ms here, and 1.000 by the table" in speed(tmp_path, slow, plain)
+
+
+def test_a_folder_in_the_place_of_comparisons_is_refused(tmp_path):
+    (tmp_path / "comparisons.json").mkdir()
+    with pytest.raises(UsageError, match=r"Cannot read .*comparisons\.json"):
+        read_comparisons(tmp_path / "comparisons.json")
 
 
 @pytest.mark.parametrize("precision", ["int8", "bf16"])

@@ -190,6 +190,10 @@ def test_a_path_of_another_search_is_refused(tmp_path):
         lambda data: data["steps"][1]["candidate"].update(widths=[1, 2, 3, 4]),
         lambda data: data["steps"][1]["considered"][0]["action"].update(kind="magic"),
         lambda data: data.update(steps=3),
+        lambda data: data["steps"][0].update(predicted_ms=0),
+        *(lambda data, what=what: data["steps"][1].update(what=what) for what in ("\ud800", None, 5, ["a"])),
+        lambda data: data["steps"][1]["considered"][0].update(what=None),
+        lambda data: data["steps"][1]["considered"][0].update(lost="much"),
     ],
 )
 def test_a_damaged_path_is_refused(tmp_path, spoil):
@@ -200,6 +204,12 @@ def test_a_damaged_path_is_refused(tmp_path, spoil):
     path.write_text(json.dumps(data))
     with pytest.raises((SpecError, UsageError)):
         search(path, Ledger(WORTH)).run(2.0)
+
+
+def test_a_folder_in_the_place_of_a_path_is_refused(tmp_path):
+    (tmp_path / "path.json").mkdir()
+    with pytest.raises(UsageError, match=r"Cannot read .*path\.json"):
+        search(tmp_path / "path.json", Ledger(WORTH)).run(2.0)
 
 
 def test_steps_come_back_from_json(tmp_path):
@@ -221,11 +231,12 @@ def test_what_is_no_latency_is_refused(text):
 
 
 def test_settings_reach_the_part_they_name():
-    settings = ["seed=3", "final.lr=0.5", "supernet.epochs=4", "search.breadth=1", "search.importances=shuffled"]
+    settings = ["seed=3", "final.lr=0.5", "supernet.epochs=4", "search.breadth=3", "search.importances=shuffled"]
     supernet, final, options = apply_settings(Recipe(), Recipe(), Options(), settings)
     assert (supernet.seed, final.seed, supernet.epochs, final.epochs) == (3, 3, 4, Recipe().epochs)
     assert (supernet.lr, final.lr) == (Recipe().lr, 0.5)
-    assert options == Options(breadth=1, importances="shuffled")
+    assert options == Options(breadth=3, importances="shuffled")
+    assert Options().breadth == 1, "as in the paper"
 
 
 @pytest.mark.parametrize(

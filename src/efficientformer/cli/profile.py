@@ -160,6 +160,8 @@ def _print_profile(result: Profile) -> None:
         f"operators {result.operators_ms:.3f} ms by the engine's own counters",
         soft_wrap=True,
     )
+    if result.unseen:
+        console.print(f"  {result.unseen_note}", soft_wrap=True)
     total = result.operators_ms
     _print_shares(console, "part", [(part.name, part.kind, part.ms) for part in result.parts()], total)
     _print_shares(console, "kind", [(kind, f"{count} operators", ms) for kind, ms, count in result.kinds()], total)
@@ -179,8 +181,8 @@ def _print_observations(found: Observations) -> None:
 
     console = Console(highlight=False)
     console.print(f"[bold]The paper's observations[/bold]  {found.engine}", soft_wrap=True)
+    console.print(f"  {found.note}", soft_wrap=True)
     for each in found.observations:
-        answer = {True: "holds here", False: "does not hold here", None: "left to the device"}[each.holds]
-        console.print(f"\n[bold]{each.title}[/bold]: {answer}", soft_wrap=True)
+        console.print(f"\n[bold]{each.title}[/bold]: {each.reason}", soft_wrap=True)
         console.print(f"  paper  {each.claim}", soft_wrap=True, markup=False)
         console.print(f"  here   {each.verdict}", soft_wrap=True, markup=False)

@@ -71,18 +71,18 @@ def slim(
         raise typer.Exit(130)
     for network in outcome.networks:
         if not quiet or network.holds is False:
-            typer.secho(_line(network), fg="yellow" if network.holds is False else None, err=True)
+            typer.secho(_line(network, outcome.device), fg="yellow" if network.holds is False else None, err=True)
         typer.echo(network.weights)
     if any(network.holds is False for network in outcome.networks):
         raise typer.Exit(1)
 
 
-def _line(network: Finished) -> str:
-    """Return what became of one budget."""
+def _line(network: Finished, device: str) -> str:
+    """Return what became of one budget; ``device`` is the latency table's."""
     said = f"{network.target_ms:g} ms: top-1 {network.top1:.2f} %, predicted {network.step.predicted_ms:.3f} ms"
-    if network.quiet_ms is None:
-        return f"{said}, not measured: the table is from elsewhere"
-    said += f", measured {network.quiet_ms:.3f} ms; budget "
+    if network.measured is None:
+        return f"{said}, not measured: the table is from elsewhere ({device})"
+    said += f", measured {network.measured}; budget "
     return f"{said}held" if network.holds else f"{said}NOT held; --resume measures again, on a quieter machine perhaps"
 
 

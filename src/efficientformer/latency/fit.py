@@ -145,7 +145,7 @@ def _bends(sizes: Sequence[float]) -> tuple[float, ...]:
 
 def _terms(part: Part, knots: Sequence[float]) -> dict[Term, float]:
     """Return the terms of a part's cost and their values."""
-    group = (part.kind, part.grid, part.stride)
+    group = (part.kind, part.source, part.grid, part.stride)
     dim, width = part.dim / UNIT, part.width / UNIT
     if part.is_block:
         terms = {"1": 1.0, "width": width, "width2": width * width, "hidden2": part.expansion * width * width}

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from efficientformer.export.proto import INPUT
@@ -31,7 +32,8 @@ TOKENS = GRID[0] * GRID[1]
 BLOCKS = 4
 MIN_PASSES, MAX_SPREAD = 16, 0.01  # see latency.measure
 CLASSES = 10
-MARGIN = 0.05  # differences below this share of the larger figure, or within the spread, are called none
+MARGIN = 0.05  # differences below this share of the larger figure are called none
+_WORDS = {True: "holds here", False: "does not hold here", None: "cannot be told here"}
 
 Build = Callable[[GraphWriter, str], tuple[str, int]]  # adds a graph; returns its end, a map, and its channels
 
@@ -59,7 +61,8 @@ class Observation:
         title: What the paper observed, in a few words.
         claim: What the paper says.
         variants: What was compared.
-        holds: Whether it holds here; None where the paper leaves it to the device.
+        holds: Whether it holds here; None if that cannot be told, or where a part of it holds and another does not.
+        reason: The same in words: for each part of it where these differ, and why it cannot be told.
         verdict: What was found, in words with figures.
     """
 
@@ -67,7 +70,23 @@ class Observation:
     claim: str
     variants: tuple[Variant, ...]
     holds: bool | None
+    reason: str
     verdict: str
+
+    @classmethod
+    def of(
+        cls, title: str, claim: str, variants: tuple[Variant, ...], parts: dict[str, bool | None], verdict: str
+    ) -> Observation:
+        """Return an observation that consists of named parts, which hold or not."""
+        found = set(parts.values())
+        if len(found) == 1:
+            holds = found.pop()
+            reason = _WORDS[holds]
+        else:
+            holds, reason = None, "; ".join(f"{name}: {_WORDS[each]}" for name, each in parts.items())
+        if None in parts.values():
+            reason += f": the errors are too large to tell a difference of {MARGIN:.0%}"
+        return cls(title, claim, variants, holds, reason, verdict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -83,12 +102,20 @@ class Observations:
         threads: Its threads; None if it chose.
         observations: The four.
         environment: Where they were made.
+        spread: Relative standard error of half of the latencies at most.
     """
 
     engine: str
     threads: int | None
     observations: tuple[Observation, ...]
     environment: dict[str, Any]
+    spread: float
+
+    @property
+    def note(self) -> str:
+        """How well the latencies repeat, and whether that is what was wanted."""
+        busy = f": {MAX_SPREAD:.2%} was wanted, the machine is busy" if self.spread > MAX_SPREAD else ""
+        return f"Half of the latencies repeat within {self.spread:.2%}{busy}."
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -97,6 +124,8 @@ class Observations:
             "threads": self.threads,
             "observations": [each.to_dict() for each in self.observations],
             "environment": self.environment,
+            "spread": round(self.spread, 5),
+            "busy": self.spread > MAX_SPREAD,
         }
 
 
@@ -134,7 +163,8 @@ def observe(
         first = engines[0]
     found = (_stems(timings), _mixers(timings), _norms(timings), _activations(timings))
     where = {**environment(first.key), "engine": first.name}
-    return Observations(first.name, threads, found, where)
+    spread = median(timing.error_ms / timing.ms for timing in timings.values())
+    return Observations(first.name, threads, found, where, spread)
 
 
 def _write(build: Build, channels: int, grid: tuple[int, int], path: Path) -> Path:
@@ -264,10 +294,17 @@ def _variant(timings: dict[str, Latency], label: str, name: str, *, blocks: int 
     return Variant(label, max(0.0, ms) / max(1, blocks), error / max(1, blocks))
 
 
-def _slower(first: Variant, second: Variant) -> bool:
-    """Whether the first is plainly slower: beyond the margin and beyond both spreads."""
-    gap = first.ms - second.ms
-    return gap > MARGIN * first.ms and gap > math.hypot(first.error_ms, second.error_ms)
+def _slower(first: Variant, second: Variant) -> bool | None:
+    """Whether the first is slower by more than the margin; None if the errors of both do not let that be told."""
+    gap, error = first.ms - second.ms, math.hypot(first.error_ms, second.error_ms)
+    least = MARGIN * max(first.ms, second.ms)
+    if gap > max(least, error):
+        return True
+    return False if gap + error <= least else None
+
+
+def _not(outcome: bool | None) -> bool | None:
+    return None if outcome is None else not outcome
 
 
 def _ratio(first: Variant, second: Variant) -> str:
@@ -283,15 +320,14 @@ def _stems(timings: dict[str, Latency]) -> Observation:
     stem16 = _variant(timings, "four 3x3 convolutions of stride 2", "stem 16")
     patch4 = _variant(timings, "patch embedding 7x7, stride 4", "patch 4")
     stem4 = _variant(timings, "two 3x3 convolutions of stride 2", "stem 4")
-    holds = _slower(patch16, stem16) and _slower(patch4, stem4)
+    parts = {"to stride 16": _slower(patch16, stem16), "to stride 4": _slower(patch4, stem4)}
     verdict = (
         f"To stride 16 the patch embedding takes {_figure(patch16)}, the convolution stem {_figure(stem16)}: "
-        f"{_ratio(patch16, stem16)}. To stride 4, {_figure(patch4)} and {_figure(stem4)}: {_ratio(patch4, stem4)}. "
+        f"{_ratio(patch16, stem16)}. To stride 4, {_figure(patch4)} and {_figure(stem4)}: {_ratio(patch4, stem4)}."
     )
-    verdict += "The patch embedding is the slower one here too." if holds else "Not so here."
     claim = "Patch embedding with a large kernel and stride is a bottleneck; a stem of 3x3 convolutions is not."
     variants = (patch16, stem16, patch4, stem4)
-    return Observation("Patch embedding against convolution stem", claim, variants, holds, verdict)
+    return Observation.of("Patch embedding against convolution stem", claim, variants, parts, verdict)
 
 
 def _mixers(timings: dict[str, Latency]) -> Observation:
@@ -301,42 +337,45 @@ def _mixers(timings: dict[str, Latency]) -> Observation:
     maps = _variant(timings, "block with attention on maps", "maps", blocks=BLOCKS)
     apart = _variant(timings, "MB4D and MB3D, one reshape in all", "apart", blocks=BLOCKS)
     alternating = _variant(timings, "MB4D and MB3D, a reshape at each", "alternating", blocks=BLOCKS)
-    holds = _slower(alternating, apart)
+    slow = {"reshapes": _slower(alternating, apart)}
     verdict = (
         f"A pair of MB4D and MB3D takes {_figure(apart)} with one reshape in the whole network and "
         f"{_figure(alternating)} with reshapes at every block: {_ratio(alternating, apart)}. The mixers themselves: "
-        f"pooling {_figure(pool)} a block, attention on tokens {_figure(tokens)}, on maps {_figure(maps)}. "
+        f"pooling {_figure(pool)} a block, attention on tokens {_figure(tokens)}, on maps {_figure(maps)}; "
+        f"attention in place of pooling, {_ratio(tokens, pool)}."
     )
-    verdict += "Reshapes cost time here too" if holds else "Reshapes cost nothing that can be measured here"
-    verdict += f"; attention in place of pooling, {_ratio(tokens, pool)}."
     claim = "A consistent layout matters for the choice of token mixer: reshapes between 4D and 3D are slow."
     variants = (pool, tokens, maps, apart, alternating)
-    return Observation("Token mixers with and without reshapes", claim, variants, holds, verdict)
+    return Observation.of("Token mixers with and without reshapes", claim, variants, slow, verdict)
 
 
 def _norms(timings: dict[str, Latency]) -> Observation:
     conv = _variant(timings, "MLP of convolutions, BatchNorm folded", "conv gelu", blocks=BLOCKS)
     # the reshapes again are left out
     linear = _variant(timings, "MLP of LayerNorm and linear layers", "linear gelu", blocks=BLOCKS, less="linear one")
-    holds = _slower(linear, conv)
     verdict = (
         f"LayerNorm and linear layers take {_figure(linear)} a block, convolutions with BatchNorm {_figure(conv)}: "
+        f"{_ratio(linear, conv)}."
     )
-    verdict += f"{_ratio(linear, conv)}. " + ("It holds here." if holds else "Not so here.")
     claim = "Conv-BN is faster than LayerNorm-Linear, because BatchNorm folds into the convolution."
-    return Observation("Conv-BN against LayerNorm-Linear", claim, (conv, linear), holds, verdict)
+    slow = {"LayerNorm-Linear": _slower(linear, conv)}
+    return Observation.of("Conv-BN against LayerNorm-Linear", claim, (conv, linear), slow, verdict)
 
 
 def _activations(timings: dict[str, Latency]) -> Observation:
     relu = _variant(timings, "ReLU", "conv relu", blocks=BLOCKS)
     gelu = _variant(timings, "GELU", "conv gelu", blocks=BLOCKS)
     swish = _variant(timings, "hard-swish", "conv hardswish", blocks=BLOCKS)
-    slow = [each for each in (gelu, swish) if _slower(each, relu)]
+    parts = {
+        "GELU hardly slower than ReLU": _not(_slower(gelu, relu)),
+        "hard-swish slower than GELU": _slower(swish, gelu),
+    }
     verdict = (
         f"A block of the MLP takes {_figure(relu)} with ReLU, {_figure(gelu)} with GELU ({_ratio(gelu, relu)}) and "
-        f"{_figure(swish)} with hard-swish ({_ratio(swish, relu)}). "
+        f"{_figure(swish)} with hard-swish ({_ratio(swish, relu)})."
     )
-    slower = " and ".join(each.name for each in slow)
-    verdict += f"Slower than ReLU here: {slower}." if slow else "None costs more than ReLU here."
-    claim = "The cost of a nonlinearity depends on device and compiler; on the paper's phone hard-swish was slow."
-    return Observation("ReLU, GELU, hard-swish", claim, (relu, gelu, swish), None, verdict)
+    claim = (
+        "What a nonlinearity costs depends on device and compiler: on the paper's phone GELU was hardly slower than "
+        "ReLU, and hard-swish slow."
+    )
+    return Observation.of("ReLU, GELU, hard-swish", claim, (relu, gelu, swish), parts, verdict)

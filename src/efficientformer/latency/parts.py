@@ -2,6 +2,8 @@
 
 A part is named by all its latency depends on and by nothing else, so that the same block in another network, stage or
 position has the same key: ``mb4d 64 x4 at 16x16``, ``embedding conv 32-64 at 8x8``, ``stem 3-32 stride 2 at 16x16``.
+An embedding with attention has its input's map, too, over which its keys and values run: ``embedding attn 192-256 from
+4x4 at 2x2``; a map of 3x3 leads to the same output.
 What the first block of its kind in a stage costs beyond the others, such as a change of layout for attention, is a part
 of its own: ``first mb3d 64 at 8x8``.
 """
@@ -25,6 +27,7 @@ _KEY = re.compile(
     r"(?:(?P<dim>\d{1,5})-)?(?P<width>\d{1,7})"
     r"(?: x(?P<expansion>\d{1,2}(?:\.\d{1,6})?))?"
     r"(?: stride (?P<stride>[124]))?"
+    r"(?: from (?P<from_height>\d{1,4})x(?P<from_breadth>\d{1,4}))?"
     r" at (?P<height>\d{1,4})x(?P<breadth>\d{1,4})"
 )
 
@@ -41,6 +44,7 @@ class Part:
         grid: Height and width of its map: the output's, except for a head.
         expansion: For blocks: hidden width of the MLP over ``width``.
         stride: Total stride of a stem, or of the attention of ``attn_ffn``.
+        source: Height and width of the map that an ``embedding attn`` takes; nothing for all else.
     """
 
     kind: str
@@ -49,6 +53,7 @@ class Part:
     grid: Grid
     expansion: float = 0.0
     stride: int = 1
+    source: Grid | None = None
 
     @property
     def is_block(self) -> bool:
@@ -61,7 +66,8 @@ class Part:
         size = f"{self.dim}-{self.width}" if self.dim else str(self.width)
         ratio = f" x{self.expansion:g}" if self.is_block else ""
         stride = f" stride {self.stride}" if self.kind in ("stem", "attn_ffn") else ""
-        return f"{self.kind} {size}{ratio}{stride} at {self.grid[0]}x{self.grid[1]}"
+        source = f" from {self.source[0]}x{self.source[1]}" if self.source else ""
+        return f"{self.kind} {size}{ratio}{stride}{source} at {self.grid[0]}x{self.grid[1]}"
 
     @classmethod
     def parse(cls, key: str) -> Part:
@@ -76,7 +82,10 @@ class Part:
         found = match.groupdict(default="0")
         grid = (int(found["height"]), int(found["breadth"]))
         stride = int(found["stride"]) or 1
-        part = cls(found["kind"], int(found["dim"]), int(found["width"]), grid, float(found["expansion"]), stride)
+        source = (int(found["from_height"]), int(found["from_breadth"])) if match["from_height"] else None
+        part = cls(
+            found["kind"], int(found["dim"]), int(found["width"]), grid, float(found["expansion"]), stride, source
+        )
         if part.key != key:
             raise SpecError("Illegal key of a latency table", expected=repr(part.key), found=repr(key))
         return part
@@ -91,9 +100,10 @@ def parts_of(spec: ArchSpec) -> tuple[Part, ...]:
     """Return the parts of a network in the order of execution; what remains is the table's ``base``."""
     width, grid = spec.stages[0].width, spec.grids[0]
     parts = [Part("stem", spec.in_chans, width, grid, stride=spec.stem_stride)]
-    for stage, grid in zip(spec.stages, spec.grids, strict=True):
+    for stage, before, grid in zip(spec.stages, (None, *spec.grids[:-1]), spec.grids, strict=True):
         if stage.embedding != "stem":
-            parts.append(Part(f"embedding {stage.embedding}", width, stage.width, grid))
+            source = before if stage.embedding == "attn" else None
+            parts.append(Part(f"embedding {stage.embedding}", width, stage.width, grid, source=source))
         width = stage.width
         parts += [Part(f"first {kind}", 0, width, grid) for kind in dict.fromkeys(b.kind for b in stage.blocks)]
         parts += [Part(b.kind, 0, width, grid, b.expansion, b.stride) for b in stage.blocks]

@@ -38,7 +38,7 @@ class OperatorTime:
         part: The part of the network it belongs to: ``stem``, ``stages.1.blocks.0``, ``head`` ...
         kind: The engine's name for what it does.
         name: The engine's name for the operator.
-        ms: Mean time of one run in milliseconds.
+        ms: Mean time of one run in milliseconds; 0 if the engine, which counts whole microseconds, reports none.
     """
 
     part: str
@@ -93,6 +93,19 @@ class Profile:
         """Time of all operators: less than the latency by what the engine does between them."""
         return sum(operator.ms for operator in self.operators)
 
+    @property
+    def unseen(self) -> int:
+        """How many operators the engine reports no time for."""
+        return sum(operator.ms == 0 for operator in self.operators)
+
+    @property
+    def unseen_note(self) -> str:
+        """What their times are taken for."""
+        return (
+            f"{self.unseen} of {len(self.operators)} operators count as 0: the engine reports whole microseconds, and "
+            "these took less than one, or nothing."
+        )
+
     def parts(self) -> tuple[PartTime, ...]:
         """Return the time of each part of the network, in the order of execution."""
         times: dict[str, float] = defaultdict(float)
@@ -124,6 +137,7 @@ class Profile:
             "threads": self.threads,
             "latency": self.latency.to_dict(),
             "operators_ms": round(self.operators_ms, 4),
+            "unseen": self.unseen,
             "parts": [asdict(part) for part in self.parts()],
             "kinds": [{"kind": kind, "ms": ms, "operators": count} for kind, ms, count in self.kinds()],
             "operators": [asdict(operator) for operator in self.operators],
@@ -191,13 +205,14 @@ def _run_openvino(path: Path, opened: OpenVinoEngine, runs: int) -> Iterator[Ope
         name, about = node.get_friendly_name(), node.get_rt_info()
         before = [each.get_node().get_friendly_name() for each in node.input_values()]
         kind = str(about["layerType"].astype(str))
+        if kind in ("Input", "Output"):
+            continue
         if kind == "Const" or (before and all(each in constant for each in before)):
             constant.add(name)  # weights brought into the engine's layout once, before the first run
             continue
         part = part_in(str(about["originalLayersNames"].astype(str))) or part_in(name) or part
         part = "head" if OUTPUT in name else part
-        if (ms := median(counters.get(name, 0.0) for counters in passes)) > 0:
-            yield OperatorTime(part, kind, name, ms)
+        yield OperatorTime(part, kind, name, median(counters.get(name, 0.0) for counters in passes))
 
 
 def _counters(compiled: Any, spec: ArchSpec, runs: int) -> dict[str, float]:  # noqa: ANN401 (a CompiledModel)

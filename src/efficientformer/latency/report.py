@@ -40,6 +40,8 @@ def write_profile(profile: Profile, folder: Path) -> tuple[Path, Path]:
         ]
     )
     page.text(COUNTED)
+    if profile.unseen:
+        page.text(profile.unseen_note)
     page.heading("By part")
     page.figure(draw_parts(profile), "Time of each part, in the order of execution")
     parts = [
@@ -66,8 +68,9 @@ def write_observations(found: Observations, folder: Path) -> tuple[Path, Path]:
         UsageError: If a file cannot be written.
     """
     page = Page("The paper's four observations, here", _subtitle(found.engine, found.environment))
+    page.text(found.note)
     for each in found.observations:
-        page.heading(each.title)
+        page.heading(f"{each.title}: {each.reason}")
         page.text(f"The paper (arXiv 2206.01191, section 3.1): {each.claim}")
         page.text(each.verdict)
         page.figure(draw_observation(each), "Latency, and two standard errors")

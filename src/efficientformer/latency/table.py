@@ -18,6 +18,7 @@ from typing import Any
 
 from efficientformer.latency.parts import Part, parts_of, steps, weights_of
 from efficientformer.runtime.engines import ENGINE_KEYS, ENGINE_PRECISIONS
+from efficientformer.runtime.records import printable
 from efficientformer.spec.arch import BLOCK_KINDS, ArchSpec, AttentionSpec, load_json
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.fields import check_choice, check_int, check_keys, check_number
@@ -151,6 +152,11 @@ class LatencyTable:
         versions = self.environment.get("versions")
         known = versions.get(self.engine) if isinstance(versions, Mapping) else None
         return HERE if same and known == here["versions"].get(self.engine) and known else ELSEWHERE
+
+    @property
+    def device(self) -> str:
+        """Where and when it was measured, in words."""
+        return ", ".join(printable(str(self.environment.get(name, f"unknown {name}"))) for name in ("hardware", "date"))
 
     def missing(self, spec: ArchSpec, *, interpolate: bool = False) -> tuple[str, ...]:
         """Return the keys a prediction for ``spec`` would lack, each once; empty if there is none."""

@@ -15,6 +15,10 @@ from efficientformer.slimming.watch import table_progress
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import SpecError, UsageError
 
+# How much slower than its table a machine may be for its measured latencies to be scaled back. Small jobs beside a run
+# made up to 17 % (docs/slim_cifar10.md); what is far beyond may as well be a table that is wrong, and taking that off
+# would hide that a budget is missed.
+MOST_BUSY = 1.25
 ASKED = "asked for"  # in a measured table's environment: what the plan left to choose, and what it did not
 
 
@@ -26,11 +30,23 @@ class Measured:
         ms: What was measured, in milliseconds.
         quiet_ms: What it would be at the speed the machine had when its table was made: if the start network, measured
             in the same turns, takes longer than predicted by more than twice the table's spread, the machine is busy,
-            and both are scaled back by that.
+            and both are scaled back by that. ``ms`` itself if they would be by more than ``MOST_BUSY``.
     """
 
     ms: float
     quiet_ms: float
+
+    def __post_init__(self) -> None:
+        if self.ms > MOST_BUSY * self.quiet_ms:
+            object.__setattr__(self, "quiet_ms", self.ms)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the machine was busy when it was measured."""
+        return self.quiet_ms != self.ms
+
+    def __str__(self) -> str:
+        return f"{self.ms:.3f} ms" + (f", {self.quiet_ms:.3f} at the table's speed" if self.scaled else "")
 
 
 def open_table(

@@ -68,7 +68,7 @@ class Options:
     min_width: int = 16
     min_expansion: float = 1.0
     min_depth: int = 0
-    breadth: int = 2
+    breadth: int = 1
     recover_steps: int = 20
     recover_lr: float = 0.1
     held_out: int = 2000

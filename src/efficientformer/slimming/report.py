@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from efficientformer.latency.table import LatencyTable
 from efficientformer.reporting.page import Page, new_figure, plain, png
+from efficientformer.runtime.records import storable
+from efficientformer.slimming.device import MOST_BUSY, Measured
 from efficientformer.slimming.plan import IMPORTANCES, Plan
-from efficientformer.slimming.search import Step, reachable
-from efficientformer.spec.arch import ArchSpec, load_json
+from efficientformer.slimming.search import Step, reachable, read_json
+from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import SpecError
 from efficientformer.spec.fields import as_list, check_number
@@ -38,16 +40,24 @@ class Finished:
         step: The step of the path it is.
         weights: Its checkpoint.
         top1: Accuracy after the final training, on the data set's validation pictures, in percent.
-        measured_ms: Its latency measured on this machine's engine; None where the table is of another machine.
-        quiet_ms: The same at the speed the machine had when the table was made.
+        measured: Its latency measured on this machine's engine; None where the table is of another machine.
     """
 
     target_ms: float
     step: Step = field(repr=False)  # long: it holds every cut that was scored
     weights: Path
     top1: float
-    measured_ms: float | None = None
-    quiet_ms: float | None = None
+    measured: Measured | None = None
+
+    @property
+    def measured_ms(self) -> float | None:
+        """The latency that was measured."""
+        return None if self.measured is None else self.measured.ms
+
+    @property
+    def quiet_ms(self) -> float | None:
+        """The same at the speed the machine had when the table was made."""
+        return None if self.measured is None else self.measured.quiet_ms
 
     @property
     def holds(self) -> bool | None:
@@ -74,13 +84,13 @@ def write_report(
     plan: Plan,
     table: LatencyTable,
     steps: Sequence[Step],
-    measured: Sequence[float | None],
+    measured: Sequence[Measured | None],
     networks: Sequence[Finished],
 ) -> None:
     """Write ``path.csv``, ``path.json``, ``accuracy_latency.png`` and ``report.html`` into a run folder.
 
-    All latencies are at the speed the machine had when the table was made; ``measured`` holds one for each step, or
-    None where it was not measured.
+    ``measured`` holds a latency for each step, or None where it was not measured. What is drawn and compared is at the
+    speed the machine had when the table was made.
     """
     rows = path_rows(steps, measured)
     _write(folder / "path.csv", _csv(rows).encode())
@@ -89,16 +99,19 @@ def write_report(
     comparisons = read_comparisons(folder / COMPARISONS)
     figure = draw_path(steps, measured, networks, comparisons, f"{table.engine}, {table.precision}")
     _write(folder / "accuracy_latency.png", png(figure))
-    page = Page("Slimming for a device", f"{Path(plan.data).name}, {table.engine} in {table.precision}, {table.origin}")
+    where = f"{table.engine} in {table.precision}, {table.origin}: {table.device}"
+    page = Page("Slimming for a device", f"{Path(plan.data).name}, {where}")
     _summary(page, steps, measured, networks)
+    _add_speed(page, steps[0], measured, networks)
     page.heading("Accuracy against latency")
     page.figure(figure, "Line: networks of the path with the weights they inherit, on held-out training pictures. "
                 "Stars: after their final training, on the validation pictures.")  # fmt: skip
     _add_networks(page, networks, comparisons)
     page.heading("How it was slimmed")
     gained = "point that the mobile efficiency score rises" if plan.options.joint else "millisecond saved"
-    page.text(f"Every step takes the cut that loses the least accuracy per {gained}; where that one meets a budget, "
-              "the most accurate of the cuts that meet it is made instead.")  # fmt: skip
+    page.text(f"Every step takes the cut that loses the least accuracy per {gained}. Cuts that lose nothing count "
+              f"alike; of these the one that {'raises it' if plan.options.joint else 'saves'} most is taken. Where the "
+              "cut to take meets a budget, the most accurate of the cuts that meet it is made instead.")  # fmt: skip
     shown = _some(rows)
     page.table(_COLUMNS, [["" if row[name] is None else row[name] for name in _COLUMNS] for row in shown])
     if len(rows) > SHOWN:
@@ -113,19 +126,26 @@ def write_report(
     page.write(folder / "report.html")
 
 
-_COLUMNS = ("step", "cut", "predicted_ms", "measured_ms", "top1", "params_m", "macs_m", "widths", "depths", "attention")
+BUSY = (
+    "The machine was busy when a latency was measured: the start network, measured in turns with it, took longer than "
+    f"its table says. Where that is no more than {MOST_BUSY - 1:.0%}, it is taken off: such a latency is said as it "
+    "was measured, and at the table's speed, which is what is drawn and what budgets are judged by."
+)
+_COLUMNS = ("step", "cut", "predicted_ms", "measured_ms", "quiet_ms", "top1", "params_m", "macs_m", "widths", "depths",
+            "attention")  # fmt: skip
 
 
-def path_rows(steps: Sequence[Step], measured: Sequence[float | None]) -> list[dict[str, Any]]:
+def path_rows(steps: Sequence[Step], measured: Sequence[Measured | None]) -> list[dict[str, Any]]:
     """Return the path as plain values, one row for each step."""
     rows = []
-    for step, ms in zip(steps, measured, strict=True):
+    for step, found in zip(steps, measured, strict=True):
         spec = step.candidate.spec
         counts = count(spec)
         rows.append({
             "step": step.number, "cut": step.what,
             "predicted_ms": round(step.predicted_ms, 4), "error_ms": round(step.error_ms, 4),
-            "measured_ms": None if ms is None else round(ms, 4), "top1": round(step.top1, 2),
+            "measured_ms": None if found is None else round(found.ms, 4),
+            "quiet_ms": None if found is None else round(found.quiet_ms, 4), "top1": round(step.top1, 2),
             "params_m": round(counts.params / 1e6, 3), "macs_m": round(counts.macs / 1e6, 2), **describe(spec),
         })  # fmt: skip
     return rows
@@ -149,19 +169,18 @@ def read_comparisons(path: Path) -> list[Comparison]:
     if not path.exists():
         return []
     found = []
-    for each in as_list("comparisons", load_json(f"the comparisons {path}", path.read_bytes()), 1000):
+    for each in as_list("comparisons", read_json(path), 1000):
         if not isinstance(each, dict) or set(each) != {"name", "latency_ms", "top1"}:
             raise SpecError(f"Illegal entry in {path}", expected="name, latency_ms and top1", found=repr(each)[:80])
         for name in ("latency_ms", "top1"):
             check_number(name, each[name], 0, 1e6)
-        name = str(each["name"]).encode(errors="backslashreplace").decode()  # half a surrogate pair is no text
-        found.append(Comparison(name, each["latency_ms"], each["top1"]))
+        found.append(Comparison(storable(str(each["name"])), each["latency_ms"], each["top1"]))
     return found
 
 
 def draw_path(
     steps: Sequence[Step],
-    measured: Sequence[float | None],
+    measured: Sequence[Measured | None],
     networks: Sequence[Finished],
     comparisons: Sequence[Comparison],
     engine: str,
@@ -169,7 +188,7 @@ def draw_path(
     """Draw top-1 over latency: the path, the trained networks, and others to compare them with."""
     figure = new_figure(10.0, 4.6)
     axes = figure.subplots()
-    xs = [step.predicted_ms if ms is None else ms for step, ms in zip(steps, measured, strict=True)]
+    xs = [step.predicted_ms if each is None else each.quiet_ms for step, each in zip(steps, measured, strict=True)]
     predicted = all(each is None for each in measured)
     label = f"path{', predicted' if predicted else ''}, inherited weights (held out)"
     axes.plot(xs, [step.top1 for step in steps], ".-", color="#8aa", label=label)
@@ -186,7 +205,7 @@ def draw_path(
         marker, colour = _MARKERS[index % len(_MARKERS)], f"C{(index + 1) % 10}"
         axes.plot(*zip(*places, strict=True), marker, color=colour, label=label)
     axes.margins(x=0.12)
-    kind = "predicted latency" if predicted and all(each.quiet_ms is None for each in networks) else "latency"
+    kind = "predicted latency" if predicted and all(each.measured is None for each in networks) else "latency"
     axes.set_xlabel(f"{kind} of one picture, {engine} (ms)")
     axes.set_ylabel("top-1 (%)")
     axes.grid(alpha=0.3)
@@ -223,20 +242,22 @@ def _grouped(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
     return groups
 
 
-def _summary(page: Page, steps: Sequence[Step], measured: Sequence[float | None], networks: Sequence[Finished]) -> None:
+def _summary(
+    page: Page, steps: Sequence[Step], measured: Sequence[Measured | None], networks: Sequence[Finished]
+) -> None:
     best = networks[0]
     start = measured[0]
-    if best.quiet_ms is None or start is None:  # a measured latency is compared with a measured one
+    if best.measured is None or start is None:  # a measured latency is compared with a measured one
         share = best.step.predicted_ms / steps[0].predicted_ms
     else:
-        share = best.quiet_ms / start
+        share = best.measured.quiet_ms / start.quiet_ms
     before, after = count(steps[0].candidate.spec), count(best.step.candidate.spec)
     page.facts(
         [
             ("top-1", f"{best.top1:.2f} %"),
             ("budget", f"{best.target_ms:g} ms"),
             ("predicted", f"{best.step.predicted_ms:.3f} ms"),
-            ("measured", "not on this machine" if best.quiet_ms is None else f"{best.quiet_ms:.3f} ms"),
+            ("measured", "not on this machine" if best.measured is None else str(best.measured)),
             ("of the start network's latency", f"{share:.0%}"),
             ("parameters", f"{after.params / 1e6:.2f} M"),
             ("of the start network's", f"{after.params / before.params:.0%}"),
@@ -244,20 +265,26 @@ def _summary(page: Page, steps: Sequence[Step], measured: Sequence[float | None]
     )
 
 
+def _add_speed(page: Page, start: Step, measured: Sequence[Measured | None], networks: Sequence[Finished]) -> None:
+    """Say it where the machine was slower than the table."""
+    if any(each is not None and each.scaled for each in (*measured, *(network.measured for network in networks))):
+        page.text(BUSY)
+    if measured[0] is not None and measured[0].quiet_ms > MOST_BUSY * start.predicted_ms:
+        page.text(f"The start network takes {measured[0].ms:.3f} ms here, and {start.predicted_ms:.3f} by the table. "
+                  "So much is not taken as load, and nothing is taken off: the table may be wrong.")  # fmt: skip
+
+
 def _add_networks(page: Page, networks: Sequence[Finished], comparisons: Sequence[Comparison]) -> None:
     rows = []
     for each in networks:
-        spec, measured = each.step.candidate.spec, each.quiet_ms
+        spec, measured = each.step.candidate.spec, each.measured
         predicted = f"{each.step.predicted_ms:.3f} ± {each.step.error_ms:.3f}"
         held = {None: "", True: "yes", False: "no"}[each.holds]
-        rows.append((f"{each.target_ms:g}", predicted, "" if measured is None else f"{measured:.3f}", held,
+        rows.append((f"{each.target_ms:g}", predicted, "" if measured is None else str(measured), held,
                      f"{each.top1:.2f}", *describe(spec).values(), each.weights.name))  # fmt: skip
-    columns = ("budget (ms)", "predicted (ms)", "measured (ms)", "budget held", "top-1 (%)",
+    columns = ("budget (ms)", "predicted (ms)", "measured", "budget held", "top-1 (%)",
                "widths", "depths", "attention", "file")  # fmt: skip
     page.table(columns, rows)
-    if any(each.quiet_ms != each.measured_ms for each in networks):
-        page.text("The machine was busy when a latency was measured: the start network, measured in turns with it, "
-                  "took longer than its table says. That is taken off here.")  # fmt: skip
     if comparisons:
         page.text("Other networks on the same pictures:")
         values = [(other.name, f"{other.latency_ms:.3f}", f"{other.top1:.2f}") for other in comparisons]
@@ -301,7 +328,7 @@ def _some(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _importances(folder: Path, start: Step) -> list[list[float]]:
     path = folder / IMPORTANCES
-    data = load_json(f"the importances {path}", path.read_bytes())
+    data = read_json(path)
     rows = as_list(f"importances in {path}", data.get("paths") if isinstance(data, dict) else None, 4)
     found = [as_list(f"importances of a stage in {path}", row, 256) for row in rows]
     if [len(row) for row in found] != [len(row) for row in start.candidate.kinds]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from efficientformer.latency.table import HERE, LatencyTable
 from efficientformer.models.network import EfficientFormer
@@ -34,14 +35,23 @@ from efficientformer.slimming.check import check_run
 from efficientformer.slimming.device import Measured
 from efficientformer.slimming.extract import frozen_parts
 from efficientformer.slimming.judging import Bench, check_pictures
+from efficientformer.slimming.moved import point_at_teacher
 from efficientformer.slimming.plan import IMPORTANCES, PATH, PLAN, SUPERNET, TABLE, Plan, make_folder
 from efficientformer.slimming.report import Finished, write_report
-from efficientformer.slimming.search import PathFile, Search, Step, check_targets, first_within, reachable
+from efficientformer.slimming.search import (
+    LEAST_MS,
+    PathFile,
+    Search,
+    Step,
+    check_targets,
+    first_within,
+    reachable,
+    read_json,
+)
 from efficientformer.slimming.space import Space
 from efficientformer.slimming.start import decide, start_network
 from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.slimming.watch import SearchWatch
-from efficientformer.spec.arch import load_json
 from efficientformer.spec.errors import EfficientFormerError, TrainingError, UsageError
 from efficientformer.spec.fields import check_int, check_keys, check_number
 from efficientformer.training.allocator import freed_memory_kept
@@ -68,11 +78,13 @@ class SlimOutcome:
         folder: The run folder.
         finished: Whether every target's network is trained; else ``slim(resume=folder)`` goes on.
         networks: The networks, of the largest target first.
+        device: Hardware and date of the latency table; empty until the run is finished.
     """
 
     folder: Path
     finished: bool
     networks: tuple[Finished, ...]
+    device: str = ""
 
 
 def slim(
@@ -151,9 +163,8 @@ class _SlimRun:
             if network is None:
                 return SlimOutcome(self.folder, False, tuple(networks))
             networks.append(network)
-        measured = [None if each is None else each.quiet_ms for each in self._measure(steps)]
-        write_report(self.folder, self.plan, self.table, steps, measured, networks)
-        return SlimOutcome(self.folder, True, tuple(networks))
+        write_report(self.folder, self.plan, self.table, steps, self._measure(steps), networks)
+        return SlimOutcome(self.folder, True, tuple(networks), self.table.device)
 
     def _search(self) -> None:
         """Find the networks of those targets that have none."""
@@ -197,9 +208,15 @@ class _SlimRun:
         """Train in a folder of this run, or go on there."""
         options: dict[str, Any] = {"quiet": self.quiet, "subject": subject}
         if (folder / STATE).exists():
+            if recipe.teacher == self._teacher:
+                point_at_teacher(folder, self._teacher)  # this folder may have been moved
             return train(data=self.plan.data, resume=folder, **options)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its first checkpoint
         return train(recipe, self.plan.data, folder, **options)
+
+    @property
+    def _teacher(self) -> str:
+        return str((self.folder / TEACHER).absolute())
 
     def _target(self, target: float) -> Path:
         return self.folder / "targets" / f"{target:g}ms"
@@ -209,7 +226,7 @@ class _SlimRun:
 
         The first step whose prediction is within the target is taken if its measured latency is, too, and will be when
         it is measured again after the final training; else the search goes on, at last to the smallest network there
-        is. Where the machine is busy just now, that counts for nothing (see ``Measured``).
+        is. Where the machine is a little busy just now, that counts for nothing (see ``Measured``).
         """
         folder, bound, most = self._target(target), target, target * (1 - REPEATS)
         low, _ = reachable(self.space, self.table)
@@ -250,7 +267,7 @@ class _SlimRun:
         for key, each in known.items():
             values = check_keys(f"{path}: network {key!r}", each, Measured)
             for name, value in values.items():
-                check_number(f"{name} of network {key!r} in {path}", value, 0, 1e9)
+                check_number(f"{name} of network {key!r} in {path}", value, LEAST_MS, 1e9)
         return known
 
     def _measure(self, wanted: list[Step]) -> list[Measured | None]:
@@ -275,22 +292,21 @@ class _SlimRun:
         step = steps[_chosen(folder / CHOICE, len(steps))]
         result = folder / "result.json"
         weights = self.folder / f"slimmed-{target:g}ms.safetensors"
-        done = result.exists() and weights.exists()
-        if not done:
+        if not (result.exists() and _whole(weights)):
             recipe = self._final_recipe(folder / f"sliced-{target:g}ms.safetensors", step)
             outcome = self._train(recipe, folder / "train", PlainNetwork(self._command))
             if not outcome.finished:
                 return None
             self._deliver(folder / "train" / "best.safetensors", weights, step, target)
-        elif Finished(target, step, weights, **_result(result)).holds is False and self.table.origin == HERE:
+        elif Finished(target, step, weights, *_result(result)).holds is False and self.table.origin == HERE:
             self._deliver(weights, weights, step, target)  # measured again: the machine may have been busy
-        return Finished(target, step, weights, **_result(result))
+        return Finished(target, step, weights, *_result(result))
 
     def _final_recipe(self, sliced: Path, step: Step) -> Recipe:
         """Return the final recipe for a network: from its inherited weights, unless it asks for new ones."""
         recipe, changes = self.plan.final, dict[str, Any]()
         if recipe.teacher == SUPERNET:
-            changes["teacher"] = str((self.folder / TEACHER).absolute())
+            changes["teacher"] = self._teacher
         changes["freeze"] = frozen_parts(recipe.freeze, step.candidate, EfficientFormer(step.candidate.spec))
         if recipe.pretrained:
             return recipe.with_changes(model=str(sliced.absolute()), spec=None, input_size=0, **changes)
@@ -368,9 +384,11 @@ def _resumed(
         plan = dataclasses.replace(plan, data=str(Path(data).absolute()))
     wanted = plan.with_targets(targets)
     space = wanted.options.space(start_network(wanted))
-    new = not (folder / "supernet").exists()
+    new = not any((folder / name).exists() for name in ("supernet", IMPORTANCES, PATH))
     if data is not None or not _all_trained(folder, wanted):
         check_pictures(folder / "supernet", wanted)
+    if not new and not (folder / TABLE).exists():  # never measured here instead: it may be another device's
+        raise UsageError(f"{folder / TABLE} is gone, and the run rests on it", hint="Put it back, or start a new run")
     doomed = (folder / PLAN,) if new and wanted.targets == plan.targets else ()
     with _removing_if_refused(*doomed, refusal=UsageError):  # what is missing on this machine can be installed
         table = device.open_table(wanted, space, folder, None, quiet=quiet)
@@ -383,7 +401,7 @@ def _resumed(
 
 def _all_trained(folder: Path, plan: Plan) -> bool:
     """Whether no picture is needed any more."""
-    return all((folder / f"slimmed-{target:g}ms.safetensors").exists() for target in plan.targets)
+    return all(_whole(folder / f"slimmed-{target:g}ms.safetensors") for target in plan.targets)
 
 
 @contextmanager
@@ -421,17 +439,28 @@ def _chosen(path: Path, steps: int) -> int:
     return number
 
 
-def _result(path: Path) -> dict[str, Any]:
-    """Return what a target's network reached."""
-    values = check_keys(f"{path}", _read(path), _Result)
-    for name, value in values.items():
-        if value is not None or name == "top1":
-            check_number(f"{name} in {path}", value, 0, 1e9)
-    return values
+def _result(path: Path) -> tuple[float, Measured | None]:
+    """Return what a target's network reached: its top-1, and its latency if it was measured."""
+    found = _Result(**check_keys(f"{path}", _read(path), _Result))
+    check_number(f"top1 in {path}", found.top1, 0, 100)
+    if found.measured_ms is None or found.quiet_ms is None:
+        return found.top1, None
+    for name in ("measured_ms", "quiet_ms"):
+        check_number(f"{name} in {path}", getattr(found, name), LEAST_MS, 1e9)
+    return found.top1, Measured(found.measured_ms, found.quiet_ms)
+
+
+def _whole(path: Path) -> bool:
+    """Whether there is a weights file whose header fits it: one that was cut off or overwritten is made again."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _read(path: Path) -> dict[str, Any]:
-    data = load_json(str(path), path.read_bytes())
+    data = read_json(path)
     if not isinstance(data, dict):
         raise UsageError(f"{path} is damaged", expected="a JSON object", hint="Remove it and resume")
     return data

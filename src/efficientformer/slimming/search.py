@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from efficientformer.latency.table import LatencyPrediction
+from efficientformer.runtime.records import storable
 from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.moves import Action, propose
 from efficientformer.slimming.objective import Cost, Latency, Objective
@@ -28,6 +29,7 @@ from efficientformer.spec.fields import as_list, check_int, check_keys, check_nu
 from efficientformer.weights.files import write_json
 
 EVERY = 1000  # as a breadth: all cuts there are
+LEAST_MS = 1e-7  # no network is quicker; latencies are kept rounded to it
 
 
 class Device(Protocol):
@@ -112,11 +114,35 @@ def step_from_dict(space: Space, data: object) -> Step:
     for each in as_list("cuts of a step", fields.get("considered", []), 1000):
         values = check_keys("a cut", each, Considered)
         considered.append(Considered(**{**values, "action": Action.from_dict(values["action"])}))
+        _check_words("a cut", values["what"])
+        for name in ("saved_ms", "gain", "top1", "lost"):
+            check_number(f"{name} of a cut", values[name], -1e9, 1e9)
     step = Step(**{**fields, "considered": tuple(considered)})
     check_int("number of a step", step.number, 0, 1_000_000)
-    for name in ("predicted_ms", "error_ms", "top1"):
+    _check_words("a step", step.what)
+    check_number("predicted_ms of a step", step.predicted_ms, LEAST_MS, 1e9)
+    for name in ("error_ms", "top1"):
         check_number(f"{name} of a step", getattr(step, name), 0, 1e9)
     return step
+
+
+def _check_words(name: str, what: object) -> None:
+    if not isinstance(what, str) or storable(what) != what:  # half a surrogate pair is no text
+        raise SpecError(f"Illegal words for {name}", expected="a text", found=ascii(what)[:80])
+
+
+def read_json(path: Path) -> object:
+    """Read a file of a run folder.
+
+    Raises:
+        UsageError: If it cannot be read, or holds no JSON.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        hint = "Put the file back, or remove what is there, and resume"
+        raise UsageError(f"Cannot read {path}", found=error.strerror or str(error), hint=hint) from error
+    return load_json(str(path), text)
 
 
 class PathFile:
@@ -139,7 +165,7 @@ class PathFile:
         """
         if not self._path.exists():
             return []
-        data = load_json(f"the path {self._path}", self._path.read_bytes())
+        data = read_json(self._path)
         if not isinstance(data, dict) or self._identity not in (None, data.get("identity")):
             hint = "Start a new run in another folder"
             raise UsageError(f"{self._path} is the path of another search", hint=hint)
