@@ -268,7 +268,8 @@ def test_when_all_fail_the_message_says_why_and_what_to_do(server):
         with pytest.raises(DownloadError) as caught:
             server.get([dead, lost])
     text = str(caught.value)
-    for part in ("No weights for l1", "timm: No connection", "snap: The server answers 404", "Or give a weights file as the model"):
+    said = ("No weights for l1", "timm: No connection", "snap: The server answers 404", "Or give a weights file as")
+    for part in said:
         assert part in text
     for source in (dead, lost):
         assert f"{source.url}\n    -> {server.cache.path('l1', source)}" in text
