@@ -7,13 +7,14 @@ BASE   := $(VENV)/.base
 DEV    := $(VENV)/.dev
 DATA   ?= cifar10
 PHOTOS ?= photos
+MODEL  ?= L1.onnx
 
 # The environments are installed without compiling: what is imported is compiled once, and kept. Where a shell forbids
 # keeping it, every process would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help predict test lint types unit docs parity accuracy bench clean
+.PHONY: help predict test lint types unit docs parity accuracy bench bulk clean
 
 help:            ## Show the targets
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*## /\t/' | expand -t 12
@@ -51,6 +52,10 @@ bench: $(DEV)    ## Measure against timm, mmpretrain (after make parity) and pla
 	@$(BIN)/python benchmarks/one_picture.py $$(find $(PHOTOS) -type f | sort | head -1)
 	@$(BIN)/python benchmarks/folder.py $(PHOTOS)
 	@$(BIN)/python benchmarks/fast_decode.py --data $(PHOTOS)
+
+bulk: $(DEV)     ## Measure memory over the number of pictures, and two Ray workers: make bulk PHOTOS=photos MODEL=L1.onnx
+	@$(BIN)/python benchmarks/bulk_memory.py $(PHOTOS)
+	@$(BIN)/python benchmarks/ray_scaling.py --data $(PHOTOS) --model $(MODEL)
 
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)

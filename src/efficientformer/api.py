@@ -490,12 +490,11 @@ def _in_torch(
         import torch
     except ImportError as error:
         raise missing_extra("torch", "Running a network in torch", error) from error
-    from efficientformer.evaluation.torch_predictor import TorchPredictor
+    from efficientformer.evaluation.torch_predictor import TorchPredictor, use_threads
     from efficientformer.models.fold import fold
     from efficientformer.weights.pretrained import build, load_named
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     weights, manifest = load_named(name, checkpoint or True, offline=offline, progress=progress)
     network = fold(build(manifest.spec, weights)).to(memory_format=torch.channels_last)
     return TorchPredictor(network, manifest, device, precision, compiled=compiled)

@@ -1,6 +1,7 @@
 """Bulk prediction: every format, and killed at any moment it goes on with no line lost or doubled."""
 
 import csv
+import http.server
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -221,6 +223,54 @@ def test_other_weights_of_the_same_manifest_never_go_on(cli, folder, tmp_path):
     assert "weights differ" in err
     assert Path(f"{output}.part").read_bytes() == before
     assert not output.exists()
+
+
+def test_what_relative_names_and_copies_depend_on_is_asked_too(cli, folder, tmp_path, monkeypatch):
+    for name in ("one", "other"):
+        shutil.copytree(folder / "red", tmp_path / name / "pictures")
+    output = tmp_path / "labels.jsonl"
+    monkeypatch.chdir(tmp_path / "one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "finish", lambda *_: None)
+        assert cli("predict", "pictures", "-o", output, *ENGINE)[0] == 0
+    code, _, err = cli("predict", "pictures", "-o", output, "--annotate", "copies", *ENGINE)
+    assert (code, "annotate differ" in err) == (2, True)
+    monkeypatch.chdir(tmp_path / "other")
+    code, _, err = cli("predict", "pictures", "-o", output, *ENGINE)
+    assert (code, "folder differ" in err) == (2, True)
+    monkeypatch.chdir(tmp_path / "one")
+    assert cli("predict", "pictures", "-o", output, *ENGINE)[0] == 0
+
+
+class Late(http.server.BaseHTTPRequestHandler):
+    """Answers a while after it is asked."""
+
+    picture = b""
+
+    def do_GET(self):
+        time.sleep(0.5)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.picture)
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+def test_urls_are_fetched_while_others_are_waited_for(cli, folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("EFFICIENTFORMER_OFFLINE")
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(Late, "picture", next(folder.rglob("*.png")).read_bytes())
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Late) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        urls = [f"http://127.0.0.1:{server.server_port}/{number}.png" for number in range(16)]
+        start = time.monotonic()
+        code, out, err = cli("predict", *urls, "--threads", 1, "--format", "json", *ENGINE)
+        seconds = time.monotonic() - start
+        server.shutdown()
+    assert code == 0, err
+    assert [json.loads(line)["path"] for line in out.splitlines()] == urls
+    assert seconds < 6  # one after the other: 8
 
 
 def test_threads_are_for_decoding_too(cli, folder, monkeypatch):

@@ -42,7 +42,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # workers unpickle this module's classes by name
+        patch.setenv(
+            "PYTHONPATH", str(Path(__file__).parents[2]), prepend=os.pathsep
+        )  # workers unpickle this module's classes by name
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
         yield
         ray.shutdown()
@@ -69,6 +71,7 @@ def check(found, folder):
             single = classify(row["path"])
             assert (row["error"], row["pred_label"], row["pred_class"]) == (None, single.label, single.name)
             assert [top["class"] for top in row["top_k"]] == [name for *_, name in single.top_k(3)]
+            assert row["pred_score"] == pytest.approx(round(single.score, 6), abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,10 @@ def test_two_workers_say_what_one_process_says(folder, finished):
     output, summary = finished
     assert (summary.pictures, summary.skipped, summary.workers) == (121, 1, 2)
     assert json.loads((output / DONE_FILE).read_text())["pictures"] == 121
-    check(rows(output, "json"), folder)
+    found = rows(output, "json")
+    check(found, folder)
+    scores = [row["pred_score"] for row in found if row["error"] is None]
+    assert scores == [round(score, 6) for score in scores]
 
 
 COUNT = """
@@ -126,10 +132,10 @@ class Dies(Worker):
 
 def test_killed_workers_lose_and_double_nothing_and_what_kills_every_one_is_given_up(folder, tmp_path):
     output, model = tmp_path / "labels", embedded_file()
-    summary = predict_on_cluster(str(folder), str(output), model, OPTIONS, workers=2, part_size=8, worker=Dies)
+    summary = predict_on_cluster(str(folder), str(output), str(model), OPTIONS, workers=3, part_size=8, worker=Dies)
     found = rows(output)
     assert (folder.parent / "killed").exists()
-    assert (summary.pictures, summary.skipped) == (121, 2)
+    assert (summary.pictures, summary.skipped, summary.workers) == (121, 2, 2)  # there is room for no third
     (given_up,) = (row for row in found if row["path"].endswith("red/020.png"))
     assert "2 workers died over it" in given_up["error"]
     (folder / "red" / "020.png").rename(folder.parent / "moved")
@@ -200,10 +206,13 @@ def test_a_part_is_missing_until_it_is_whole(tmp_path):
 
 def test_other_pictures_and_a_note_that_is_none_are_refused(tmp_path):
     place = Place.of(str(tmp_path))
+    Parts(place, "json", {}, ["b.png"]).begin(1)
+    note = tmp_path / BEGUN_FILE
+    assert Parts(place, "json", {}, ["a.png"]).number == 0  # nothing is there that could be mixed
     Parts(place, "json", {}, ["a.png"]).begin(1)
+    (tmp_path / "part-000000000.json").write_text("{}")
     with pytest.raises(UsageError, match="pictures differ"):
         Parts(place, "json", {}, ["b.png"])
-    note = tmp_path / BEGUN_FILE
     whole = note.read_text()
     for damaged, message in (("[]", "no journal"), (whole.replace('"parts": 1', '"parts": 0'), "number of parts")):
         note.write_text(damaged)
@@ -243,6 +252,30 @@ def test_wrong_usage(cli, folder, tmp_path, monkeypatch, arguments, code, says):
     found, _, err = cli("predict", folder, *arguments)
     assert found == code
     assert says in err
+
+
+def test_what_no_worker_could_open_ends_at_once_and_leaves_nothing(cli, folder, tmp_path):
+    code, _, err = cli("predict", folder, "--ray", "-o", tmp_path / "new", "--precision", "int8", "-m", embedded_file())
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "This file is not quantised" in err
+    assert not (tmp_path / "new").exists()
+
+
+ALONE = """
+import sys
+import ray
+from efficientformer.cluster.predict import Options, predict_on_cluster
+summary = predict_on_cluster(*sys.argv[1:4], Options(engine="onnxruntime"), workers=1)
+print(summary.pictures, ray.is_initialized(), file=sys.stderr)
+"""
+
+
+def test_a_cluster_of_its_own_ends_with_the_call_and_says_nothing(folder, tmp_path):
+    line = [sys.executable, "-c", ALONE, str(folder / "red"), str(tmp_path / "labels"), str(embedded_file())]
+    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(line, env=own, capture_output=True, text=True, timeout=300, check=True)
+    said = [line for line in done.stderr.splitlines() if "core_worker.cc" not in line]  # Ray's core is not ours
+    assert said == ["40 False"]
 
 
 def test_more_threads_than_any_node_has(folder, tmp_path):

@@ -4,14 +4,19 @@ import json
 from importlib.resources import files
 
 import numpy as np
+import pytest
 import torch
 
 from efficientformer import Classifier, get_model
 from efficientformer.export.deployable import embedded_file
 from efficientformer.export.verify import verify
+from efficientformer.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from efficientformer.runtime.engines.openvino import OpenVinoEngine
+from efficientformer.spec.errors import ExportError
 from efficientformer.spec.labels import label_names
 from efficientformer.spec.variants import VARIANTS
 from efficientformer.spec.zoo import CIFAR10_PREPROCESS, EMBEDDED
+from tests.unit.test_engines import without_compiler
 
 ASSETS = files("efficientformer") / "assets"
 
@@ -27,6 +32,24 @@ def test_the_two_files_are_one_network():
     assert agreement.max_difference <= 0.02 * agreement.largest_logit
 
 
+def differing(engine):
+    real = engine.run
+    return lambda self, batch: real(self, batch) + 1
+
+
+def test_an_engine_that_fails_or_differs_keeps_no_file_from_being_built(monkeypatch):
+    model = get_model(EMBEDDED, pretrained=True)
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="not in openvino.*cannot run a batch"):
+        without_compiler(patch)
+        verify(model, embedded_file(), half_storage=True)
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="not in openvino.*a difference of"):
+        patch.setattr(OpenVinoEngine, "run", differing(OpenVinoEngine))
+        verify(model, embedded_file(), half_storage=True)
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", differing(OnnxRuntimeEngine))
+    with pytest.raises(ExportError, match="differs from the network"):
+        verify(model, embedded_file(), half_storage=True)
+
+
 def test_manifest_is_complete():
     manifest = Classifier().manifest
     assert manifest.labels == label_names("cifar10")
@@ -37,8 +60,6 @@ def test_manifest_is_complete():
 
 
 def test_it_can_be_fine_tuned():
-    import pytest
-
     with pytest.warns(UserWarning, match="(?i)head"):
         model = get_model(EMBEDDED, pretrained=True, num_classes=2).train()
     model(torch.rand(4, 3, 32, 32)).sum().backward()

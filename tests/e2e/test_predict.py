@@ -19,6 +19,7 @@ from pyarrow import parquet
 from efficientformer import Classifier, Failed, inference_model
 from efficientformer.cli import annotate as annotate_module
 from efficientformer.spec.errors import ImageError
+from tests.unit.test_engines import break_import
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PHOTOS = sorted(EXAMPLES.glob("*.jpg"))
@@ -51,6 +52,14 @@ def test_the_examples_are_classified_rightly(cli):
     assert found == {path.stem: path.stem.rstrip("0123456789") for path in PHOTOS}
     assert "efficientformer_cifar10" in err
     assert "efficientformer_l1" in err
+
+
+def test_a_damaged_onnx_runtime_leaves_few_pictures_to_openvino(cli, photo, tmp_path, monkeypatch):
+    break_import(monkeypatch, tmp_path, "onnxruntime")
+    code, out, err = cli("predict", photo, "--format", "json")
+    assert code == 0, err
+    assert json.loads(out)["pred_class"] == "cat"
+    assert "onnxruntime is installed, its import fails" in err
 
 
 def test_table_names_every_picture_and_its_class(cli):
@@ -94,6 +103,8 @@ def test_names_in_data_files_are_those_of_files(cli, tmp_path, name):
     with (tmp_path / "labels.csv").open(encoding="utf-8", newline="") as file:
         assert [row["path"] for row in csv.DictReader(file)] == expected
     assert parquet.read_table(tmp_path / "labels.parquet")["path"].to_pylist() == expected
+    assert cli("predict", tmp_path, "-o", tmp_path / "labels.json")[0] == 1
+    assert [row["path"] for row in json.loads((tmp_path / "labels.json").read_text())] == expected
 
 
 def test_csv_is_a_rectangle_however_many_classes_are_asked_for(cli, photo, tmp_path):

@@ -1,6 +1,7 @@
 """The engine is chosen by what was measured here, never at the price of other results, and remembered."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from efficientformer import Classifier
 from efficientformer.export.deployable import embedded_file
 from efficientformer.runtime import choice as module
 from efficientformer.runtime.choice import choose
+from efficientformer.runtime.engines.openvino import OpenVinoEngine
 from efficientformer.runtime.timing import Timing
 from efficientformer.spec.errors import EngineError, UsageError
-from tests.unit.test_engines import break_openvino
+from tests.unit.test_engines import break_openvino, without_plugin
 
 FILE = embedded_file()
 PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
@@ -112,6 +114,37 @@ def test_a_damaged_engine_is_left_out_until_it_is_mended(monkeypatch, tmp_path):
     with monkeypatch.context() as damaged:
         break_openvino(damaged, tmp_path)
         assert choose(FILE, store=tmp_path / "notes").engine == "onnxruntime"  # whatever is remembered
+
+
+def test_an_engine_that_fails_while_it_is_timed_is_left_out(monkeypatch):
+    real, left = OpenVinoEngine.run, iter(range(8))
+
+    def run(self, batch):
+        if next(left, None) is None:
+            raise EngineError("out of memory")
+        return real(self, batch)
+
+    monkeypatch.setattr(OpenVinoEngine, "run", run)
+    found = choose(FILE, "fp32")
+    assert found.engine == "onnxruntime"
+    assert "left out because it fails: OpenVINO" in found.reason
+
+
+def without_memory(monkeypatch):
+    failing(monkeypatch, "openvino")
+
+
+@pytest.mark.parametrize("spoil", [without_plugin, without_memory])
+def test_a_choice_in_which_an_engine_failed_is_not_remembered(monkeypatch, tmp_path, spoil):
+    with monkeypatch.context() as spoilt:
+        spoil(spoilt)
+        found = choose(FILE, store=tmp_path)
+        assert found.engine == "onnxruntime"
+        assert re.search("left out because it fails: openvino", found.reason, re.IGNORECASE)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(module, "time_together", timed(OpenVINO=1.0))
+    assert choose(FILE, store=tmp_path).engine == "openvino"
+    assert list(tmp_path.iterdir())  # that ONNX Runtime has no half precision is no failure
 
 
 def test_a_network_without_numbers_is_no_choice_and_gives_no_labels(tmp_path):

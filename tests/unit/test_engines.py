@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,24 +16,42 @@ import pytest
 from efficientformer import Classifier
 from efficientformer.benchmarking.worker import _batch_runs
 from efficientformer.export.deployable import embedded_file
+from efficientformer.runtime.classifier import FileClassifier
 from efficientformer.runtime.engines import damaged_engines, installed_engines, open_engine, settle_precision
 from efficientformer.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from efficientformer.runtime.engines.openvino import MAX_COMPILED, OpenVinoEngine
-from efficientformer.spec.errors import EngineError, MissingExtraError, UsageError
+from efficientformer.spec.errors import EngineError, MissingExtraError, PrecisionError, UsageError
 
 FILE = embedded_file()
+PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
 
 
 def pictures(count, seed=0):
     return np.random.default_rng(seed).standard_normal((count, 3, 32, 32), np.float32)
 
 
+def break_import(monkeypatch, folder, engine):
+    """Put an engine whose import fails before the one that is installed."""
+    (folder / engine).mkdir(exist_ok=True)
+    (folder / engine / "__init__.py").write_text("raise AttributeError('built for another numpy')")
+    monkeypatch.delitem(sys.modules, engine, raising=False)
+    monkeypatch.syspath_prepend(folder)
+
+
 def break_openvino(monkeypatch, folder):
     """Put an OpenVINO whose import fails before the one that is installed."""
-    (folder / "openvino").mkdir(exist_ok=True)
-    (folder / "openvino" / "__init__.py").write_text("raise AttributeError('built for another numpy')")
-    monkeypatch.delitem(sys.modules, "openvino", raising=False)
-    monkeypatch.syspath_prepend(folder)
+    break_import(monkeypatch, folder, "openvino")
+
+
+def without_plugin(monkeypatch):
+    """Have OpenVINO lack its plugin for CPUs, as a damaged installation does."""
+    core = Mock(get_property=Mock(side_effect=RuntimeError("Device with name CPU is not registered")))
+    monkeypatch.setattr("openvino.Core", lambda: core)
+
+
+def without_compiler(monkeypatch):
+    """Have OpenVINO open files and run none."""
+    monkeypatch.setattr(OpenVinoEngine, "_compile", Mock(side_effect=RuntimeError("unsupported operation")))
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +287,32 @@ def test_a_missing_engine_names_its_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"efficientformer\[openvino\]"):
         open_engine(FILE, "openvino")
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_a_damaged_engine_is_an_error_that_says_what_to_do(monkeypatch, tmp_path, engine):
+    break_import(monkeypatch, tmp_path, engine)
+    with pytest.raises(EngineError, match=f"{engine} cannot be imported; found built for another numpy.*install it"):
+        open_engine(FILE, engine)
+
+
+def test_an_openvino_without_its_plugin_is_an_error_that_says_what_to_do(monkeypatch):
+    without_plugin(monkeypatch)
+    with pytest.raises(EngineError, match=r"OpenVINO does not work here.*CPU is not registered.*Install it anew"):
+        open_engine(FILE, "openvino")
+
+
+@pytest.mark.parametrize("spoil", [without_plugin, without_compiler])
+def test_what_cannot_run_a_file_leaves_it_to_the_other_engine(monkeypatch, spoil):
+    spoil(monkeypatch)
+    with pytest.warns(UserWarning, match="ONNX Runtime .* runs instead: .*OpenVINO"):
+        classify = FileClassifier(FILE)
+    assert (classify.key, classify(PHOTO).name) == ("onnxruntime", "cat")
+
+
+def test_what_no_engine_runs_is_told_of_as_by_the_first(tmp_path):
+    (tmp_path / "bad.onnx").write_bytes(b"no network")
+    with pytest.raises(EngineError, match="OpenVINO cannot open"):
+        open_engine(tmp_path / "bad.onnx")
+    with pytest.raises(PrecisionError, match="not quantised"):
+        open_engine(FILE, precision="int8")

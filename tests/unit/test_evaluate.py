@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from efficientformer import Classifier
 from efficientformer.data.source import ImageSource
 from efficientformer.evaluation import distributed
+from efficientformer.evaluation import torch_predictor as predictor_module
 from efficientformer.evaluation.evaluate import evaluate
 from efficientformer.evaluation.metrics import Metrics
 from efficientformer.evaluation.published import VALIDATION_IMAGES, compare
@@ -284,7 +286,8 @@ def test_torch_predictor_keeps_the_modes():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_torch_predictor_in_half_precision(precision):
+def test_torch_predictor_in_half_precision(precision, monkeypatch):
+    monkeypatch.setattr(predictor_module, "computes_in", lambda _: True)  # or emulates it, right and slow
     linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
     batch = np.random.default_rng(0).normal(size=(4, 3, 8, 8)).astype(np.float32)
     exact = TorchPredictor(linear, manifest(), "cpu").run(batch)
@@ -292,6 +295,27 @@ def test_torch_predictor_in_half_precision(precision):
     assert half.dtype == np.float32
     assert 0 < np.abs(half - exact).max() < 0.05
     assert linear[1].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_torch_emulates_no_half_precision(precision, monkeypatch):
+    monkeypatch.setattr(predictor_module, "computes_in", lambda _: False)
+    with pytest.raises(EngineError, match=f"torch does not compute in {precision} on this processor.*one of fp32"):
+        TorchPredictor(torch.nn.Linear(1, 1), manifest(), "cpu", precision)
+    assert TorchPredictor(torch.nn.Linear(1, 1), manifest(), "meta", precision).precision == precision
+
+
+def test_torch_takes_no_more_threads_than_the_process_may_use(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(predictor_module, "available_cores", lambda: 1)
+    try:
+        torch.set_num_threads(2)
+        Classifier(engine="torch", threads=2)
+        assert torch.get_num_threads() == 2
+        Classifier(engine="torch")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 class Full(torch.nn.Module):

@@ -7,6 +7,8 @@ import pickle
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from PIL import Image
 from efficientformer.runtime import image
 from efficientformer.runtime.fetch import fetch
 from efficientformer.runtime.image import decode, read_file
-from efficientformer.runtime.inputs import gather
+from efficientformer.runtime.inputs import READERS, Input, _raise, gather, read_ahead
 from efficientformer.spec.errors import ImageError
 
 
@@ -241,6 +243,31 @@ def test_what_comes_once_can_be_kept(server):
     for given in ("-", server + "/once"):
         (item,) = gather([given], stdin=BytesIO(PNG), keep=True)
         assert item.read() == item.read() == PNG
+
+
+def test_inputs_are_read_ahead_a_bounded_number_and_in_order():
+    begun, all_begun, drawn = [], threading.Event(), []
+
+    def read(number):
+        begun.append(number)
+        if len(begun) == READERS:
+            all_begun.set()
+        assert all_begun.wait(10)  # none answers before as many are asked
+        return number if number != 5 else _raise(ImageError("gone"))
+
+    def numbered():
+        for number in range(100):
+            drawn.append(number)
+            yield Input(str(number), partial(read, number))
+
+    with ThreadPoolExecutor(READERS) as readers:
+        inputs = read_ahead(numbered(), readers)
+        assert next(inputs).read() == 0
+        assert len(drawn) == 2 * READERS + 1
+        found = list(inputs)
+    assert [each.name for each in found] == [str(number) for number in range(1, 100)]
+    assert [each.read() for each in found if each.name != "5"] == [number for number in range(1, 100) if number != 5]
+    assert "gone" in problem(found[4])
 
 
 # --- downloads ------------------------------------------------------------------------------------------------------

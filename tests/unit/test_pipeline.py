@@ -109,6 +109,18 @@ def test_an_error_comes_in_its_place_and_leaves_no_thread():
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_stream_that_fails_loses_nothing_that_came_before(chunk):
+    def stream():
+        yield from range(10)
+        raise ZeroDivisionError
+
+    done = []
+    with pytest.raises(ZeroDivisionError):
+        done.extend(in_order(stream(), lambda taken: time.sleep(0.01) or taken, workers=2, chunk=chunk))
+    assert done == [*range(10)]
+
+
 def test_stopping_early_waits_for_nothing():
     go_on = threading.Event()
     results = in_order(range(9), lambda taken: taken if taken == [0] else go_on.wait(5) and taken, workers=2)

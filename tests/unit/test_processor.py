@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from efficientformer.runtime import cgroup
-from efficientformer.runtime.processor import available_cores, hardware, overflows
+from efficientformer.runtime.processor import available_cores, computes_in, hardware, overflows
 
 CORES = f", {available_cores()} cores"
 
@@ -71,3 +71,19 @@ def test_cores_are_those_of_the_container(tmp_path, monkeypatch, membership, fil
         (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "root" / name).write_text(f"{text}\n")
     assert available_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("flags", "bf16", "fp16"),
+    [
+        ("flags\t\t: avx2 f16c", False, False),
+        ("flags\t\t: avx512f avx512_bf16", True, False),
+        ("flags\t\t: amx_tile amx_bf16 avx512_fp16", True, True),
+        ("Features\t: fp asimd asimdhp", False, True),
+        ("Features\t: fp asimd asimdhp bf16", True, True),
+        ("", True, True),  # it does not say
+    ],
+)
+def test_half_precision_is_computed_in_or_emulated(tmp_path, flags, bf16, fp16):
+    (tmp_path / "cpuinfo").write_text(flags)
+    assert [computes_in(each, tmp_path / "cpuinfo") for each in ("bf16", "fp16")] == [bf16, fp16]

@@ -4,9 +4,11 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -221,9 +223,30 @@ def test_the_report_says_what_was_measured(made, pictures):
     assert "points lost" in (output / "report.html").read_text()
 
 
+def test_what_chance_does_to_the_points_lost_is_told(small, monkeypatch):
+    """Of 12 pictures one lost its right label, one won it, one changed from a wrong label to another."""
+    work = Mock(pictures=Mock(labels=np.arange(12) % 10), target=small)
+    work.pictures.held_out = np.zeros(12)
+    said = work.pictures.labels.copy()
+    said[[1, 2]] += 1
+    work.expected = np.eye(12)[said]
+    said[[0, 1, 2]] = [9, 1, 5]
+    monkeypatch.setattr(module, "_logits", lambda *_: np.eye(12)[said])
+    for each in module._Work._measure(work):
+        assert (each.changed, each.drop) == (3, 0)
+        assert each.error == pytest.approx(100 * (2 / 12) ** 0.5 / 12**0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize(("held_out", "max_drop", "warned"), [(199, 0.5, True), (200, 0.5, False), (8, 0, False)])
+def test_a_guard_that_one_picture_trips_says_so(held_out, max_drop, warned, recwarn):
+    module._warn_if_coarse(held_out, max_drop)
+    assert [str(each.message).rpartition(": ")[2] for each in recwarn] == ["200 or more to measure on"] * warned
+
+
 def test_manifest_and_names(made):
-    _, output = made
+    report, output = made
     manifest = open_engine(output / "model.onnx").manifest
+    assert manifest.metrics == {"top1": min(each.top1 for each in report.accuracy), "top1_pictures": 12}
     assert manifest.provenance["precision"] == "int8"
     assert manifest.labels == open_engine(embedded_file()).manifest.labels
     classify = Classifier(str(output), engine="onnxruntime")  # the folder is a model's name
@@ -462,6 +485,8 @@ def test_command_prints_a_table(cli, pictures, small, tmp_path):
     code, out, err = cli("quantize", "efficientformer_cifar10", "--data", pictures, "-o", tmp_path / "out[/y]")
     assert code == 0, err
     assert "points lost" in out
+    assert re.search(r"\d of 12 .* ± ", out)
+    assert "One of 12 held-out pictures is 8.3 points" in err
     assert "broken.jpg" in err
     code, out, _ = cli("quantize", "efficientformer_cifar10", "--data", pictures, "-o", tmp_path / "out", "--json")
     assert json.loads(out)["kind"] == "int8"

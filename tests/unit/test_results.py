@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from pyarrow import json as arrow_json
 
 from efficientformer.cli.predict import _to_terminal
 from efficientformer.cli.results import BLOCK, WRITERS, Result, TableWriter
+from efficientformer.runtime.records import arrow_row
 
 
 def result(number):
@@ -60,5 +62,27 @@ def test_an_array_is_json_with_a_record_a_line(count, tmp_path):
     for record in records:
         writer.write(record)
     writer.close()
-    assert json.loads((tmp_path / "x").read_text()) == records
+    assert json.loads((tmp_path / "x").read_text()) == [arrow_row(record) for record in records]
     assert len((tmp_path / "x").read_text().splitlines()) == (count + 2 if count else 1)
+
+
+@pytest.mark.parametrize("format_", ["array", "json"])
+def test_json_is_utf_8_for_every_reader(format_, tmp_path):
+    writer = WRITERS[format_](tmp_path / "x", 1)
+    writer.write({"path": "\udcff.jpg", "error": "no picture in '\udcff.jpg'"})
+    writer.close()
+    table = (
+        arrow_json.read_json(tmp_path / "x").to_pylist()
+        if format_ == "json"
+        else json.loads((tmp_path / "x").read_text())
+    )
+    assert table == [{"path": "\\udcff.jpg", "error": "no picture in '\\udcff.jpg'"}]
+
+
+@pytest.mark.parametrize("columns", ["20", "80"])
+def test_a_table_that_goes_to_a_file_folds_no_name(columns, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", columns)
+    writer, name = TableWriter(tmp_path / "x", 1), f"{'folder/' * 40}picture.jpg"
+    writer.write({"path": name, "error": "no picture"})
+    writer.close()
+    assert (tmp_path / "x").read_text().splitlines()[1].split() == [name, "skipped"]

@@ -52,12 +52,11 @@ def _open_torch(model: str, precision: str, threads: int | None, offline: bool |
         import torch
     except ImportError as error:
         raise missing_extra("torch", "Running a network in torch", error) from error
-    from efficientformer.evaluation.torch_predictor import TorchPredictor
+    from efficientformer.evaluation.torch_predictor import TorchPredictor, use_threads
     from efficientformer.models.fold import fold
     from efficientformer.weights.pretrained import build, load_named
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     weights, manifest = load_named(model, model if Path(model).is_file() else True, offline=offline)
     network = fold(build(manifest.spec, weights)).to(memory_format=torch.channels_last)
     return TorchPredictor(network, manifest, "cpu", precision, compiled=compiled)

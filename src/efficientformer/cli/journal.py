@@ -23,7 +23,7 @@ from efficientformer.runtime.records import Record
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.whole import named_by, whole_file
 
-VERSION = 2
+VERSION = 3
 MAX_QUESTION = 1 << 26  # bytes of a first line; what is longer is no journal
 _COPY = "copy"  # field of a journal's record, and of no result: the file that its annotated copy was to become
 _AS_IT_IS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)

@@ -88,8 +88,9 @@ def predict(
         prepare_folder(annotate)
     listed = partial(_gather, inputs, annotate, offline)
     asked: Record = {
-        "inputs": inputs, "model": model, "checkpoint": checkpoint and str(checkpoint), "top_k": top_k,
-        "threads": threads, "decode": decode.value,
+        "inputs": inputs, "folder": _folder_of(inputs), "annotate": annotate and str(annotate.resolve()),
+        "model": model, "checkpoint": checkpoint and str(checkpoint), "top_k": top_k, "threads": threads,
+        "decode": decode.value,
     }  # fmt: skip
     engine, precision = _begun_with(target, asked, engine, precision)
     classifier = _load(listed, model, checkpoint, engine, precision, threads, offline, quiet)
@@ -101,7 +102,7 @@ def predict(
     }  # fmt: skip
 
     def classify(already: int) -> Iterator[Result]:
-        pictures = islice(listed(), already, None)
+        pictures = _fetched(islice(listed(), already, None), inputs)
         with _progress(listed, already, quiet) as tick:
             for result in _classify(classifier, pictures, decode.value, threads):
                 told = _annotated(result, annotate) if annotate is not None else result
@@ -130,6 +131,14 @@ def _begun_with(target: Path | None, asked: Record, engine: str, precision: str)
         case {"engine": str(its_engine), "precision": str(its_precision), **rest} if asked.items() <= rest.items():
             return (its_engine, its_precision) if precision in ("auto", its_precision) else (engine, precision)
     return engine, precision
+
+
+def _folder_of(inputs: list[str]) -> str:
+    """Return the folder that relative names among inputs start from; '' if there are none: it then decides nothing."""
+    from efficientformer.runtime.inputs import STDIN, is_url
+
+    relative = any(not (each == STDIN or is_url(each) or Path(each).is_absolute()) for each in inputs)
+    return str(Path.cwd()) if relative else ""
 
 
 def _finish(total: int, skipped: int) -> None:
@@ -233,13 +242,14 @@ def _load(
     quiet: bool,
 ) -> Classifier:
     from efficientformer.api import Classifier
+    from efficientformer.runtime.engines import can_import
     from efficientformer.runtime.processor import available_cores
     from efficientformer.weights.progress import terminal_progress
 
     if not quiet:
         _note(model, checkpoint, engine, precision)
     chosen, many = engine == "auto", any(True for _ in islice(listed(), FEW, None))
-    if chosen and precision in ("auto", "fp32", "int8") and not many:
+    if chosen and precision in ("auto", "fp32", "int8") and not many and can_import("onnxruntime"):
         engine = "onnxruntime"  # opens fastest
     streams = threads or available_cores() if many else 1
     with terminal_progress(quiet=quiet) as progress:
@@ -275,15 +285,32 @@ def _note(model: str, checkpoint: Path | None, engine: str, precision: str) -> N
 
 
 def _gather(inputs: list[str], annotate: Path | None, offline: bool) -> Iterator[Input]:
-    from efficientformer.runtime.inputs import gather
+    from efficientformer.runtime.inputs import gather, is_url
 
     reason = ""
-    if any("://" in each for each in inputs):
+    if any(map(is_url, inputs)):
         from efficientformer.weights.download import offline_reason
 
         reason = offline_reason(offline or None)
     stdin = sys.stdin.buffer if sys.stdin else None  # some schedulers close it
     return gather(inputs, stdin=stdin, outside=annotate, keep=annotate is not None, offline=reason)
+
+
+def _fetched(pictures: Iterator[Input], inputs: list[str]) -> Iterator[Input]:
+    """Yield the pictures; if URLs are among the inputs, a few of them are being fetched before their turn."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from efficientformer.runtime.inputs import READERS, is_url, read_ahead
+    from efficientformer.runtime.pipeline import THREADS
+
+    if not any(map(is_url, inputs)):
+        yield from pictures
+        return
+    readers = ThreadPoolExecutor(READERS, thread_name_prefix=THREADS)
+    try:
+        yield from read_ahead(pictures, readers)
+    finally:
+        readers.shutdown(wait=False, cancel_futures=True)  # a server that is slow holds nobody up
 
 
 def _annotated(result: Result, folder: Path) -> Result:

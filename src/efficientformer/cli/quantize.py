@@ -67,7 +67,7 @@ def _print(report: QuantisationReport) -> None:
     from rich.markup import escape
 
     from efficientformer.cli.tables import print_table
-    from efficientformer.export.quantize_page import speed_rows
+    from efficientformer.export.quantize_page import ACCURACY_COLUMNS, accuracy_rows, speed_rows
 
     console = Console(highlight=False)
     before, after = (size / 1e6 for size in report.sizes)
@@ -78,9 +78,5 @@ def _print(report: QuantisationReport) -> None:
     console.print(measured, soft_wrap=True)
     if report.kept:
         console.print(f"kept in float: {escape(', '.join(report.kept))}", soft_wrap=True)
-    accuracy = []
-    for each in report.accuracy:
-        top1 = "" if each.top1 is None else f"{each.top1:.2f} %"
-        accuracy.append((each.engine, f"{each.agreement:.2f} %", top1, f"{each.drop:.2f}"))
-    print_table(console, ("engine", "agreement", "top-1", "points lost"), accuracy, left=4)
+    print_table(console, ACCURACY_COLUMNS, accuracy_rows(report), left=5)
     print_table(console, ("one picture", "median ms", "p10", "p90"), speed_rows(report), left=4)

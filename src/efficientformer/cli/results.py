@@ -25,6 +25,7 @@ SUFFIXES = {
 }  # fmt: skip
 ROWS = 8192  # rows of a Parquet file's row group
 BLOCK = 256  # rows of a table that are laid out together
+UNFOLDED = 1 << 20  # columns of what is no terminal: programs read names whole, and no name is longer
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Writer(ABC):
 def json_line(record: Record) -> str:
     """Return a record as one line of JSON.
 
-    Names of files may hold bytes that are no text; ASCII escapes keep them, and every line stays valid JSON.
+    Names of files may hold bytes that are no text; ASCII escapes keep them, as Python alone reads them.
     """
     return json.dumps(record) + "\n"
 
@@ -85,7 +86,7 @@ class JsonWriter(Writer):
 
     def write(self, record: Record) -> None:
         """Write one line."""
-        self._file.write(json_line(record))
+        self._file.write(json_line(arrow_row(record)))
         self._file.flush()
 
 
@@ -98,7 +99,7 @@ class ArrayWriter(Writer):
 
     def write(self, record: Record) -> None:
         """Write one line, and end the one before."""
-        self._file.write(self._before + json.dumps(record))
+        self._file.write(self._before + json.dumps(arrow_row(record)))
         self._before = ",\n"
 
     def close(self) -> None:
@@ -174,7 +175,8 @@ class TableWriter(Writer):
             table.add_row(*(Text(cell) for cell in row))  # Text: a name such as "[b].jpg" is no markup
         if self._file.isatty() and sys.stderr.isatty():
             self._file.write("\r\x1b[2K")  # a progress bar stands on this line, and is drawn anew on the next
-        Console(file=self._file, highlight=False).print(table)
+        width = None if self._file.isatty() else UNFOLDED
+        Console(file=self._file, highlight=False, width=width).print(table)
         self._begun = True
         self._rows.clear()
 

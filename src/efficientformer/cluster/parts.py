@@ -1,7 +1,8 @@
 """The parts of a bulk prediction: which pictures each holds, and which of them lie in the output already.
 
 ``_BEGUN.json`` lies there before the first part and says what was asked and how many parts there are. A part has its
-name only once it is whole, so a run that was killed goes on with those that are missing.
+name only once it is whole, so a run that was killed goes on with those that are missing. A folder without any is free
+for another question.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ class Parts:
         if BEGUN_FILE in held:
             there = parse(self._target.load(BEGUN_FILE)) or {}
             number = there.pop("parts", None)
+            if there != self._question and len(held) == 1:  # no row is there that would be mixed with others
+                return 0
             name = f"{self._target.name}/{BEGUN_FILE}"
             check_same(name, there, self._question, self._target.name)
             check_int(f"number of parts in {name}", number, 1, len(self._paths))

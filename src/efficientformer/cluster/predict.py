@@ -16,10 +16,11 @@ import math
 import os
 import socket
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from efficientformer.cluster.parts import DONE_FILE, PREFIX, Part, Parts
 from efficientformer.cluster.storage import Place
 from efficientformer.runtime.classifier import DECODINGS, Failed, FileClassifier, Prediction
 from efficientformer.runtime.engines import ENGINES, PRECISIONS
-from efficientformer.runtime.inputs import Input
+from efficientformer.runtime.inputs import READERS, Input, read_ahead
 from efficientformer.runtime.question import Question
-from efficientformer.runtime.records import arrow_row, arrow_schema
-from efficientformer.spec.errors import EngineError, ImageError, UsageError, require
+from efficientformer.runtime.records import Record, arrow_row, arrow_schema
+from efficientformer.spec.errors import EfficientFormerError, EngineError, ImageError, UsageError, require
 from efficientformer.spec.fields import check_choice, check_count
 from efficientformer.spec.habits import ENGINE_WORDS
 
@@ -39,7 +40,6 @@ PARTS_PER_WORKER = 8  # so that workers of different speed end together
 CONNECT_SECONDS = 5.0
 MAX_DEATHS = 2  # of workers over one picture, after which it is given up
 PART_SIZE = 1000  # pictures of a part at most
-READERS = 8  # files that are fetched at a time: waiting for storage takes no core
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +134,7 @@ class Worker:
         self._source, self._target, self._format = source, target, format_
         self._attempts, self._options = attempts, options
         self._readers = ThreadPoolExecutor(READERS)
-        with tempfile.TemporaryDirectory() as folder:  # engines read the file once and keep it in memory
-            file = Path(folder) / "model.onnx"
-            file.write_bytes(ray.get(model))
-            self._classify = FileClassifier(
-                file, engine=options.engine, precision=options.precision, threads=options.threads
-            )
-            self._classify.open_for_many()  # while the file is there
+        self._classify = _opened(ray.get(model), options)
 
     def __call__(self, part: Any) -> Any:  # noqa: ANN401 (pyarrow.Tables)
         """Classify the pictures of a table with the fields of ``Part``; returns how many there were."""
@@ -149,38 +143,29 @@ class Worker:
         return arrow.table({"pictures": [self._do(**row) for row in part.to_pylist()]})
 
     def _do(self, name: str, paths: Sequence[str]) -> int:
-        import pyarrow as arrow
-
         with self._attempt(name) as deaths:
             outcomes = [self._one(path) for path in paths] if deaths else self.classify(paths)
-        rows = [arrow_row(outcome.record(self._options.top_k)) for outcome in outcomes]
-        self._write(arrow.Table.from_pylist(rows, arrow_schema()), name)
-        return len(rows)
+        self._write([arrow_row(outcome.record(self._options.top_k)) for outcome in outcomes], name)
+        return len(outcomes)
 
-    def _write(self, rows: Any, name: str) -> None:  # noqa: ANN401 (a pyarrow.Table)
+    def _write(self, rows: list[Record], name: str) -> None:
+        import pyarrow as arrow
         from pyarrow import parquet
 
-        data = io.BytesIO()
+        data, schema = io.BytesIO(), arrow_schema()
         if self._format == "parquet":
-            parquet.write_table(rows, data)
+            parquet.write_table(arrow.Table.from_pylist(rows, schema), data)
         else:
-            data.write("".join(f"{json.dumps(row)}\n" for row in rows.to_pylist()).encode())
+            empty = dict.fromkeys(schema.names)
+            data.write("".join(f"{json.dumps(empty | row)}\n" for row in rows).encode())
         self._target.write(name, data.getvalue())
 
     def classify(self, paths: Sequence[str]) -> list[Prediction | Failed]:
         """Fetch and classify pictures."""
+        pictures = read_ahead((Input(path, partial(self._source.read, path)) for path in paths), self._readers)
         # No more threads than Ray reserved: the node's other cores belong to other workers.
         threads = self._options.threads
-        return list(self._classify.predict(self._fetch(paths), decode=self._options.decode, workers=threads))
-
-    def _fetch(self, paths: Sequence[str]) -> Iterator[Input]:
-        """Give pictures that are being fetched already, a few of them ahead of their use."""
-        coming: deque[Input] = deque()
-        for path in paths:
-            coming.append(Input(path, self._readers.submit(self._source.read, path).result))
-            if len(coming) > 2 * READERS:
-                yield coming.popleft()
-        yield from coming
+        return list(self._classify.predict(pictures, decode=self._options.decode, workers=threads))
 
     def _one(self, path: str) -> Prediction | Failed:
         with self._attempt(path) as deaths:
@@ -198,10 +183,20 @@ class Worker:
         ray.get(self._attempts.end.remote(what))
 
 
+def _opened(network: bytes, options: Options) -> FileClassifier:
+    """Open an exported file as each worker does."""
+    with tempfile.TemporaryDirectory() as folder:  # engines read the file once and keep it in memory
+        file = Path(folder) / "model.onnx"
+        file.write_bytes(network)
+        opened = FileClassifier(file, engine=options.engine, precision=options.precision, threads=options.threads)
+        opened.open_for_many()  # while the file is there
+    return opened
+
+
 def predict_on_cluster(
     source: str,
     output: str,
-    model: Path,
+    model: str | Path,
     options: Options | None = None,
     *,
     workers: int | None = None,
@@ -221,7 +216,7 @@ def predict_on_cluster(
         output: New folder for the rows, likewise, or that of the run to go on with.
         model: An exported file on this machine; it is sent to the workers.
         options: How each worker predicts.
-        workers: Workers; None takes as many as the cluster's CPUs allow.
+        workers: Workers at most; None takes as many as the cluster's CPUs allow.
         format_: ``parquet`` or ``json`` (lines).
         part_size: Pictures a worker is given at a time, and rows of a part file, at most; of a run that goes on, as it
             was begun.
@@ -235,36 +230,31 @@ def predict_on_cluster(
         UsageError: If a number is not positive, the output belongs to another command or holds something else, a place
             cannot be opened, there is no cluster at ``RAY_ADDRESS``, or no node of it has the CPUs of a worker.
         DataError: If there is no picture.
-        EngineError: If a worker fails for another reason than its death, or rows are missing.
+        EngineError: If a node cannot open the network so, a worker fails for another reason than its death, or rows
+            are missing.
         MissingExtraError: If the ray extra is not installed.
     """
     require("ray", "Prediction on a cluster", "pyarrow.parquet", "ray")
     import ray
-    from ray.exceptions import RayError
 
     check_choice("format", format_, FORMATS)
     check_count("part size", part_size)
     if workers is not None:
         check_count("number of workers", workers)
-    options = options or Options()
+    options, model = options or Options(), Path(model)
     place, target = Place.of(source), Place.of(output)
     paths, network = place.pictures(), model.read_bytes()
     parts = Parts(target, format_, _question(source, network, options), paths)
-    count = 0
-    if not parts.number or parts.missing():
-        _join()
-        count = _workers(options.threads, workers)
-    if not parts.number:
-        parts.begin(min(max(count * PARTS_PER_WORKER, math.ceil(len(paths) / part_size)), len(paths)))
-    missing = parts.missing()
-    try:
-        if missing:
+    count, missing = 0, parts.missing() if parts.number else []
+    if not parts.number or missing:
+        with _joined(), _told():
+            count, handed = _workers(options.threads, workers), ray.put(network)
+            if not parts.number:
+                _check_opens(handed, options)
+                parts.begin(min(max(count * PARTS_PER_WORKER, math.ceil(len(paths) / part_size)), len(paths)))
+                missing = parts.missing()
             parts.tidy()
-            _run(missing, (place, target, format_, ray.put(network), _attempts(), options), count, quiet, worker)
-    except RayError as error:
-        found = str(error).strip().splitlines()[-1][:300]
-        hint = "The same command goes on with the parts that are missing"
-        raise EngineError("The cluster could not do it", found=found, hint=hint) from error
+            _run(missing, (place, target, format_, handed, _attempts(), options), count, quiet, worker)
     kept = len(paths) - sum(len(part.paths) for part in missing)
     summary = Summary(*count_rows(target, format_), count, output, kept)
     if summary.pictures != len(paths):
@@ -282,12 +272,24 @@ def _question(source: str, network: bytes, options: Options) -> Question:
     return {"source": source, "model": hashlib.sha256(network).hexdigest(), **named}
 
 
-def _join() -> None:
-    """Join the cluster, or start one."""
+@contextlib.contextmanager
+def _joined() -> Iterator[None]:
+    """Join the cluster, or start one, and leave it again; the caller's own stays as it is."""
     import ray
 
     if ray.is_initialized():
+        yield
         return
+    _join()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join() -> None:
+    import ray
+
     address = os.environ.get("RAY_ADDRESS", "")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
@@ -309,7 +311,41 @@ def _workers(threads: int, wanted: int | None) -> int:
         found = f"{threads} threads; the largest node has {max(nodes, default=0)} CPUs"
         raise UsageError("No node has room for a worker", expected="threads of one node", found=found,
                          hint="Lower --threads")  # fmt: skip
-    return wanted or sum(cpus // threads for cpus in nodes)
+    room = sum(cpus // threads for cpus in nodes)
+    return min(wanted or room, room)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Tell in one line what a cluster says in many."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        found = str(error).strip().splitlines()[-1][:300]
+        hint = "The same command goes on with the parts that are missing"
+        raise EngineError("The cluster could not do it", found=found, hint=hint) from error
+
+
+def _check_opens(network: Any, options: Options) -> None:  # noqa: ANN401 (a ray.ObjectRef)
+    """Have a node open the network: where none can, every worker would fail and be started again, for minutes.
+
+    Raises:
+        EfficientFormerError: What keeps the node from it.
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    def opens(network: bytes) -> str:
+        return _opened(network, options).engine
+
+    try:
+        ray.get(ray.remote(num_cpus=options.threads)(opens).remote(network))
+    except RayTaskError as error:
+        if isinstance(error.cause, EfficientFormerError):
+            raise error.cause from error
+        raise
 
 
 def _attempts() -> Any:  # noqa: ANN401 (a ray.ActorHandle)
@@ -324,6 +360,8 @@ def _run(parts: Sequence[Part], arguments: tuple[Any, ...], count: int, quiet: b
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = not quiet
+    if quiet:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of its plans and of where its own log lies
     options: Options = arguments[-1]
     done = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts)).map_batches(
         worker,

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from efficientformer.runtime.engines import failed_run
+from efficientformer.runtime.engines import failed_run, settle_precision
+from efficientformer.runtime.processor import available_cores, computes_in
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
@@ -27,12 +28,14 @@ class TorchPredictor:
         manifest: What the network is.
         device: ``auto`` takes a GPU if there is one (under torchrun, the process's own), else the CPU; or a torch
             device such as ``cpu`` or ``cuda:1``.
-        precision: ``fp32`` or ``auto`` (in full: no TF32), or autocast to ``bf16`` or ``fp16``.
+        precision: ``fp32`` or ``auto`` (in full: no TF32), or autocast to ``bf16`` or ``fp16``, on a CPU only where it
+            computes in it: torch would emulate it for minutes.
         compiled: Compile the network when it first runs, for each batch size (tens of seconds); on a GPU its kernels
             are also recorded as a CUDA graph.
 
     Raises:
         UsageError: If there is no such precision or device.
+        PrecisionError: If this processor does not compute in that precision.
     """
 
     key = "torch"
@@ -55,7 +58,8 @@ class TorchPredictor:
         except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA is asked for it
             found = str(error).strip().splitlines()[0]
             raise UsageError(f"Cannot use the device {device!r}", expected="a device torch has", found=found) from error
-        self.precision = "fp32" if precision == "auto" else precision
+        halves = (each for each in ("bf16", "fp16") if self.device.type != "cpu" or computes_in(each))
+        self.precision = settle_precision(precision, manifest, ("fp32", *halves), "torch")
         self._compiled = compiled
         self._forward: Callable[[torch.Tensor], torch.Tensor] = self._model
         if compiled:
@@ -96,6 +100,14 @@ class TorchPredictor:
     def for_many(self) -> TorchPredictor:
         """Return itself."""
         return self
+
+
+def use_threads(threads: int | None) -> None:
+    """Have torch compute on so many threads; None leaves it its own, as far as this process may use them.
+
+    Torch does not know a container's quota, and more threads than it allows slow each other down.
+    """
+    torch.set_num_threads(threads or min(torch.get_num_threads(), available_cores()))
 
 
 def _device(wanted: str) -> torch.device:

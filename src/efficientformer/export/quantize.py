@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import tempfile
 import warnings
@@ -46,12 +47,16 @@ class Accuracy:
         agreement: Pictures with single precision's label, in percent.
         top1: Pictures with the right label, in percent; None if the pictures have no labels of the network's.
         drop: Points of top-1 lost against single precision; without labels, points of agreement lost.
+        changed: Pictures with another label than single precision's.
+        error: Standard error of ``drop`` in points: what another draw of as many pictures would change it by.
     """
 
     engine: str
     agreement: float
     top1: float | None
     drop: float
+    changed: int = 0
+    error: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +171,7 @@ def quantize(
     kept = None if weights_only else quantised_target(model, checkpoint=checkpoint)
     reference = open_engine(source, "onnxruntime", precision="fp32")
     batches = gather_pictures(data, reference.manifest, pictures, holdout, seed, progress)
+    _warn_if_coarse(len(batches.held_out), max_drop)
     with tempfile.TemporaryDirectory() as scratch:
         work = _Work(source, reference, batches, max_drop, Path(scratch) / MODEL_FILE, progress)
         if weights_only:
@@ -211,7 +217,8 @@ class _Work:
             self._keep_layers(quantiser, manifest)
         tops = [each.top1 for each in self.accuracy if each.top1 is not None]
         if tops:
-            manifest = dataclasses.replace(manifest, metrics={"top1": min(tops)})
+            metrics = {"top1": min(tops), "top1_pictures": len(self.pictures.held_out)}
+            manifest = dataclasses.replace(manifest, metrics=metrics)
         quantiser.write(self.target, manifest, keep=self.kept)
 
     def _keep_layers(self, quantiser: Quantiser, manifest: Manifest) -> None:
@@ -293,10 +300,19 @@ class _Work:
         for name in installed_engines():
             engine = open_engine(self.target, name)
             said = _logits(engine, self.pictures.held_out).argmax(1)
-            agreement = _percent(said == expected)
             top1 = None if labels is None else _percent(said == labels)
-            drop = 100 - agreement if top1 is None else _percent(expected == labels) - top1
-            found.append(Accuracy(engine.name, agreement, top1, round(drop, 4)))
+            right = expected if labels is None else labels
+            lost = (expected == right).astype(float) - (said == right)  # of each picture: 1, 0, or -1 if it was won
+            found.append(
+                Accuracy(
+                    engine.name,
+                    _percent(said == expected),
+                    top1,
+                    drop=round(100 * float(lost.mean()), 4),
+                    changed=int((said != expected).sum()),
+                    error=round(100 * float(lost.std()) / len(lost) ** 0.5, 4),
+                )
+            )
         return tuple(found)
 
     def _ranked(self, quantiser: Quantiser, manifest: Manifest) -> tuple[str, ...]:
@@ -316,6 +332,15 @@ class _Work:
 def _logits(engine: Engine, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return logits (N, num_classes) for preprocessed images (N, C, H, W), a few at a time."""
     return np.concatenate([engine.run(batch[start : start + BATCH]) for start in range(0, len(batch), BATCH)])
+
+
+def _warn_if_coarse(held_out: int, max_drop: float) -> None:
+    if 0 < max_drop < 100 / held_out:
+        warnings.warn(
+            f"One of {held_out} held-out pictures is {100 / held_out:.2g} points, more than is allowed ({max_drop:g}), "
+            f"and the guard sees no smaller loss. Give more: {math.ceil(100 / max_drop):,} or more to measure on",
+            stacklevel=3,
+        )
 
 
 def _percent(right: npt.NDArray[np.bool_]) -> float:

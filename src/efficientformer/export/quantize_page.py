@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from efficientformer.export.quantize import QuantisationReport
 
 SHOWN = 40  # layers in the plot, the worst
+ACCURACY_COLUMNS = ("engine", "agreement, %", "labels changed", "top-1, %", "points lost")
 
 
 def write_page(report: QuantisationReport, path: Path) -> None:
@@ -34,11 +35,8 @@ def write_page(report: QuantisationReport, path: Path) -> None:
     what = "top-1 against their labels" if report.labelled else "agreement with single precision (no labels)"
     single = "" if report.top1 is None else f" Single precision: {report.top1:.2f} % top-1."
     page.text(f"Scales set on {report.calibrated_on} pictures; measured on {report.held_out} others: {what}.{single}")
-    rows = [
-        (each.engine, f"{each.agreement:.2f}", "" if each.top1 is None else f"{each.top1:.2f}", f"{each.drop:.2f}")
-        for each in report.accuracy
-    ]
-    page.table(("engine", "agreement, %", "top-1, %", "points lost"), rows)
+    page.text("Points lost are given with their standard error: as many other pictures would differ by about that.")
+    page.table(ACCURACY_COLUMNS, accuracy_rows(report))
     page.heading("Speed of one picture")
     page.table(("", "median, ms", "p10", "p90"), speed_rows(report))
     if report.errors:
@@ -47,6 +45,20 @@ def write_page(report: QuantisationReport, path: Path) -> None:
         page.heading("Pictures that could not be read")
         page.table(("picture", "reason"), report.skipped)
     page.write(path)
+
+
+def accuracy_rows(report: QuantisationReport) -> list[tuple[str, ...]]:
+    """Return the rows of ``ACCURACY_COLUMNS``, one for each engine."""
+    return [
+        (
+            each.engine,
+            f"{each.agreement:.2f}",
+            f"{each.changed} of {report.held_out}",
+            "" if each.top1 is None else f"{each.top1:.2f}",
+            f"{each.drop:.2f} ± {each.error:.2f}",
+        )
+        for each in report.accuracy
+    ]
 
 
 def speed_rows(report: QuantisationReport) -> list[tuple[str, str, str, str]]:

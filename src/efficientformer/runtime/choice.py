@@ -26,8 +26,8 @@ from efficientformer.runtime.engines import (
     open_engine,
 )
 from efficientformer.runtime.samples import sample_batch
-from efficientformer.runtime.timing import environment, time_together
-from efficientformer.spec.errors import EngineError
+from efficientformer.runtime.timing import Timing, environment, time_together
+from efficientformer.spec.errors import EngineError, PrecisionError
 from efficientformer.spec.whole import whole_file
 
 # Largest difference of a logit that half precision may make, relative to the largest logit: bf16 keeps 8 bits and
@@ -77,46 +77,83 @@ def choose(path: Path, precision: str = "auto", *, threads: int | None = None, s
             kept = Choice(**json.loads(note.read_text()))
             if kept.engine in ENGINE_KEYS and can_import(kept.engine) and kept.precision in ENGINE_PRECISIONS:
                 return kept
-    choice = _measure(path, precision, threads)
-    if note is not None and not damaged_engines():  # one that is mended is to be measured
+    choice, failed = _measure(path, precision, threads)
+    if note is not None and not failed:  # one that is mended, or has memory again, is to be measured
         with contextlib.suppress(OSError):
             _write(note, json.dumps(asdict(choice)))
     return choice
 
 
-def _measure(path: Path, precision: str, threads: int | None) -> Choice:
+def _measure(path: Path, precision: str, threads: int | None) -> tuple[Choice, bool]:
+    """Return the choice, and whether an engine that failed had no part in it."""
     candidates, refused = _candidates(path, precision, threads)
     if not candidates:
-        raise refused[-1] if refused else no_engine()
-    damaged = _left_out("because the import fails", damaged_engines())
+        raise refused[-1][1] if refused else no_engine()
+    best, reason, failed = _fastest(candidates)
+    failed = [*(engine for engine, error in refused if not isinstance(error, PrecisionError)), *failed]
+    damaged = damaged_engines()
+    reason += _left_out("because it fails", failed) + _left_out("because the import fails", damaged)
+    return Choice(best.key, best.precision, reason), bool(failed or damaged)
+
+
+def _fastest(candidates: list[Engine]) -> tuple[Engine, str, list[str]]:
+    """Return the engine that is right and fastest for one picture, why in words, and the names of those that fail."""
     if len(candidates) == 1:
-        only = candidates[0]
-        return Choice(only.key, only.precision, f"{only.name}: the only one installed that runs this file so{damaged}")
+        return candidates[0], f"{candidates[0].name}: the only one installed that runs this file so", []
     batch = sample_batch(candidates[0].manifest.preprocess)
     ran = _that_run(candidates, batch)
     right = _that_agree(ran)
-    picture = batch[:1]
-    timings = time_together({engine.name: partial(engine.run, picture) for engine in right}, rounds=ROUNDS)
-    best = min(right, key=lambda engine: timings[engine.name].median_ms)
-    measured = ", ".join(f"{name} {timing.median_ms:.2f} ms" for name, timing in timings.items())
-    wrong = _left_out("for other results", [engine.name for engine, _ in ran if engine not in right])
-    failed = _left_out("because it fails", [engine.name for engine in candidates if engine not in dict(ran)])
-    return Choice(best.key, best.precision, f"fastest here for one picture: {measured}{wrong}{failed}{damaged}")
+    timings = _times(right, batch[:1])
+    measured = ", ".join(f"{engine.name} {timing.median_ms:.2f} ms" for engine, timing in timings.items())
+    wrong = [engine.name for engine, _ in ran if engine not in right]
+    failed = [engine.name for engine in candidates if engine not in timings and engine.name not in wrong]
+    best = min(timings, key=lambda engine: timings[engine].median_ms)
+    return best, f"fastest here for one picture: {measured}{_left_out('for other results', wrong)}", failed
+
+
+def _times(engines: Sequence[Engine], picture: npt.NDArray[np.float32]) -> dict[Engine, Timing]:
+    """Time engines with one picture; those that fail over it have no timing.
+
+    Raises:
+        EngineError: If all do: why the last one fails.
+    """
+    failed: list[Engine] = []
+
+    def run(engine: Engine) -> None:
+        try:
+            engine.run(picture)
+        except EngineError:
+            failed.append(engine)
+            raise
+
+    while True:
+        left = [engine for engine in engines if engine not in failed]
+        try:
+            timings = time_together({engine.name: partial(run, engine) for engine in left}, rounds=ROUNDS)
+        except EngineError:
+            if len(left) == 1:
+                raise
+        else:
+            return {engine: timings[engine.name] for engine in left}
 
 
 def _left_out(why: str, names: Sequence[str]) -> str:
-    return f"; left out {why}: {', '.join(names)}" if names else ""
+    return f"; left out {why}: {', '.join(dict.fromkeys(names))}" if names else ""
 
 
-def _candidates(path: Path, precision: str, threads: int | None) -> tuple[list[Engine], list[EngineError]]:
-    """Open a file in every engine and precision; single precision comes first, and of its engines the reference."""
+def _candidates(path: Path, precision: str, threads: int | None) -> tuple[list[Engine], list[tuple[str, EngineError]]]:
+    """Open a file in every engine and precision; single precision comes first, and of its engines the reference.
+
+    Returns:
+        The engines, and why others did not open it.
+    """
     opened, refused = [], []
     for each in ENGINE_PRECISIONS if precision == "auto" else (precision,):
         for engine in sorted(installed_engines(), key=lambda name: name != REFERENCE):
             try:
                 opened.append(open_engine(path, engine, precision=each, threads=threads))
             except EngineError as error:
-                refused.append(error)
+                refused.append((engine, error))
     return opened, refused
 
 

@@ -11,7 +11,9 @@ import fnmatch
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from efficientformer.runtime.image import SUFFIXES, WILDCARDS, read_file, read_s
 from efficientformer.spec.errors import ImageError
 
 STDIN = "-"
+READERS = 8  # inputs that are read at a time: waiting for a server takes no core
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -43,6 +46,26 @@ class Input:
             ImageError: If there is nothing to read under this name.
         """
         return self._reader()
+
+
+def is_url(name: str) -> bool:
+    """Return whether a name is an address, of whatever scheme, and no file's."""
+    return _SCHEME.match(name) is not None
+
+
+def read_ahead(inputs: Iterable[Input], readers: Executor) -> Iterator[Input]:
+    """Yield inputs that are being read already, a few of them ahead of their use.
+
+    Args:
+        inputs: What to read.
+        readers: ``READERS`` threads.
+    """
+    coming: deque[Input] = deque()
+    for each in inputs:
+        coming.append(Input(each.name, readers.submit(each.read).result))
+        if len(coming) > 2 * READERS:
+            yield coming.popleft()
+    yield from coming
 
 
 def gather(
@@ -78,9 +101,9 @@ def gather(
             again = _failed(STDIN, "standard input named once", "a second '-'")
             yield again if stdin_taken else Input(STDIN, readable(partial(_read_stdin, stdin)))
             stdin_taken = True
-        elif _SCHEME.match(text) and offline:
+        elif is_url(text) and offline:
             yield _failed(text, f"a file while {offline}", "a URL")
-        elif _SCHEME.match(text):
+        elif is_url(text):
             yield Input(text, readable(partial(_download, text)))
         elif not text:
             yield _failed("''", "a file, folder, pattern or URL", "an empty name")

@@ -36,9 +36,18 @@ def in_order(items: Iterable[T], work: Callable[[list[T]], list[R]], *, workers:
         chunk: Items given to ``work`` together.
 
     Raises:
-        Exception: Whatever ``work`` raises, in the place of that chunk's results.
+        Exception: Whatever ``work`` raises, in the place of that chunk's results; whatever drawing raises, after the
+            results of all that was drawn before.
     """
-    remaining = iter(items)
+    failures: list[Exception] = []
+
+    def drawn() -> Iterator[T]:
+        try:
+            yield from items
+        except Exception as error:  # a stream may raise anything
+            failures.append(error)
+
+    remaining = drawn()
     waiting: deque[Future[tuple[list[R], float]]] = deque()
     limit = AHEAD * workers
     drawing: deque[float] = deque(maxlen=AHEAD)  # seconds that the last chunks took: one may be held up by chance
@@ -61,6 +70,8 @@ def in_order(items: Iterable[T], work: Callable[[list[T]], list[R]], *, workers:
                 drawing.append(perf_counter() - begun)
                 waiting.append(pool.submit(timed, taken))
             if not waiting:
+                for failure in failures:
+                    raise failure
                 return
             first = waiting.popleft()
             while not first.done():  # a signal that comes just before Python blocks is seen when it wakes

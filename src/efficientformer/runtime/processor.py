@@ -19,6 +19,11 @@ UNITS = {
 }  # fmt: skip
 """What an instruction set is called, by its flag: those that decide how fast a network runs, and in what."""
 
+HALF = {
+    "bf16": {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+}  # fmt: skip
+"""Flags of which one means that a processor multiplies in a half precision."""
+
 
 def hardware(cpuinfo: Path = CPUINFO) -> str:
     """Return the processor's name, its instruction sets and the number of cores this process may use.
@@ -58,6 +63,19 @@ def overflows(cpuinfo: Path = CPUINFO) -> bool:
     """
     flags = _entry(X86, cpuinfo).split()
     return bool(flags) and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags)
+
+
+def computes_in(precision: str, cpuinfo: Path = CPUINFO) -> bool:
+    """Return whether this processor multiplies in half precision; True where the system does not say.
+
+    One that does not emulates it, many times slower than single precision.
+
+    Args:
+        precision: ``bf16`` or ``fp16``.
+        cpuinfo: Where Linux describes it.
+    """
+    flags = f"{_entry(X86, cpuinfo)} {_entry(ARM, cpuinfo)}".split()
+    return not flags or not HALF[precision].isdisjoint(flags)
 
 
 def _arm(cpuinfo: Path) -> str:

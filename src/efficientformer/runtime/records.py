@@ -44,7 +44,7 @@ def printable(text: str) -> str:
 
 
 def arrow_row(record: Record) -> Record:
-    """Return a record as a row of ``arrow_schema``, which takes no other text than UTF-8."""
+    """Return a record as a row of ``arrow_schema``, which takes no other text than UTF-8, as readers of JSON do."""
     return {name: storable(value) if isinstance(value, str) else value for name, value in record.items()}
 
 

@@ -76,6 +76,10 @@ class EngineError(EfficientFormerError):
     """An inference engine that is not installed or cannot run a file."""
 
 
+class PrecisionError(EngineError):
+    """A precision that an engine, this processor or a file does not compute in, which is no fault of any of them."""
+
+
 class ExportError(EfficientFormerError):
     """An exported network that differs from the one it was made from."""
 

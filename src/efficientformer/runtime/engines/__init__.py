@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from efficientformer.runtime.processor import available_cores, overflows
-from efficientformer.spec.errors import EngineError
+from efficientformer.spec.errors import EngineError, PrecisionError, missing_extra
 from efficientformer.spec.fields import check_choice, check_count
 from efficientformer.spec.habits import ENGINE_WORDS
 
@@ -64,8 +64,7 @@ def damaged_engines() -> tuple[str, ...]:
 def no_engine() -> EngineError:
     """Build the error for a machine on which no engine can be imported."""
     found = ", ".join(damaged_engines()) or "none installed"
-    hint = "python -c 'import onnxruntime' says why; install it anew"
-    return EngineError("No engine can be imported", expected="onnxruntime", found=found, hint=hint)
+    return EngineError("No engine can be imported", expected="onnxruntime", found=found, hint=_anew("onnxruntime"))
 
 
 def can_import(engine: str) -> bool:
@@ -83,6 +82,25 @@ def can_import(engine: str) -> bool:
     return True
 
 
+def _import(engine: str) -> None:
+    """Import an engine's library, before the module that uses it does.
+
+    Raises:
+        MissingExtraError: If it is not installed, and an extra would.
+        EngineError: If its import fails.
+    """
+    try:
+        import_module(engine)
+    except Exception as error:  # a damaged library raises anything
+        if isinstance(error, ImportError) and engine == "openvino" and not _is_installed(engine):
+            raise missing_extra("openvino", "The OpenVINO engine", error) from error
+        raise EngineError(f"{engine} cannot be imported", found=str(error), hint=_anew(engine)) from error
+
+
+def _anew(engine: str) -> str:
+    return f"python -c 'import {engine}' says why; install it anew"
+
+
 def _is_installed(engine: str) -> bool:
     spec = find_spec(engine)
     return spec is not None and spec.loader is not None  # a folder of its name, as in the working one, has no loader
@@ -95,7 +113,7 @@ def open_engine(
 
     Args:
         path: The file, with a manifest in its metadata.
-        engine: One of ``ENGINES``; ``auto`` takes OpenVINO if it can be imported, else ONNX Runtime.
+        engine: One of ``ENGINES``; ``auto`` takes OpenVINO if it is there and runs the file, else ONNX Runtime.
             (``runtime.choice`` measures instead.)
         precision: One of ``PRECISIONS``; ``auto`` takes the fastest the engine has on this processor. Whether a file
             is int8 is decided when it is made: here it can only be demanded.
@@ -105,14 +123,16 @@ def open_engine(
     Raises:
         UsageError: If there is no engine or precision of that name, or a number is not positive.
         MissingExtraError: If the engine is not installed.
-        EngineError: If the file cannot be run, says nothing about itself, or the engine has not that precision.
+        EngineError: If the file cannot be run, says nothing about itself, or the engine has not that precision or
+            cannot be imported.
     """
     check_choice("engine", engine, ENGINES, ENGINE_WORDS)
     check_choice("precision", precision, PRECISIONS)
     check_threads(threads, streams)
     path = Path(path)
     if engine == "auto":
-        engine = "openvino" if can_import("openvino") else "onnxruntime"
+        return _open_first(path, precision, threads, streams)
+    _import(engine)
     if engine == "openvino":
         from efficientformer.runtime.engines.openvino import OpenVinoEngine
 
@@ -120,6 +140,38 @@ def open_engine(
     from efficientformer.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(path, precision=precision, threads=threads, streams=streams)
+
+
+def _open_first(path: Path, precision: str, threads: int | None, streams: int) -> Engine:
+    """Open a file in the first engine that runs an empty picture.
+
+    Raises:
+        EngineError: If none does: why the first one, which is usually the faster, does not.
+    """
+    failures: list[EngineError] = []
+    for key in installed_engines():
+        try:
+            engine = open_engine(path, key, precision=precision, threads=threads, streams=streams)
+            _try_out(engine)
+        except EngineError as error:
+            failures.append(error)
+            continue
+        for failure in failures:
+            warnings.warn(f"{engine.name} runs instead: {failure}", stacklevel=3)
+        return engine
+    raise failures[0] if failures else no_engine()
+
+
+def _try_out(engine: Engine) -> None:
+    """Run one picture.
+
+    Raises:
+        EngineError: If the engine fails.
+    """
+    import numpy as np
+
+    spec = engine.manifest.spec
+    engine.run(np.zeros((1, spec.in_chans, *spec.input_size), np.float32))
 
 
 def check_threads(threads: int | None, streams: int) -> None:
@@ -143,14 +195,14 @@ def settle_precision(wanted: str, manifest: Manifest, available: tuple[str, ...]
         engine: The engine, for messages.
 
     Raises:
-        EngineError: If the file or the engine cannot do what was asked for.
+        PrecisionError: If the file or the engine cannot do what was asked for.
     """
     is_int8 = manifest.provenance.get("precision") == "int8"
     if is_int8 and wanted not in ("auto", "int8"):
         hint = "Give the network it was quantised from"
-        raise EngineError(f"This file cannot run in {wanted}", expected="a float network", found="int8", hint=hint)
+        raise PrecisionError(f"This file cannot run in {wanted}", expected="a float network", found="int8", hint=hint)
     if wanted == "int8" and not is_int8:
-        raise EngineError(
+        raise PrecisionError(
             "This file is not quantised",
             expected="an int8 network",
             found="a float network",
@@ -165,7 +217,7 @@ def settle_precision(wanted: str, manifest: Manifest, available: tuple[str, ...]
     if is_int8 or wanted == "auto":
         return "int8" if is_int8 else available[0]
     if wanted not in available:
-        raise EngineError(
+        raise PrecisionError(
             f"{engine} does not compute in {wanted} on this processor",
             expected=f"one of {', '.join(available)}",
             found=wanted,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from efficientformer.runtime.engines import OpenFile, check_ports, failed_run, reopen, settle_precision
 from efficientformer.runtime.manifests import parse_manifest
-from efficientformer.spec.errors import EngineError, missing_extra
+from efficientformer.spec.errors import EngineError
 from efficientformer.spec.manifest import METADATA_KEY
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
@@ -40,9 +40,8 @@ class OpenVinoEngine(OpenFile):
         streams: Callers at a time; threads are shared among them.
 
     Raises:
-        MissingExtraError: If OpenVINO is not installed.
-        EngineError: If the file cannot be opened, has no manifest, its input and output are not what it says, or it
-            cannot run in that precision.
+        EngineError: If OpenVINO lacks a part of itself, or the file cannot be opened, has no manifest, its input and
+            output are not what it says, or it cannot run in that precision.
     """
 
     key = "openvino"
@@ -50,16 +49,13 @@ class OpenVinoEngine(OpenFile):
     _forked: OpenVinoEngine | None = None  # what stands in for this one after a fork
 
     def __init__(self, path: Path, *, precision: str = "auto", threads: int | None = None, streams: int = 1) -> None:
-        try:
-            import openvino
-            from openvino.frontend import FrontEndManager
-        except ImportError as error:
-            raise missing_extra("openvino", "The OpenVINO engine", error) from error
+        import openvino
+
         super().__init__(path, threads, streams)
-        self._core = openvino.Core()
+        self._core, capabilities, frontends = _library()
         try:
             # read_model would show a file that is no network to each of its readers, and TensorFlow's complains aloud
-            reader = FrontEndManager().load_by_framework("onnx")
+            reader = frontends.load_by_framework("onnx")
             self._model = reader.convert(reader.load(str(path)))
         except Exception as error:  # OpenVINO's errors share no base class
             raise EngineError(
@@ -69,7 +65,6 @@ class OpenVinoEngine(OpenFile):
                 hint="Export it again: efficientformer convert CHECKPOINT FILE.onnx",
             ) from error
         self.manifest = parse_manifest(path, _metadata(self._model))
-        capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         floats = tuple(name for name, mark in (("bf16", "BF16"), ("fp16", "FP16")) if mark in capabilities)
         available = (*floats, "fp32")
         self.precision = settle_precision(precision, self.manifest, available, "OpenVINO")
@@ -150,6 +145,27 @@ class OpenVinoEngine(OpenFile):
         for _ in range(self.streams):
             requests.put(compiled.create_infer_request())
         return requests
+
+
+def _library() -> tuple[Any, list[str], Any]:
+    """Return OpenVINO's core, what this processor computes in, and its readers of files.
+
+    Raises:
+        EngineError: If a part of it, such as the plugin for CPUs, is missing or cannot be loaded.
+    """
+    try:
+        import openvino
+        from openvino.frontend import FrontEndManager
+
+        core = openvino.Core()
+        return core, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"), FrontEndManager()
+    except Exception as error:  # OpenVINO's errors share no base class, and a damaged library raises anything
+        raise EngineError(
+            "OpenVINO does not work here",
+            expected="a whole installation, with its plugin for CPUs",
+            found=" ".join(str(error).split())[-300:],
+            hint="Install it anew, or take --engine onnxruntime",
+        ) from error
 
 
 def _renew_locks() -> None:
