@@ -792,7 +792,6 @@ def test_wrong_calls(data, tmp_path, finished, cli):
         ((data,), f"--data {data}"),
         (("--data", data, "--epochs", 1, "--set", "epochs=3"), "set twice"),
         (("--data", data, "--set", "epoch=3"), "Did you mean 'epochs'?\n"),
-        (("--data", data, "--model", finished.folder), "best.safetensors"),
         (("recipes/cifar10.py", "--data", data, "--epochs", "2"), "--set refine_epochs"),
     ]:
         code, _, err = cli("train", *arguments)
