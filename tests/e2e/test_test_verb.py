@@ -196,6 +196,7 @@ def test_a_config_that_exists_is_no_weights_file(cli, data, tmp_path, monkeypatc
         ((ONNX, CHECKPOINT, CHECKPOINT), "Too many arguments"),
         ((ONNX, "--report", "/no/such/folder/report.html"), "Cannot write"),
         ((ONNX, "--output", "."), "a folder"),
+        ((ONNX, "--output", "predictions.parquet"), ".json, .jsonl or .csv"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_says_why(cli, data, arguments, message):

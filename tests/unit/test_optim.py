@@ -130,6 +130,9 @@ def test_unknown_optimizer_and_arguments():
         build_optimizer(get_model(V1), Recipe(opt_args={"nonsense": 1}))
     with pytest.raises(SpecError, match="opt_args"):
         build_optimizer(get_model(V1), Recipe(opt_args={"betas": 3}))
+    with pytest.raises(SpecError, match="opt_args"):
+        build_optimizer(get_model(V1), Recipe(opt_args={"betas": [0.9]}))
+    assert build_optimizer(get_model(V1), Recipe(opt_args={"foreach": True})).defaults["foreach"]
     with pytest.raises(SpecError, match="second derivatives"):
         build_optimizer(get_model(V1), Recipe(opt="adahessian"))
 

@@ -74,6 +74,16 @@ def test_archives_beside_the_folders_of_a_split_are_left_out(tmp_path, folders):
     assert parts["train"]().notes == ("left out beside train: 'val'",)
 
 
+@pytest.mark.parametrize(
+    "names", [("train.tar", "val.tar"), ("train0000.tar", "val0000.tar"), ("a-train.tar", "Dev.tar")]
+)
+def test_single_shards_are_parts_too(tmp_path, names):
+    for name in names:
+        write_tar(tmp_path / name, [("0.png", PICTURE), ("0.cls", b"0")])
+    parts = find_parts(tmp_path)
+    assert {part: parts[part]().name(0) for part in parts} == {"train": f"{names[0]}/0", "val": f"{names[1]}/0"}
+
+
 def test_shards_are_read_where_there_is_no_pread(tmp_path, monkeypatch):
     monkeypatch.delattr("os.pread")  # Windows
     write_tar(tmp_path / "a.tar", [("0.png", PICTURE), ("0.cls", b"0")])
@@ -180,6 +190,14 @@ def test_idx(tmp_path, name, ninth, pack):
     np.testing.assert_array_equal(np.asarray(decode(picture, mode="L")), images[1])
     assert len(open_source(tmp_path / name, "val")) == 2
     assert pickle.loads(pickle.dumps(source)).read(2).tobytes() == images[2].tobytes()
+
+
+def test_idx_with_a_dot_in_its_name(tmp_path):
+    write_idx(tmp_path, "train", [1, 0])
+    for name in ("images-idx3", "labels-idx1"):
+        path = tmp_path / f"train-{name}-ubyte"
+        path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+    assert open_source(tmp_path, "train").labels.tolist() == [1, 0]
 
 
 def test_idx_below_the_root_and_with_many_classes(tmp_path):

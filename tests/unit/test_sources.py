@@ -342,6 +342,7 @@ def unnamed(*classes):
 
 def test_numbers_are_labels_where_classes_have_no_names():
     assert aligned(unnamed("0", "1"), ("cat", "dog", "frog")) == [0, 1]
+    assert "name no classes" in align(unnamed("0", "1"), ("cat", "dog", "frog")).notes[-1]
     assert aligned(unnamed("0", "1"), ("1", "0")) == [1, 0]
     with pytest.raises(DataError):
         aligned(unnamed("0", "1", "2"), ("cat", "dog"))

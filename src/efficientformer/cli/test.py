@@ -95,6 +95,9 @@ def _arguments(model: list[str], checkpoint: Path | None) -> tuple[str, Path | N
 
 def _check_targets(output: Path | None, report: Path | None) -> None:
     """Find out now, not after hours of work, that a file cannot be written."""
+    if output is not None and output.suffix.lower() not in ("", ".json", *_OF_EACH_PICTURE):
+        expected = "a name that ends in .json, .jsonl or .csv"
+        raise UsageError(f"Cannot write {output}", expected=expected, found=output.suffix)
     for path in (output, report):
         if path is not None:
             check_file(path)

@@ -48,9 +48,12 @@ def train(
         _print(chosen)
         return
     from efficientformer.training.run import train as run
+    from efficientformer.training.state import RunFolder
 
     outcome = run(None if resume else chosen, data, output, resume=resume, device=device, quiet=quiet)
     if not outcome.finished:
+        if quiet:  # how to go on is no note
+            typer.echo(f"Go on: {RunFolder(outcome.folder).resume_command}", err=True)
         raise typer.Exit(130)
     if outcome.evaluation is not None:
         typer.echo(outcome.folder)

@@ -23,10 +23,11 @@ class Relabelled(ImageSource):
         source: The pictures.
         classes: The new class names.
         label_of: New label of every class of ``source``; those of classes without pictures are not looked at.
+        notes: What to say of it, beside what is said of ``source``.
     """
 
-    def __init__(self, source: ImageSource, classes: Sequence[str], label_of: Sequence[int]) -> None:
-        self.source, self.classes, self.notes = source, tuple(classes), source.notes
+    def __init__(self, source: ImageSource, classes: Sequence[str], label_of: Sequence[int], *notes: str) -> None:
+        self.source, self.classes, self.notes = source, tuple(classes), (*source.notes, *notes)
         self.labels = np.asarray(label_of, np.int64)[source.labels]
 
     def name(self, index: int) -> str:
@@ -63,7 +64,8 @@ def align(source: ImageSource, labels: tuple[str, ...]) -> ImageSource:
     if not strangers:
         return Relabelled(source, labels, found)
     if source.unnamed and len(strangers) == len(used) and len(source.classes) <= len(labels):
-        return Relabelled(source, labels, range(len(source.classes)))
+        unnamed = "the shards name no classes (classes.txt): their numbers are taken for the network's order"
+        return Relabelled(source, labels, range(len(source.classes)), unnamed)
     hint = "Rename the class folders to the network's class names, or train a network on these classes"
     if len(source.classes) == len(labels):
         hint = f"The number of classes is the same, but an order cannot be guessed from that. {hint}"

@@ -58,8 +58,7 @@ class IdxSource(ListedSource):
 
 def idx_parts(folder: Folder) -> list[str]:
     """Return which of ``train`` and ``test`` a folder holds as idx files."""
-    names = {name.removesuffix(".gz") for name in folder.files}
-    return [part for part, prefix in PARTS.items() if f"{prefix}-images-idx3-ubyte" in names]
+    return [part for part, prefix in PARTS.items() if _spellings(f"{prefix}-images-idx3-ubyte") & set(folder.files)]
 
 
 def open_idx(folder: Folder, part: str) -> IdxSource:
@@ -87,10 +86,14 @@ def open_idx(folder: Folder, part: str) -> IdxSource:
 
 
 def _find(folder: Folder, name: str) -> Path:
-    for each in (name, f"{name}.gz"):
-        if each in folder.files:
-            return folder.path / each
+    for each in sorted(_spellings(name) & set(folder.files)):
+        return folder.path / each
     raise DataError(f"A part of {str(folder.path)!r} is missing", expected=f"{name} or {name}.gz")
+
+
+def _spellings(name: str) -> set[str]:
+    """Return the names that an idx file goes by: packed or not, and with a dot before ``idx``, as mirrors have it."""
+    return {f"{each}{packed}" for each in (name, name.replace("-idx", ".idx")) for packed in ("", ".gz")}
 
 
 def _read(path: Path, magic: int) -> npt.NDArray[np.uint8]:

@@ -40,7 +40,9 @@ _ALIASES = {
 }
 _FALLBACK = {"val": "test", "test": "val"}  # either serves for evaluation
 _NESTED = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "FashionMNIST/raw", "MNIST/raw", "raw")
-_SHARD = re.compile(r"(?:.*[-_.])?(train|training|val|validation|valid|dev|test|testing)[-_.].*\.tar", re.IGNORECASE)
+_SHARD = re.compile(
+    r"(?:.*[-_.])?(train|training|val|validation|valid|dev|test|testing)(?:[-_.].*|\d*)\.tar", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

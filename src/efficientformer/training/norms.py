@@ -26,7 +26,7 @@ class AnyDeviceSyncNorm(nn.BatchNorm2d):
         centred = wide - mean[:, None, None]
         squares: Tensor = all_reduce(centred.square().sum((0, 2, 3)))
         variance = squares / total[-1]  # (C,)
-        self._track(mean.detach(), variance.detach(), float(total[-1]))
+        self._track(mean.detach(), variance.detach(), float(total[-1].detach()))
         scale = self.weight * (variance + self.eps).rsqrt()
         result = centred * scale[:, None, None] + self.bias[:, None, None]
         return result.to(x.dtype)

@@ -81,13 +81,15 @@ def build_optimizer(model: EfficientFormer, recipe: Recipe) -> torch.optim.Optim
         raise missing_extra("train", "Training", error) from error
     groups = [{k: v for k, v in group.items() if k != "names"} for group in parameter_groups(model, recipe)]
     hint = "timm.optim.list_optimizers() names them"
-    extra: dict[str, Any] = {"fused": True} if recipe.opt == "adamw" else {}  # one kernel instead of a loop
+    given = recipe.opt_args
+    fused = recipe.opt == "adamw" and not given.keys() & {"foreach", "fused"}  # one kernel instead of a loop
+    extra: dict[str, Any] = {"fused": True} if fused else {}
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            groups, opt=recipe.opt, lr=recipe.scaled_lr, weight_decay=recipe.weight_decay, **extra, **recipe.opt_args
+            groups, opt=recipe.opt, lr=recipe.scaled_lr, weight_decay=recipe.weight_decay, **extra, **given
         )
-    except (AssertionError, ValueError, TypeError, KeyError) as error:
-        wanted = f"the optimiser {recipe.opt!r}" + (f" with opt_args {recipe.opt_args}" if recipe.opt_args else "")
+    except (AssertionError, ValueError, TypeError, LookupError, RuntimeError) as error:  # timm checks nothing
+        wanted = f"the optimiser {recipe.opt!r}" + (f" with opt_args {given}" if given else "")
         raise SpecError(f"timm cannot build {wanted}", found=str(error), hint=hint) from error
     if getattr(optimizer, "is_second_order", False):
         raise SpecError(f"{recipe.opt!r} needs second derivatives, which are not computed here", hint=hint)

@@ -95,7 +95,8 @@ class Recipe:
         freeze: Parts that stay as they are, by prefix: ``stem``, ``stages.0``; ``body`` means all but the heads.
         val_fraction: Share of pictures held out where the data set has no validation part.
         eval_every: Epochs between evaluations; the last epoch is always evaluated.
-        early_stopping: Evaluations without a better top-1 after which training ends; 0 never.
+        early_stopping: Evaluations without a better top-1, or the same at a lower loss, after which training ends;
+            0 never.
         save_every: Steps between checkpoints; 0 saves after every epoch only.
         workers: Processes that read and augment pictures; -1 takes the cores there are, 16 at most.
         seed: Decides the order, the augmentation and the first weights.

@@ -230,7 +230,11 @@ def _taken_up(run: Run, prepared: Prepared, path: Path, launch: Launch, *, new: 
         if is_main and not there:
             held.enter_context(alone_in(folder))
         held.callback(run.watch.close)
-        yield
+        try:
+            yield
+        except EfficientFormerError as error:  # the log may be all that is left to be seen
+            run.watch.log(f"error: {error}")
+            raise
 
 
 def _take_up(run: Run, prepared: Prepared, path: Path, launch: Launch, *, new: bool, quiet: bool) -> None:

@@ -192,6 +192,8 @@ def _open_timm(recipe: Recipe, student: Manifest, dtype: torch.dtype | None) -> 
     except ImportError as error:
         raise missing_extra("train", "A timm teacher", error) from error
     name = recipe.teacher.removeprefix(TIMM)
+    if recipe.teacher_weights and not Path(recipe.teacher_weights).is_file():
+        raise UsageError("There are no weights for the teacher", found=f"teacher_weights={recipe.teacher_weights!r}")
     own: dict[str, Any] = {"checkpoint_path": recipe.teacher_weights, "num_classes": student.spec.num_classes}
     try:
         network = timm.create_model(name, **(own if recipe.teacher_weights else {"pretrained": True}))

@@ -67,12 +67,16 @@ class Watch:
             left = (self._total - step) / max(1, step - self._first) * (self._said - self._began)
             sys.stderr.write(f"{text}  step {step}/{self._total}  {duration(left)} left\n")
 
-    def note(self, text: str) -> None:
-        """Say one line and log it."""
+    def log(self, text: str) -> None:
+        """Write one line to the log, and nowhere else."""
         with self._tolerating():
             if self._log is not None:
                 self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
                 self._log.flush()
+
+    def note(self, text: str) -> None:
+        """Say one line and log it."""
+        self.log(text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif not self._quiet:
