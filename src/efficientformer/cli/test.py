@@ -14,7 +14,7 @@ import typer
 from efficientformer.cli.progress import count_bar
 from efficientformer.cli.targets import check_file
 from efficientformer.runtime.engines import ENGINE_KEYS
-from efficientformer.runtime.records import storable
+from efficientformer.runtime.records import printable, storable
 from efficientformer.spec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -121,7 +121,9 @@ def _deliver(evaluation: Evaluation, as_json: bool, output: Path | None, report:
 
         write_report(evaluation, report)
     for each in evaluation.skipped[:_MAX_SKIPPED]:
-        typer.secho(f"skipped {each.name}: {each.reason}", fg="yellow", err=True)
+        typer.secho(printable(f"skipped {each.name}: {each.reason}"), fg="yellow", err=True)
+    if len(evaluation.skipped) > _MAX_SKIPPED:
+        typer.echo(f"... and {len(evaluation.skipped) - _MAX_SKIPPED:,} more, which --json names", err=True)
     if evaluation.skipped:
         total = evaluation.images + len(evaluation.skipped)
         typer.echo(f"{len(evaluation.skipped):,} of {total:,} pictures were skipped", err=True)

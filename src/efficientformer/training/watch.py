@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from efficientformer.runtime.records import printable
 from efficientformer.spec.errors import missing_extra
 
 LINE_EVERY_S = 30.0  # between lines where no terminal can redraw one
@@ -85,7 +86,7 @@ class Watch:
     def left_out(self, part: str, skipped: Sequence[tuple[str, str]]) -> None:
         """Name the pictures that could not be read, the first twenty of them."""
         for name, reason in skipped[:SHOWN]:
-            self.note(f"left out of the {part} pictures: {name}: {reason}")
+            self.note(printable(f"left out of the {part} pictures: {name}: {reason}"))
         if len(skipped) > SHOWN:
             self.note(f"... and {len(skipped) - SHOWN:,} more; efficientformer data check names them all")
 
@@ -116,14 +117,20 @@ class Watch:
 
 
 def new_bar() -> Any:  # noqa: ANN401 (rich is imported only where there is a terminal)
-    """Return a bar for one long job: what is done now, the share done, the time gone and the time left."""
+    """Return a bar for one long job: the share done, the time left, and what is done now as far as there is room."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True),
-    )  # fmt: skip
+        TextColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True, min_width=4)),
+        BarColumn(12, table_column=Column(min_width=12)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+        TextColumn("left", table_column=Column(no_wrap=True, min_width=4)),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        console=Console(stderr=True),
+        expand=True,
+    )
 
 
 def duration(seconds: float) -> str:
