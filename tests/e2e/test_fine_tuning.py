@@ -196,7 +196,7 @@ def test_a_timm_teacher_from_a_file(data, tmp_path):
     assert all(np.isfinite(curve(recipe, data, tmp_path / "run")))
     with pytest.raises(TrainingError, match="timm cannot make the teacher"):
         train(recipe.with_changes(teacher="timm:no_such_network"), data, tmp_path / "none")
-    with pytest.raises(TrainingError, match="teacher_weights"):
+    with pytest.raises(UsageError, match="no weights for the teacher; found teacher_weights="):
         train(recipe.with_changes(teacher_weights=str(tmp_path / "missing.pth")), data, tmp_path / "missing")
 
 
