@@ -215,7 +215,7 @@ class TestTransform:
         (tmp_path / "cat").mkdir()
         Image.open(CAT).save(tmp_path / "cat" / "0.png")
         pictures = ImageFolder(tmp_path, transform=transform(OWN))
-        ((images, labels),) = torch.utils.data.DataLoader(pictures, num_workers=1)
-        assert pickle.loads(pickle.dumps(pictures.transform)) == transform(OWN)  # as workers that are not forked get it
+        ((images, labels),) = torch.utils.data.DataLoader(pictures, num_workers=1, multiprocessing_context="spawn")
+        assert pickle.loads(pickle.dumps(pictures.transform)) == transform(OWN)
         assert torch.equal(images[0], transform(OWN)(tmp_path / "cat" / "0.png"))
         assert labels.tolist() == [0]
