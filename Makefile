@@ -31,8 +31,9 @@ lint: $(DEV)     ## Check style
 types: $(DEV)    ## Check types
 	@$(BIN)/mypy
 
+# A worker that dies is a failed test; with another in its place pytest-xdist may wait for ever.
 unit: $(DEV)     ## Run the tests
-	@$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --durations 10
+	@$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --max-worker-restart 0 --durations 10
 
 docs: $(DEV)     ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
