@@ -46,6 +46,7 @@ def break_openvino(monkeypatch, folder):
 def without_plugin(monkeypatch):
     """Have OpenVINO lack its plugin for CPUs, as a damaged installation does."""
     core = Mock(get_property=Mock(side_effect=RuntimeError("Device with name CPU is not registered")))
+    monkeypatch.setattr("efficientformer.runtime.engines.openvino._CORES", {})
     monkeypatch.setattr("openvino.Core", lambda: core)
 
 
@@ -153,6 +154,27 @@ def test_a_forked_child_opens_its_own_network_for_it_has_no_threads_of_the_other
     command = [sys.executable, "-c", FORKED, Path(__file__).parents[2] / "examples"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert (done.stdout, done.returncode) == ("right\n", 0), done.stderr
+
+
+SIGNALLED = """
+import os, signal
+from efficientformer.export.deployable import embedded_file
+from efficientformer.latency.profile import profile_file
+from efficientformer.runtime.engines import open_engine
+engines = [open_engine(embedded_file(), "openvino") for _ in range(2)]
+profile_file(embedded_file(), engine="openvino", threads=1, runs=8)
+while engines:
+    engines.pop(0)  # the first one first
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("KeyboardInterrupt")
+"""
+
+
+def test_ctrl_c_after_several_networks_is_an_interrupt_and_no_segmentation_fault():
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=200, check=False)
+    assert (done.stdout, done.returncode) == ("KeyboardInterrupt\n", 0), done.stderr
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnxruntime"])

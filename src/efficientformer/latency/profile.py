@@ -18,7 +18,7 @@ from efficientformer.export.proto import OUTPUT
 from efficientformer.latency.measure import Latency, time_engines
 from efficientformer.latency.names import name_nodes, part_in
 from efficientformer.runtime.engines import Engine, open_engine
-from efficientformer.runtime.engines.openvino import OpenVinoEngine
+from efficientformer.runtime.engines.openvino import OpenVinoEngine, shared_core
 from efficientformer.runtime.processor import available_cores
 from efficientformer.runtime.timing import environment
 from efficientformer.spec.arch import ArchSpec
@@ -192,9 +192,7 @@ def _picture(spec: ArchSpec) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 def _run_openvino(path: Path, opened: OpenVinoEngine, runs: int) -> Iterator[OperatorTime]:
     """Run with OpenVINO's counters, in passes of which the median counts."""
-    import openvino
-
-    spec, core = opened.manifest.spec, openvino.Core()
+    spec, core = opened.manifest.spec, shared_core()
     model = core.read_model(path)
     model.reshape([1, spec.in_chans, *spec.input_size])
     options = {**opened.options, "PERF_COUNT": True}

@@ -24,6 +24,8 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 # wait for each other for ever, one holding Python's lock and the other that of the table.
 _FIRST_RUN = threading.Lock()
 _AFTER_FORK = threading.Lock()
+_CORES: dict[int, Any] = {}  # the core of each process, by its number; that of its parent stays with a child
+_ONE_CORE = threading.Lock()
 MAX_COMPILED = 2  # batch sizes kept compiled at a time: one picture, and full batches
 
 
@@ -147,6 +149,21 @@ class OpenVinoEngine(OpenFile):
         return requests
 
 
+def shared_core() -> Any:  # noqa: ANN401 (an openvino.Core)
+    """Return OpenVINO's core, the same for all of a process and never taken down.
+
+    A core's plugin for CPUs gives the thread that loads it a stack for signals, and takes it away as it ends. Of two,
+    whichever ends last puts back that of the first, which is gone: the next signal, such as Ctrl-C, is then a
+    segmentation fault.
+    """
+    import openvino
+
+    with _ONE_CORE:
+        if os.getpid() not in _CORES:
+            _CORES[os.getpid()] = openvino.Core()
+        return _CORES[os.getpid()]
+
+
 def _library() -> tuple[Any, list[str], Any]:
     """Return OpenVINO's core, what this processor computes in, and its readers of files.
 
@@ -154,10 +171,9 @@ def _library() -> tuple[Any, list[str], Any]:
         EngineError: If a part of it, such as the plugin for CPUs, is missing or cannot be loaded.
     """
     try:
-        import openvino
         from openvino.frontend import FrontEndManager
 
-        core = openvino.Core()
+        core = shared_core()
         return core, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"), FrontEndManager()
     except Exception as error:  # OpenVINO's errors share no base class, and a damaged library raises anything
         raise EngineError(
@@ -170,8 +186,8 @@ def _library() -> tuple[Any, list[str], Any]:
 
 def _renew_locks() -> None:
     """Free the locks in a forked child: a thread that held one was left behind."""
-    global _FIRST_RUN, _AFTER_FORK
-    _FIRST_RUN, _AFTER_FORK = threading.Lock(), threading.Lock()
+    global _FIRST_RUN, _AFTER_FORK, _ONE_CORE
+    _FIRST_RUN, _AFTER_FORK, _ONE_CORE = threading.Lock(), threading.Lock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):  # Windows has no fork
