@@ -651,7 +651,7 @@ def test_the_path_is_measured_in_chunks_each_kept_once_it_is_known(place, monkey
     with pytest.raises(Killed):
         slimming._measure(steps)
     assert calls == [run.TOGETHER] * 2
-    assert len(slimming._measured()) == 2 * run.TOGETHER
+    assert len(run.read_latencies(tmp_path / run.MEASURED)) == 2 * run.TOGETHER
     calls.clear()
     assert [each.ms for each in slimming._measure(steps)] == list(map(float, space.widths(3)))
     assert sum(calls) == len(steps) - 2 * run.TOGETHER

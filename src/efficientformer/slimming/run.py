@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from efficientformer.latency.table import HERE, LatencyTable
 from efficientformer.models.network import EfficientFormer
@@ -35,25 +34,16 @@ from efficientformer.slimming.check import check_run
 from efficientformer.slimming.device import Measured
 from efficientformer.slimming.extract import frozen_parts
 from efficientformer.slimming.judging import Bench, check_pictures
+from efficientformer.slimming.kept import is_whole, read_choice, read_latencies, read_result, write
 from efficientformer.slimming.moved import point_at_teacher
 from efficientformer.slimming.plan import IMPORTANCES, PATH, PLAN, SUPERNET, TABLE, Plan, make_folder
 from efficientformer.slimming.report import Finished, write_report
-from efficientformer.slimming.search import (
-    LEAST_MS,
-    PathFile,
-    Search,
-    Step,
-    check_targets,
-    first_within,
-    reachable,
-    read_json,
-)
+from efficientformer.slimming.search import PathFile, Search, Step, check_targets, first_within, reachable
 from efficientformer.slimming.space import Space
 from efficientformer.slimming.start import decide, start_network
 from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.slimming.watch import SearchWatch
 from efficientformer.spec.errors import EfficientFormerError, TrainingError, UsageError
-from efficientformer.spec.fields import check_int, check_keys, check_number
 from efficientformer.training.allocator import freed_memory_kept
 from efficientformer.training.lock import LOCK, alone_in
 from efficientformer.training.recipe import Recipe
@@ -62,7 +52,6 @@ from efficientformer.training.setup import PlainNetwork
 from efficientformer.training.state import STATE
 from efficientformer.training.subject import Subject
 from efficientformer.weights.checkpoint import load_checkpoint, save_native
-from efficientformer.weights.files import write_json
 
 MEASURED, CHOICE = "search/measured.json", "choice.json"
 TEACHER = "search/start.safetensors"  # the start network as the search began with it
@@ -247,12 +236,12 @@ class _SlimRun:
         bench.save(search.steps, step.number, folder / f"sliced-{target:g}ms.safetensors")
         if self.plan.final.teacher == SUPERNET and not (teacher := self.folder / TEACHER).exists():
             bench.save(search.steps, 0, teacher)  # once: all targets have the same, though no computation repeats it
-        _write(folder / CHOICE, {"step": step.number, "predicted_ms": step.predicted_ms})
+        write(folder / CHOICE, {"step": step.number, "predicted_ms": step.predicted_ms})
 
     def _missed(self, target: float, tried: list[Step], last: str) -> TrainingError:
         """Forget what was measured for a target that nothing met, so that it can be tried again; return the error."""
-        forgotten = {_digest(step) for step in tried}
-        _write(self.folder / MEASURED, {key: each for key, each in self._measured().items() if key not in forgotten})
+        forgotten, file = {_digest(step) for step in tried}, self.folder / MEASURED
+        write(file, {key: each for key, each in read_latencies(file).items() if key not in forgotten})
         hint = "Is the machine busy? Resume when it is not; else start a new run, with a table measured then"
         if rest := [each for each in self.plan.targets if each != target]:
             dataclasses.replace(self.plan, targets=tuple(rest)).save(self.folder)
@@ -260,22 +249,12 @@ class _SlimRun:
                     "without it, --resume goes on with the other targets")  # fmt: skip
         return TrainingError(f"No network of the path is measured within {target:g} ms", found=last, hint=hint)
 
-    def _measured(self) -> dict[str, Any]:
-        """Return the measured latencies so far, by the digest of their network."""
-        path = self.folder / MEASURED
-        known = _read(path) if path.exists() else {}
-        for key, each in known.items():
-            values = check_keys(f"{path}: network {key!r}", each, Measured)
-            for name, value in values.items():
-                check_number(f"{name} of network {key!r} in {path}", value, LEAST_MS, 1e9)
-        return known
-
     def _measure(self, wanted: list[Step]) -> list[Measured | None]:
         """Return the measured latencies of some steps; each network is measured once, and its latency kept.
 
         None stands for one that was not measured where the table's engine was, and cannot be here.
         """
-        known = self._measured()
+        known = read_latencies(self.folder / MEASURED)
         specs = {digest: step.candidate.spec for step in wanted if (digest := _digest(step)) not in known}
         for first in range(0, len(specs), TOGETHER):
             chunk = dict(islice(specs.items(), first, first + TOGETHER))
@@ -283,24 +262,24 @@ class _SlimRun:
             if found is None:
                 break
             known |= {digest: vars(each) for digest, each in zip(chunk, found, strict=True)}
-            _write(self.folder / MEASURED, known)
+            write(self.folder / MEASURED, known)
         return [Measured(**known[digest]) if (digest := _digest(step)) in known else None for step in wanted]
 
     def _finish(self, steps: list[Step], target: float) -> Finished | None:
         """Train a target's network if it is not trained; return it, or None if somebody stopped the training."""
         folder = self._target(target)
-        step = steps[_chosen(folder / CHOICE, len(steps))]
+        step = steps[read_choice(folder / CHOICE, len(steps))]
         result = folder / "result.json"
         weights = self.folder / f"slimmed-{target:g}ms.safetensors"
-        if not (result.exists() and _whole(weights)):
+        if not (result.exists() and is_whole(weights)):
             recipe = self._final_recipe(folder / f"sliced-{target:g}ms.safetensors", step)
             outcome = self._train(recipe, folder / "train", PlainNetwork(self._command))
             if not outcome.finished:
                 return None
             self._deliver(folder / "train" / "best.safetensors", weights, step, target)
-        elif Finished(target, step, weights, *_result(result)).holds is False and self.table.origin == HERE:
+        elif Finished(target, step, weights, *read_result(result)).holds is False and self.table.origin == HERE:
             self._deliver(weights, weights, step, target)  # measured again: the machine may have been busy
-        return Finished(target, step, weights, *_result(result))
+        return Finished(target, step, weights, *read_result(result))
 
     def _final_recipe(self, sliced: Path, step: Step) -> Recipe:
         """Return the final recipe for a network: from its inherited weights, unless it asks for new ones."""
@@ -330,7 +309,7 @@ class _SlimRun:
         )
         save_native(weights, checkpoint.state, manifest)
         measured = {name: figures.get(name) for name in ("measured_ms", "quiet_ms")}
-        _write(self._target(target) / "result.json", {"top1": float(manifest.metrics["top1"]), **measured})
+        write(self._target(target) / "result.json", {"top1": float(manifest.metrics["top1"]), **measured})
 
 
 def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, quiet: bool) -> _SlimRun:
@@ -401,7 +380,7 @@ def _resumed(
 
 def _all_trained(folder: Path, plan: Plan) -> bool:
     """Whether no picture is needed any more."""
-    return all(_whole(folder / f"slimmed-{target:g}ms.safetensors") for target in plan.targets)
+    return all(is_whole(folder / f"slimmed-{target:g}ms.safetensors") for target in plan.targets)
 
 
 @contextmanager
@@ -417,55 +396,3 @@ def _removing_if_refused(*paths: Path, refusal: type[Exception] = EfficientForme
 def _digest(step: Step) -> str:
     """Return what tells a step's network from all others: the number of a step may come to mean another one."""
     return hashlib.sha256(step.candidate.spec.to_json().encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class _Choice:
-    step: int
-    predicted_ms: float
-
-
-@dataclass(frozen=True)
-class _Result:
-    top1: float
-    measured_ms: float | None
-    quiet_ms: float | None
-
-
-def _chosen(path: Path, steps: int) -> int:
-    """Return the step that was chosen for a target."""
-    number: int = check_keys(f"{path}", _read(path), _Choice)["step"]
-    check_int(f"step in {path}", number, 0, steps - 1)
-    return number
-
-
-def _result(path: Path) -> tuple[float, Measured | None]:
-    """Return what a target's network reached: its top-1, and its latency if it was measured."""
-    found = _Result(**check_keys(f"{path}", _read(path), _Result))
-    check_number(f"top1 in {path}", found.top1, 0, 100)
-    if found.measured_ms is None or found.quiet_ms is None:
-        return found.top1, None
-    for name in ("measured_ms", "quiet_ms"):
-        check_number(f"{name} in {path}", getattr(found, name), LEAST_MS, 1e9)
-    return found.top1, Measured(found.measured_ms, found.quiet_ms)
-
-
-def _whole(path: Path) -> bool:
-    """Whether there is a weights file whose header fits it: one that was cut off or overwritten is made again."""
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
-def _read(path: Path) -> dict[str, Any]:
-    data = read_json(path)
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} is damaged", expected="a JSON object", hint="Remove it and resume")
-    return data
-
-
-def _write(path: Path, data: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, data)
