@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efficientformer.api import Classifier, evaluate_model, get_model, inference_model, save_model, transform
+    from efficientformer.api import Classifier, evaluate_model, inference_model
     from efficientformer.export.quantize import quantize
     from efficientformer.latency.table import LatencyTable
+    from efficientformer.networks import get_model, save_model, transform
     from efficientformer.runtime.classifier import Failed, Prediction
     from efficientformer.slimming.run import slim
     from efficientformer.slimming.start import make_plan
@@ -34,16 +35,16 @@ _ROOMS = {
     "PreprocessSpec": "spec.preprocess",
     "Recipe": "training.recipe",
     "evaluate_model": "api",
-    "get_model": "api",
+    "get_model": "networks",
     "inference_model": "api",
     "list_models": "spec.zoo",
     "load_recipe": "training.recipe",
     "make_plan": "slimming.start",
     "quantize": "export.quantize",
-    "save_model": "api",
+    "save_model": "networks",
     "slim": "slimming.run",
     "train": "training.run",
-    "transform": "api",
+    "transform": "networks",
 }
 
 __all__ = [  # noqa: PLE0604, RUF100 (names load lazily)

@@ -75,7 +75,7 @@ def test_torch_free_rooms_never_import_torch(path):
     assert not {top for top, _, _ in imported(path)} & TORCH
 
 
-@pytest.mark.parametrize("path", [*PACKAGE.glob("cli/*.py"), PACKAGE / "api.py", PACKAGE / "export/deployable.py"])
+@pytest.mark.parametrize("path", [*PACKAGE.glob("*.py"), *PACKAGE.glob("cli/*.py"), PACKAGE / "export/deployable.py"])
 def test_verbs_import_torch_lazily(path):
     at_top = {top for top, _, is_top in imported(path) if is_top}
     assert not at_top & TORCH
