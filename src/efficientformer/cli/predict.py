@@ -270,8 +270,8 @@ def _load(
 
 def _note(model: str, checkpoint: Path | None, engine: str, precision: str) -> None:
     """Say on standard error what is used where no network is named, or that one is built for many seconds, once."""
-    from efficientformer.api import TORCH_ENGINES
-    from efficientformer.export.deployable import is_ready
+    from efficientformer.export.deployable import ready_file
+    from efficientformer.runtime.engines import ENGINES
     from efficientformer.spec.zoo import EMBEDDED
 
     if not model and checkpoint is None:
@@ -280,7 +280,7 @@ def _note(model: str, checkpoint: Path | None, engine: str, precision: str) -> N
             "--model efficientformer_l1 (or l3, l7, v2_s0, v2_s1, v2_s2, v2_l).",
             err=True,
         )
-    elif engine not in TORCH_ENGINES and not is_ready(model, checkpoint=checkpoint, precision=precision):
+    elif engine in ENGINES and precision != "int8" and ready_file(model, checkpoint=checkpoint) is None:
         typer.echo(f"Building the deployable file of {checkpoint or model}; this is done once.", err=True)
 
 

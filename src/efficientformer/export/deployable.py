@@ -53,36 +53,27 @@ def deployable(
     model, checkpoint = _told_apart(model, checkpoint)
     if precision == "int8" and not _is_exported(checkpoint):
         return _require_quantised(quantised_file(model, checkpoint=checkpoint), str(checkpoint or model or EMBEDDED))
+    if (ready := ready_file(model, checkpoint=checkpoint)) is not None:
+        return ready
     if checkpoint is not None:
-        return _from_file(model, Path(checkpoint))
-    found = resolve(model or EMBEDDED)
-    if found.card.name == EMBEDDED:
-        return embedded_file()
-    ready = _built_before(found.card, found.source)
-    return ready or _build_named(found.card, found.source, offline, progress)
+        return _build_file(model, Path(checkpoint))
+    found = resolve(model)
+    return _build_named(found.card, found.source, offline, progress)
 
 
-def is_ready(model: str = "", *, checkpoint: str | Path | None = None, precision: str = "auto") -> bool:
-    """Tell whether ``deployable`` builds nothing: the file is there already, or is never built on the way (int8).
-
-    Args:
-        model: As for ``deployable``.
-        checkpoint: As for ``deployable``.
-        precision: As for ``deployable``.
+def ready_file(model: str = "", *, checkpoint: str | Path | None = None) -> Path | None:
+    """Return the float file that ``deployable`` finds of a network; None if it would have to build one.
 
     Raises:
-        UsageError: If two weights files are given.
-        UnknownModelError: If ``model`` is neither in the zoo nor a file.
-        CheckpointError: If there is no such file.
+        As ``quantised_file``.
     """
     model, checkpoint = _told_apart(model, checkpoint)
-    if precision == "int8":
-        return True
     if checkpoint is not None:
         file = _existing(Path(checkpoint))
-        return _is_exported(file) or _kept_for(model, file).exists()
+        kept = file if _is_exported(file) else _kept_for(model, file)
+        return kept if kept.exists() else None
     found = resolve(model or EMBEDDED)
-    return found.card.name == EMBEDDED or _built_before(found.card, found.source) is not None
+    return embedded_file() if found.card.name == EMBEDDED else _built_before(found.card, found.source)
 
 
 def embedded_file() -> Path:
@@ -225,16 +216,13 @@ def _kept_for(model: str, file: Path, kind: str = "") -> Path:
     return _folder() / "files" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}{SUFFIX}"
 
 
-def _from_file(model: str, file: Path) -> Path:
-    if _is_exported(_existing(file)):
-        return file
-    target = _kept_for(model, file)
-    if not target.exists():
-        _require_torch(str(file))
-        from efficientformer.weights.pretrained import load_named
+def _build_file(model: str, file: Path) -> Path:
+    _require_torch(str(file))
+    from efficientformer.weights.pretrained import load_named
 
-        checkpoint, manifest = load_named(model or str(file), file)
-        _export(checkpoint, manifest, target)
+    target = _kept_for(model, file)
+    checkpoint, manifest = load_named(model or str(file), file)
+    _export(checkpoint, manifest, target)
     return target
 
 
