@@ -26,7 +26,7 @@ from efficientformer.spec.errors import UnknownModelError, UsageError, missing_e
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.habits import ENGINE_WORDS
 from efficientformer.spec.manifest import Manifest
-from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, name_of, resolve
+from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, is_remote, name_of, resolve
 from efficientformer.weights.beside import stamp_beside
 from efficientformer.weights.cache import cache_root
 
@@ -58,8 +58,8 @@ class Classifier(EngineClassifier):
     must still be there unchanged.
 
     Args:
-        model: A zoo name or alias, a weights file, an exported file, or the folder of a run; by default the network in
-            the package.
+        model: A zoo name or alias, a weights file, an exported file, the folder of a run, ``hf-hub:OWNER/NAME``, or an
+            address; by default the network in the package.
         checkpoint: A weights file to use instead of the zoo's weights.
         engine: ``auto`` or an engine's name: ``onnxruntime``, ``openvino``, ``torch``, ``torch-compile``. With a device
             other than the CPU, ``auto`` is ``torch``.
@@ -279,7 +279,7 @@ def _predictor(
 ) -> Engine:
     """Open a network in torch, or as an exported file; which of the two is settled here and nowhere else."""
     check_choice("engine", engine, EVALUATION_ENGINES, ENGINE_WORDS)
-    exported = str(checkpoint or file_of(model)).endswith(".onnx")
+    exported = str(checkpoint or file_of(model, offline=offline)).endswith(".onnx")
     quantised = precision == "int8"  # a file that ``quantize`` made, whatever names the network
     if engine == "torch" or (engine == "auto" and not exported and not quantised and find_spec("torch") is not None):
         return _in_torch(model, checkpoint, precision, device, offline, progress)
@@ -310,7 +310,7 @@ def _in_torch(
 ) -> Engine:
     """Open a network in torch, in deploy form."""
     check_weights(model, checkpoint)
-    name = file_of(model) or model or str(checkpoint or EMBEDDED)
+    name = file_of(model, offline=offline) or model or str(checkpoint or EMBEDDED)
     if name.endswith(".onnx") or str(checkpoint).endswith(".onnx"):
         raise UsageError("An exported file does not run in torch", hint="Take another engine, or give its checkpoint")
     try:
@@ -330,7 +330,7 @@ def _in_torch(
 def _without_config(model: str) -> str:
     """Return the network's name for mmpretrain's config, given as it was to tools/test.py: FOLDER/NAME.py."""
     name = model.removesuffix(".py")
-    if model.endswith(FILE_SUFFIXES) or (name == model and Path(model).exists()):
+    if model.endswith(FILE_SUFFIXES) or is_remote(model) or (name == model and Path(model).exists()):
         return model
     try:
         resolve(name or EMBEDDED)

@@ -41,7 +41,8 @@ def get_model(
     """Build a network in torch, with or without weights.
 
     Args:
-        model: A zoo name or alias, an ArchSpec, or a weights file of any layout (which is then loaded).
+        model: A zoo name or alias, an ArchSpec, or a weights file of any layout (which is then loaded), also as
+            ``hf-hub:OWNER/NAME`` or an address.
         pretrained: True for the published weights; a path for those of a checkpoint of any layout.
         input_size: Side in pixels, or (height, width), if other than the weights'; attention-bias tables are resampled
             for it, with a warning.
@@ -70,7 +71,8 @@ def get_model(
     from efficientformer.weights.pretrained import Overrides, build, load_named
     from efficientformer.weights.progress import terminal_progress
 
-    model = model if isinstance(model, ArchSpec) else file_of(name_of(model)) or name_of(model)
+    if not isinstance(model, ArchSpec):
+        model = file_of(name_of(model), offline=offline) or name_of(model)
     pretrained = False if pretrained is None else pretrained
     if isinstance(model, str) and not isinstance(pretrained, bool):
         check_weights(model, pretrained)

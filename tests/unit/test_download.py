@@ -388,17 +388,22 @@ HUB_SOURCE = Source("https://huggingface.co" + HUB_PATH.format("main"), name="ti
 HUB_FACTS = {"X_Repo_Commit": COMMIT, "X_Linked_Etag": f'"{DIGEST}"', "X_Linked_Size": str(len(BODY))}
 
 
-@pytest.fixture
-def hub(server, tmp_path_factory, monkeypatch):
-    """Make the server the hub: facts on the file's address, the bytes behind a redirect."""
+def use_hub(monkeypatch, home, url):
+    """Have the hub's library keep its files in a folder of the test, and ask another server."""
     from huggingface_hub import constants
 
-    home = tmp_path_factory.mktemp("hub")
     for name, value in {"HF_HUB_CACHE": str(home), "HF_TOKEN_PATH": str(home / "token")}.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # it would call home
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("HF_ENDPOINT", url)
+
+
+@pytest.fixture
+def hub(server, tmp_path_factory, monkeypatch):
+    """Make the server the hub: facts on the file's address, the bytes behind a redirect."""
+    home = tmp_path_factory.mktemp("hub")
+    use_hub(monkeypatch, home, f"http://127.0.0.1:{server.server_port}/")
     blob = f"http://localhost:{server.server_port}/blob"  # another host's name, as a content network is
     for revision in ("main", COMMIT):
         server.source(code(302, Location=blob, **HUB_FACTS), path=HUB_PATH.format(revision))

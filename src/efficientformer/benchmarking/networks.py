@@ -68,7 +68,7 @@ def open_networks(
         UnknownModelError: If a name is neither in the zoo nor a file.
         EfficientFormerError: If a network cannot be built.
     """
-    names = [_label(model) for model in models]
+    names = [_label(model, offline) for model in models]
     found = []
     for model, name in zip(models, names, strict=True):
         label = name if names.count(name) == 1 else model
@@ -83,8 +83,8 @@ def open_networks(
     return found
 
 
-def _label(model: str) -> str:
-    return resolve(model).card.name if file_of(model) is None else Path(model).name
+def _label(model: str, offline: bool | None) -> str:
+    return resolve(model).card.name if file_of(model, offline=offline) is None else Path(model).name
 
 
 def _with_random_weights(model: str, label: str, scratch: Path) -> Network:

@@ -1,4 +1,4 @@
-"""``efficientformer download``: a network's published weights into the cache."""
+"""``efficientformer download``: a network's weights into the cache."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import typer
 
 
 def download(
-    model: Annotated[str, typer.Argument(help="A zoo name or alias.")],
+    model: Annotated[str, typer.Argument(help="A zoo name or alias, hf-hub:OWNER/NAME, or an address.")],
     source: Annotated[str, typer.Option(help="Whose weights: timm, mmpretrain, snap, transformers ...")] = "",
     verify: Annotated[bool, typer.Option("--verify", help="Read a file that is there already in full.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Only look into the cache.")] = False,
 ) -> None:
-    """Fetch a network's published weights and print where they are."""
+    """Fetch a network's weights and print where they are."""
+    from efficientformer.export.deployable import file_of
     from efficientformer.spec.errors import UsageError
-    from efficientformer.spec.zoo import resolve
+    from efficientformer.spec.zoo import is_remote, resolve
     from efficientformer.weights.download import fetch
     from efficientformer.weights.progress import terminal_progress
 
+    if is_remote(model):
+        if source:
+            raise UsageError("Only networks of the zoo have several sources", found=f"--source {source}")
+        typer.echo(file_of(model, offline=offline or None))
+        return
     found = resolve(model)
     card, wanted = found.card, found.source
     if source:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="A zoo name or alias, a weights file, or an exported file.")],
+    model: Annotated[str, typer.Argument(help="A zoo name or alias, hf-hub:OWNER/NAME, a weights or exported file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a network: architecture, true and published counts, stages, preprocessing, sources; or what a file holds."""

@@ -172,7 +172,7 @@ def _on_cluster(
         raise UsageError("Illegal --ray", expected="one folder or URI, and --output FOLDER", found=found)
     options = Options(engine, precision, threads or 1, top_k, decode.value)
     if not quiet:
-        _note(model, checkpoint, engine, precision)
+        _note(model, checkpoint, engine, precision, offline)
     with terminal_progress(quiet=quiet) as progress:
         path = deployable(model, checkpoint=checkpoint, precision=precision, offline=offline or None, progress=progress)
     summary = predict_on_cluster(
@@ -247,7 +247,7 @@ def _load(
     from efficientformer.weights.progress import terminal_progress
 
     if not quiet:
-        _note(model, checkpoint, engine, precision)
+        _note(model, checkpoint, engine, precision, offline)
     chosen, many = engine == "auto", any(True for _ in islice(listed(), FEW, None))
     if chosen and precision in ("auto", "fp32", "int8") and not many and can_import("onnxruntime"):
         engine = "onnxruntime"  # opens fastest
@@ -268,7 +268,7 @@ def _load(
     return classifier
 
 
-def _note(model: str, checkpoint: Path | None, engine: str, precision: str) -> None:
+def _note(model: str, checkpoint: Path | None, engine: str, precision: str, offline: bool) -> None:
     """Say on standard error what is used where no network is named, or that one is built for many seconds, once."""
     from efficientformer.export.deployable import ready_file
     from efficientformer.runtime.engines import ENGINES
@@ -280,7 +280,9 @@ def _note(model: str, checkpoint: Path | None, engine: str, precision: str) -> N
             "--model efficientformer_l1 (or l3, l7, v2_s0, v2_s1, v2_s2, v2_l).",
             err=True,
         )
-    elif engine in ENGINES and precision != "int8" and ready_file(model, checkpoint=checkpoint) is None:
+        return
+    built = engine in ENGINES and precision != "int8"
+    if built and ready_file(model, checkpoint=checkpoint, offline=offline or None) is None:
         typer.echo(f"Building the deployable file of {checkpoint or model}; this is done once.", err=True)
 
 

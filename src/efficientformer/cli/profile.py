@@ -114,7 +114,7 @@ def _spec_of(model: str, checkpoint: Path | None, offline: bool) -> ArchSpec:
     from efficientformer.export.deployable import deployable, file_of
     from efficientformer.runtime.engines import open_engine
 
-    if checkpoint is None and (model.endswith(".json") or file_of(model) is None):
+    if checkpoint is None and (model.endswith(".json") or file_of(model, offline=offline or None) is None):
         spec = _untrained(model, None, random_weights=True)
     else:
         file = deployable(model, checkpoint=checkpoint, offline=offline or None)

@@ -12,10 +12,19 @@ from typing import TYPE_CHECKING
 
 from efficientformer.runtime.engines import open_engine
 from efficientformer.spec.errors import CheckpointError, EngineError, UsageError, require
-from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, ModelCard, WeightsSource, is_name, networks_in, resolve
+from efficientformer.spec.zoo import (
+    EMBEDDED,
+    FILE_SUFFIXES,
+    ModelCard,
+    WeightsSource,
+    is_name,
+    is_remote,
+    networks_in,
+    resolve,
+)
 from efficientformer.weights.beside import stamp_beside
 from efficientformer.weights.cache import Cache, cache_root, writing_to
-from efficientformer.weights.progress import Progress
+from efficientformer.weights.progress import Progress, terminal_progress
 
 if TYPE_CHECKING:
     from efficientformer.spec.manifest import Manifest
@@ -50,7 +59,7 @@ def deployable(
         MissingExtraError: If the file must be built and torch is not installed.
         CheckpointError, DownloadError, ExportError: If the weights cannot be read, fetched or exported.
     """
-    model, checkpoint = _told_apart(model, checkpoint)
+    model, checkpoint = _told_apart(model, checkpoint, offline)
     if precision == "int8" and not _is_exported(checkpoint):
         return _require_quantised(quantised_file(model, checkpoint=checkpoint), str(checkpoint or model or EMBEDDED))
     if (ready := ready_file(model, checkpoint=checkpoint)) is not None:
@@ -61,13 +70,13 @@ def deployable(
     return _build_named(found.card, found.source, offline, progress)
 
 
-def ready_file(model: str = "", *, checkpoint: str | Path | None = None) -> Path | None:
+def ready_file(model: str = "", *, checkpoint: str | Path | None = None, offline: bool | None = None) -> Path | None:
     """Return the float file that ``deployable`` finds of a network; None if it would have to build one.
 
     Raises:
         As ``quantised_file``.
     """
-    model, checkpoint = _told_apart(model, checkpoint)
+    model, checkpoint = _told_apart(model, checkpoint, offline)
     if checkpoint is not None:
         file = _existing(Path(checkpoint))
         kept = file if _is_exported(file) else _kept_for(model, file)
@@ -145,28 +154,43 @@ def check_weights(model: str, checkpoint: str | Path | None) -> None:
     """
     if checkpoint is None or not model:
         return
-    if file_of(model) is not None:
+    if is_remote(model) or file_of(model) is not None:
         raise UsageError("Two weights files", expected="a name and a weights file", found=f"{model} and {checkpoint}")
     resolve(model)
 
 
-def _told_apart(model: str, checkpoint: str | Path | None) -> tuple[str, str | Path | None]:
+def _told_apart(
+    model: str, checkpoint: str | Path | None, offline: bool | None = None
+) -> tuple[str, str | Path | None]:
     """Return name and weights file, also if the name is a file: one, or the folder that holds it."""
     check_weights(model, checkpoint)
-    file = file_of(model)
+    file = file_of(model, offline=offline)
     return ("", file) if checkpoint is None and file is not None else (model, checkpoint)
 
 
-def file_of(model: str) -> str | None:
-    """Return the file that a model's name is, or that is meant by the folder of that name.
+def file_of(model: str, *, offline: bool | None = None) -> str | None:
+    """Return the file that a model's name is, or that is meant by the folder, repository or address of that name.
 
     That is the file that ``quantize`` leaves in a folder, or else the best weights of a run of training or slimming; of
-    a run in a folder that is called as a network of the zoo is, the network is meant.
+    a run in a folder that is called as a network of the zoo is, the network is meant. What lies elsewhere is fetched
+    when a process first names it.
+
+    Args:
+        model: Any name of a network.
+        offline: Forbid (True) or allow (False) connections; None asks the environment.
 
     Returns:
         The file, which need not exist if the name is plainly meant as a path; None for a name of the zoo, and for the
         folder of a run with several networks.
+
+    Raises:
+        UsageError, DownloadError: If what lies elsewhere is no network or cannot be fetched.
     """
+    if is_remote(model):
+        from efficientformer.weights.remote import fetch_remote
+
+        with terminal_progress() as progress:
+            return str(fetch_remote(model, offline=offline, progress=progress))
     if _is_file(model):
         return model
     if model and os.path.isfile(_inside(model)):  # noqa: PTH113 (as below)

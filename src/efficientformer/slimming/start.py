@@ -11,7 +11,7 @@ from efficientformer.slimming.plan import FOUND, FROM_SCRATCH, Options, Plan, ap
 from efficientformer.spec.arch import ArchSpec, read_spec
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.fields import check_int
-from efficientformer.spec.zoo import FILE_SUFFIXES, resolve
+from efficientformer.spec.zoo import FILE_SUFFIXES, is_remote, resolve
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.setup import DEFAULT_MODEL, SMALL, rooted, typical_side
 from efficientformer.weights.checkpoint import load_checkpoint
@@ -123,7 +123,7 @@ def start_network(plan: Plan) -> ArchSpec:
 
 
 def with_start(recipe: Recipe, model: str) -> Recipe:
-    """Return the recipe for a start network: a zoo name, a weights file, or a file with a spec in JSON.
+    """Return the recipe for a start network: a zoo name, a weights file anywhere, or a file with a spec in JSON.
 
     Raises:
         UsageError: If there is no such file.
@@ -132,6 +132,6 @@ def with_start(recipe: Recipe, model: str) -> Recipe:
     path = Path(model)
     if path.suffix == ".json":
         return recipe.with_changes(model="auto", spec=read_spec(path).to_dict(), pretrained=False)
-    if path.suffix in FILE_SUFFIXES and not path.is_file():
+    if path.suffix in FILE_SUFFIXES and not path.is_file() and not is_remote(model):
         raise UsageError(f"There is no weights file {path}", hint="Give a zoo name, a weights file or a spec in JSON")
     return recipe.with_changes(model=model, spec=None)

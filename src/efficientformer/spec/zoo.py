@@ -25,7 +25,7 @@ FOREIGN_SUFFIXES = (".xml", ".ort", ".tflite", ".pte", ".mlmodel", ".mlpackage",
 ONNX_ONLY = "Of deployed files only .onnx is read; efficientformer convert CHECKPOINT FILE.onnx writes one"
 
 # What a training run of ours, and timm's and transformers' ways to save a network, call the weights in their folders.
-_IN_FOLDERS = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
+IN_FOLDERS = ("best.safetensors", "model.safetensors", "pytorch_model.bin")
 
 # Evaluation preprocessing of each project, the one its published figures belong to. They differ in the short edge,
 # in EXIF handling and in the rounding of the crop.
@@ -203,7 +203,7 @@ def resolve(name: str) -> Resolved:
     wanted, names = _bare(name), _names()
     if wanted in names:
         return names[wanted]
-    if inside := networks_in(name) or [Path(name) / file for file in _IN_FOLDERS if _holds(name, file)]:
+    if inside := networks_in(name) or [Path(name) / file for file in IN_FOLDERS if _holds(name, file)]:
         hint = f"Name the weights in it: {' or '.join(map(str, inside))}"
         raise UnknownModelError(f"{name!r} is a folder", hint=hint)
     if name.lower().endswith(FILE_SUFFIXES):
@@ -213,12 +213,19 @@ def resolve(name: str) -> Resolved:
     close = nearest(wanted, names)
     known = ", ".join(card.name for card in cards())
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        hint += f"A repository of the Hugging Face hub is named hf-hub:{name}. "
     raise UnknownModelError(f"Unknown model {name!r}", hint=f"{hint}The zoo holds {known} (efficientformer list)")
 
 
 def is_name(name: str) -> bool:
     """Tell whether ``resolve`` finds a network of this name."""
     return _bare(name) in _names()
+
+
+def is_remote(model: str) -> bool:
+    """Tell whether a model's name is an address or a repository of the hub, other than the zoo's."""
+    return model.lower().startswith(("hf-hub:", "hf_hub:", "http://", "https://")) and not is_name(model)
 
 
 def networks_in(folder: str) -> list[Path]:

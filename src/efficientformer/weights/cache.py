@@ -251,11 +251,11 @@ class Part:
 
 
 def hub_cached(repo: str, revision: str, filename: str) -> Path | None:
-    """Return the file another program fetched into the cache of ``huggingface_hub``, if there is one."""
+    """Return a file that is in the cache of ``huggingface_hub``, which all programs share, if there is one."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, filename, revision=revision)
-    return Path(found).resolve() if isinstance(found, str) else None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _take_lock(stack: ExitStack, path: Path, seconds: float) -> bool:

@@ -39,7 +39,7 @@ from efficientformer.weights.progress import Progress, silent
 OFFLINE_VARIABLES = ("EFFICIENTFORMER_OFFLINE", "HF_HUB_OFFLINE")
 _CHUNK = 1 << 20
 _RETRY_CODES = frozenset({408, 416, 425, 429, 500, 502, 503, 504})
-_HUB_URL = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/?]+/[^/?]+)/resolve/([^/?]+)/([^?]+)(?:\?.*)?")
+HUB_URL = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/?]+/[^/?]+)/resolve/([^/?]+)/([^?]+)(?:\?.*)?")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Job:
     def run(self, offline: str) -> Path:
         """Return the file, under its final name."""
         final = self.cache.path(self.model_name, self.source)
-        match = _HUB_URL.fullmatch(self.source.url)
+        match = HUB_URL.fullmatch(self.source.url)
         hub = [unquote(group) for group in match.groups()] if match else None
         shared = hub_cached(*hub) if hub else None
         if offline and not shared:
@@ -168,13 +168,13 @@ class _Job:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
         folder = final.with_name(f"{final.name}.hub")
-        endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None  # the library reads it only when imported
+        endpoint = hub_endpoint()
         try:
             # A look first: it fails at once where hf_hub_download retries for minutes, and it knows the size.
             url = hf_hub_url(repo, filename, revision=revision, endpoint=endpoint)
             facts = get_hf_file_metadata(url, timeout=self.limits.timeout)
             self.limits.check_size(facts.size or 0)
-            revision, bar = facts.commit_hash or revision, _hub_bar(self._report)
+            revision, bar = facts.commit_hash or revision, hub_bar(self._report)
             path = hf_hub_download(
                 repo, filename, revision=revision, local_dir=folder, endpoint=endpoint, tqdm_class=bar
             )
@@ -189,12 +189,17 @@ class _Job:
             if isinstance(error, OSError) and error.errno:  # the disk; what comes from a connection has no number
                 with writing_to(folder):
                     raise
-            raise SourceFailedError("huggingface_hub gave up", found=_say(error)) from error
+            raise SourceFailedError("huggingface_hub gave up", found=say(error)) from error
         shutil.rmtree(folder, ignore_errors=True)  # after a stop or a lost connection it stays, for the next try
         return stored
 
 
-def _hub_bar(report: Callable[[int, int | None], None]) -> Any:  # noqa: ANN401 (a class of tqdm's kind)
+def hub_endpoint() -> str | None:
+    """Return the hub that the environment names now, None for the usual one; the library looks only when imported."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+
+
+def hub_bar(report: Callable[[int, int | None], None]) -> Any:  # noqa: ANN401 (a class of tqdm's kind)
     """Return a progress bar class for ``huggingface_hub`` that draws nothing and reports instead."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
@@ -214,7 +219,8 @@ def _hub_bar(report: Callable[[int, int | None], None]) -> Any:  # noqa: ANN401 
     return Bar
 
 
-def _say(error: BaseException) -> str:
+def say(error: BaseException) -> str:
+    """Return an error of another library in one line."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 240)
 
 
@@ -296,7 +302,7 @@ class _HttpTransfer:
             kind = _TransientError if isinstance(error.reason, ConnectionResetError) else SourceFailedError
             raise kind(f"No connection: {error.reason}") from None
         except (OSError, HTTPException) as error:
-            raise _TransientError(f"No answer: {_say(error)}") from None
+            raise _TransientError(f"No answer: {say(error)}") from None
         except ValueError as error:
             raise SourceFailedError(f"Not an address: {error}") from None
         return response
@@ -346,4 +352,4 @@ def _read(response: HTTPResponse) -> bytes:
     try:
         return response.read1(_CHUNK)
     except (OSError, HTTPException) as error:
-        raise _TransientError(f"The connection broke: {_say(error)}") from None
+        raise _TransientError(f"The connection broke: {say(error)}") from None
