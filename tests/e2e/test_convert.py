@@ -95,7 +95,7 @@ def test_round_trip_through_every_layout(cli, native, model, tmp_path, layout, s
     assert ArchSpec.from_dict(told["spec"]) == SPEC
     assert told["params"] == sum(tensor.numel() for tensor in model.parameters())
     code, out, _ = cli("info", there)
-    assert (code, f"layout      {layout}" in out, "without names" in out) == (0, True, True)
+    assert (code, f"layout      {layout}" in out, "without names" in out) == (0, True, layout != "mmpretrain")
     assert cli("convert", there, back)[0] == 0
     state = load_checkpoint(back).state
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import types
@@ -11,14 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.models import create_model, save_for_hf
 
+from efficientformer import get_model, save_model
 from efficientformer.models.network import EfficientFormer
 from efficientformer.spec.errors import CheckpointError
 from efficientformer.spec.labels import label_names, synsets
-from efficientformer.spec.variants import v1_spec
-from efficientformer.weights.beside import known_labels, read_beside
+from efficientformer.spec.manifest import Manifest
+from efficientformer.spec.variants import VARIANTS, v1_spec
+from efficientformer.spec.zoo import TIMM_PREPROCESS
+from efficientformer.weights.beside import known_labels, read_beside, timm_config
 from efficientformer.weights.checkpoint import WeightsWarning, load_checkpoint, save_foreign
 from efficientformer.weights.formats.translate import from_ours
 from efficientformer.weights.pretrained import load_named
@@ -62,6 +67,46 @@ class TestTimm:
         assert ours.interpolation == resize.interpolation.value
         assert np.allclose([ours.mean, ours.std], [normalise.mean.tolist(), normalise.std.tolist()])
         assert manifest.provenance["described_by"] == "config.json"
+
+    @pytest.mark.parametrize(
+        ("name", "fed"),
+        [
+            ("efficientformer_l1", {}),
+            ("efficientformerv2_s0", {"resize_size": 247, "interpolation": "bilinear", "mean": (0.5, 0.4, 0.3)}),
+            ("efficientformer_l1", {"resize": "squash", "resize_size": 0}),
+            ("efficientformerv2_s0", {"input_size": (160, 160), "resize_size": 161}),
+        ],
+    )
+    def test_timm_builds_and_feeds_what_was_converted_for_it(self, name, fed, cli, tmp_path):
+        torch.manual_seed(0)
+        preprocess = dataclasses.replace(TIMM_PREPROCESS, **fed)
+        network = get_model(name, num_classes=3, input_size=preprocess.input_size, layer_scale_init=0.1)
+        save_model(network, tmp_path / "ours.safetensors", labels=PETS, preprocess=preprocess)
+        code, _, err = cli("convert", tmp_path / "ours.safetensors", tmp_path / "model.safetensors", "--to", "timm")
+        assert (code, "config.json with how it is fed and its classes" in err) == (0, True), err
+        theirs = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        picture = Image.open(Path(__file__).parents[2] / "examples" / "cat.jpg")
+        size, crop = create_transform(**resolve_data_config({}, model=theirs)).transforms[:2]
+        assert (size.size, tuple(crop.size)) == (preprocess.resize_size or preprocess.input_size, preprocess.input_size)
+        fed_by_them = create_transform(**resolve_data_config({}, model=theirs))(picture)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(fed_by_them), network(fed_by_them), atol=1e-4, rtol=1e-4)
+        assert tuple(theirs.pretrained_cfg["label_names"]) == PETS
+        manifest = load_named(str(tmp_path / "model.safetensors"), str(tmp_path / "model.safetensors"))[1]
+        assert (manifest.preprocess, manifest.labels) == (preprocess, PETS)
+
+    def test_a_folder_that_was_described_before_is_left_alone(self, cli, tmp_path):
+        save_model(get_model("cifar10", pretrained=True), tmp_path / "ours.safetensors")
+        (tmp_path / "config.json").write_text("{}")
+        code, _, err = cli("convert", "l1", tmp_path / "model.safetensors", "--to", "timm")
+        assert (code, "config.json exists" in err, len(list(tmp_path.iterdir()))) == (2, True, 2)
+
+    def test_what_timm_cannot_build_is_not_described(self):
+        preprocess = dataclasses.replace(TIMM_PREPROCESS, input_size=(64, 64))
+        assert timm_config(Manifest(SPEC, preprocess, (), {}, {})) is None
+        wide = dataclasses.replace(TIMM_PREPROCESS, input_size=(224, 256), resize_size=256)
+        spec = dataclasses.replace(VARIANTS["efficientformerv2_s0"], input_size=(224, 256))
+        assert timm_config(Manifest(spec, wide, (), {}, {})) is None
 
     def test_a_size_that_the_weights_fit_is_taken_and_no_other(self, tmp_path):
         config = {"architecture": "efficientformer_l1", "crop_pct": 0.9, "crop_mode": None, "input_size": [3, 52, 52]}
@@ -215,6 +260,12 @@ class TestMmpretrain:
         checkpoint, manifest = load_named(str(path), str(path))
         assert manifest.labels == PETS
         assert all(torch.equal(checkpoint.state[name], tensor) for name, tensor in STATE.items())
+
+    def test_what_is_written_for_mmpretrain_holds_the_classes(self, tmp_path):
+        save_foreign(tmp_path / "a.pth", STATE, SPEC, "mmpretrain", PETS)
+        held = torch.load(tmp_path / "a.pth", weights_only=True)
+        assert held["meta"] == {"dataset_meta": {"classes": list(PETS)}}
+        assert load_checkpoint(tmp_path / "a.pth").labels == PETS
 
     @pytest.mark.parametrize("meta", [{"dataset_meta": {"classes": 3}}, {"CLASSES": [1, 2, 3]}, {"dataset_meta": None}])
     def test_what_are_no_names_is_left_out(self, meta, tmp_path, monkeypatch):

@@ -32,9 +32,7 @@ def convert(
     ] = None,
     model: Annotated[str, typer.Option(help="Zoo network IN must hold; refuses anything else.")] = "",
     input_size: Annotated[int | None, typer.Option(help="Other input side in pixels.")] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Text file with the names of the classes, one per line (native and onnx).")
-    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file with the names of the classes, one per line.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take a training checkpoint's averaged weights.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Store weights in half precision (native and onnx).")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
@@ -43,23 +41,20 @@ def convert(
     from efficientformer.export.deployable import file_of
     from efficientformer.spec.errors import UsageError, require
     from efficientformer.spec.labels import read_names
-    from efficientformer.spec.zoo import FOREIGN_SUFFIXES
 
     source = file_of(source) or source
     if to is None:
         to = Layout.ONNX if target.suffix == ".onnx" else Layout.NATIVE
-    if target.suffix in FOREIGN_SUFFIXES:
-        hint = "Write an .onnx file: ONNX Runtime and OpenVINO run it as it is, and others' converters read it"
-        raise UsageError(f"{target.suffix} files are not written", found=str(target), hint=hint)
-    if target.exists() and not force:
-        raise UsageError(f"{target} exists", hint="Choose another name, or --force to replace it")
+    _check_target(target, to, force)
     if ema and not Path(source).is_file():
         raise UsageError("Published weights have no averaged ones beside them", hint="Leave --ema out")
     ours = to in (Layout.NATIVE, Layout.ONNX)
     if half and not ours:
         raise UsageError(f"The {to} layout is written in single precision", hint="Leave --half out")
-    if labels and not ours:
-        raise UsageError(f"The {to} layout holds no names of classes", hint="Leave --labels out")
+    pickled = to is Layout.MMPRETRAIN and target.suffix != ".safetensors"
+    if labels and not (ours or pickled or _has_config(target, to)):
+        hint = "Leave --labels out; mmpretrain's go into a .pth file, and timm's beside one called model.safetensors"
+        raise UsageError(f"This file of the {to} layout holds no names of classes", hint=hint)
     names = read_names(labels) if labels else ()
     require("torch", "Converting weights", "torch")
     from efficientformer.weights.pretrained import load_named
@@ -80,6 +75,19 @@ def convert(
         typer.echo(f"  {note}", err=True)
     typer.echo(_write(checkpoint, manifest, target, to, input_size, half), err=True)
     typer.echo(target)
+
+
+def _check_target(target: Path, to: Layout, force: bool) -> None:
+    from efficientformer.spec.errors import UsageError
+    from efficientformer.spec.zoo import FOREIGN_SUFFIXES
+    from efficientformer.weights.beside import CONFIG
+
+    if target.suffix in FOREIGN_SUFFIXES:
+        hint = "Write an .onnx file: ONNX Runtime and OpenVINO run it as it is, and others' converters read it"
+        raise UsageError(f"{target.suffix} files are not written", found=str(target), hint=hint)
+    written = (target, target.with_name(CONFIG)) if _has_config(target, to) else (target,)
+    if (there := next((path for path in written if path.exists()), None)) and not force:
+        raise UsageError(f"{there} exists", hint="Choose another name, or --force to replace it")
 
 
 def _with_labels(manifest: Manifest, names: tuple[str, ...]) -> Manifest:
@@ -117,5 +125,24 @@ def _write(
     if to is Layout.NATIVE:
         save_native(target, state, manifest, dtype=torch.float16 if half else None)
     else:
-        save_foreign(target, state, manifest.spec, to.value)
-    return f"wrote {to}: {len(state)} tensors"
+        save_foreign(target, state, manifest.spec, to.value, manifest.labels)
+    return f"wrote {to}: {len(state)} tensors{_write_config(manifest, target) if _has_config(target, to) else ''}"
+
+
+def _has_config(target: Path, to: Layout) -> bool:
+    """Whether the file is one that timm finds in a folder of its own, with a configuration beside it."""
+    from efficientformer.weights.beside import TIMM_FILES
+
+    return to is Layout.TIMM and target.name in TIMM_FILES
+
+
+def _write_config(manifest: Manifest, target: Path) -> str:
+    """Write what timm wants beside a network, and say so."""
+    from efficientformer.weights.beside import CONFIG, timm_config
+    from efficientformer.weights.files import write_json
+
+    config = timm_config(manifest)
+    if config is None:
+        return f"; no {CONFIG}, for timm can build or feed no such network"
+    write_json(target.with_name(CONFIG), config)
+    return f", and {CONFIG} with how it is fed{' and its classes' if manifest.labels else ''}"

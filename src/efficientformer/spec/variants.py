@@ -141,3 +141,12 @@ VARIANTS: dict[str, ArchSpec] = {
     **{f"efficientformerv2_{name}": v2_spec(*sizes) for name, sizes in _V2.items()},
     "efficientformer_cifar10": _cifar10_spec(),
 }
+
+
+def variant_of(spec: ArchSpec) -> str | None:
+    """Return which of the networks above a spec is, whatever its input, channels and classes; None of any other."""
+    parts = (spec.family, spec.stages, spec.attention, spec.stem_stride, spec.distilled)
+    for name, known in VARIANTS.items():
+        if parts == (known.family, known.stages, known.attention, known.stem_stride, known.distilled):
+            return name
+    return None

@@ -1,4 +1,4 @@
-"""What other projects write beside a network: how it is fed, and the names of its classes.
+"""What stands beside a network of another project: how it is fed, and the names of its classes.
 
 timm's ``save_for_hf`` and ``push_to_hf_hub`` write a ``config.json``; transformers' ``save_pretrained`` writes a
 ``config.json`` and, for the processor, a ``preprocessor_config.json``.
@@ -17,11 +17,14 @@ from efficientformer.spec.arch import ArchSpec, load_json
 from efficientformer.spec.errors import CheckpointError, SpecError
 from efficientformer.spec.fields import as_list, as_pair, check_bool, check_number
 from efficientformer.spec.labels import label_names, synsets
-from efficientformer.spec.preprocess import PreprocessSpec
+from efficientformer.spec.manifest import Manifest
+from efficientformer.spec.preprocess import IMAGENET_MEAN, PreprocessSpec
+from efficientformer.spec.variants import VARIANTS, variant_of
 from efficientformer.spec.zoo import LAYOUT_PREPROCESS
 
 MAX_BYTES = 1 << 24
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+TIMM_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm calls the weights in a folder or repository
 
 _PILLOW = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL.Image.Resampling
 _TIMM_CROP_PCT = 0.875  # timm/data/constants.py, where a configuration says nothing
@@ -75,6 +78,35 @@ def read_beside(weights: Path, layout: str, spec: ArchSpec) -> Beside:
             expected=error.expected, found=error.found, hint=error.hint or hint,
         ) from None  # fmt: skip
     return Beside(labels, preprocess, tuple(files))
+
+
+def timm_config(manifest: Manifest) -> dict[str, Any] | None:
+    """Return what timm writes into the ``config.json`` beside a network; None of one that timm cannot build or feed.
+
+    ``timm.create_model("local-dir:FOLDER")`` and, of a repository of the hub, ``"hf-hub:OWNER/NAME"`` read it
+    (timm/models/_hub.py: save_config_for_hf).
+    """
+    spec, preprocess = manifest.spec, manifest.preprocess
+    architecture, (height, width) = variant_of(spec), spec.input_size
+    squash = preprocess.resize == "squash"
+    if architecture is None or not (squash or height == width):
+        return None
+    fed = {"crop_pct": 1.0 if squash else _crop_pct(height, preprocess.resize_size),
+           "crop_mode": "squash" if squash else "center", "interpolation": preprocess.interpolation,
+           "mean": list(preprocess.mean), "std": list(preprocess.std)}  # fmt: skip
+    names = {"label_names": list(manifest.labels)} if manifest.labels else {}
+    shape, classes = {"input_size": [spec.in_chans, height, width]}, {"num_classes": spec.num_classes}
+    other: dict[str, Any] = {"in_chans": spec.in_chans} if spec.in_chans != len(IMAGENET_MEAN) else {}
+    if (height, width) != VARIANTS[architecture].input_size:  # older ones of timm know no img_size
+        other["img_size"] = [height, width]
+    arguments = {"model_args": classes | other}
+    return {"architecture": architecture} | classes | names | arguments | {"pretrained_cfg": shape | fed | classes}
+
+
+def _crop_pct(side: int, resized: int) -> float:
+    """Return the share of which timm makes this resized side, which it rounds down, in as few digits as will do."""
+    shares = (round(side / (resized + 0.5), digits) for digits in range(2, 9))
+    return next(share for share in shares if math.floor(side / share) == resized)
 
 
 def stamp_beside(weights: Path) -> str:

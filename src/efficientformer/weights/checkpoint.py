@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +144,9 @@ def save_native(
     )
 
 
-def save_foreign(path: str | Path, state: Mapping[str, Tensor], spec: ArchSpec, layout: str) -> None:
+def save_foreign(
+    path: str | Path, state: Mapping[str, Tensor], spec: ArchSpec, layout: str, labels: Sequence[str] = ()
+) -> None:
     """Write weights as another project's code saves them: names, order, shapes, wrapper.
 
     Args:
@@ -153,6 +155,7 @@ def save_foreign(path: str | Path, state: Mapping[str, Tensor], spec: ArchSpec, 
         state: Our state dict of the network ``spec``.
         spec: The network.
         layout: ``snap``, ``timm``, ``mmpretrain`` or ``transformers``.
+        labels: Class names, which a pickle of mmpretrain's holds; other files hold none.
 
     Raises:
         UsageError: If the suffix is none of these, or the layout cannot say such a network.
@@ -167,7 +170,8 @@ def save_foreign(path: str | Path, state: Mapping[str, Tensor], spec: ArchSpec, 
     get_layout(layout, spec.family)
     _check_geometry(spec, layout)
     tensors = {name: _stored(name, tensor, None) for name, tensor in from_ours(state, layout, spec).items()}
-    wrapped: dict[str, Any] = {"snap": {"model": tensors}, "mmpretrain": {"meta": {}, "state_dict": tensors}}
+    meta = {"dataset_meta": {"classes": list(labels)}} if labels else {}
+    wrapped: dict[str, Any] = {"snap": {"model": tensors}, "mmpretrain": {"meta": meta, "state_dict": tensors}}
     _write(path, tensors, {"format": "pt"}, wrapped.get(layout, tensors))  # which older transformers insist on
 
 
