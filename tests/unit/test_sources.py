@@ -389,3 +389,91 @@ def test_folders_named_by_numbers_are_not_taken_for_labels(tmp_path):
         (root / name).rename(root / str(number))
     with pytest.raises(DataError, match="not those of the network"):
         align(open_source(root), ("cat", "dog", "ship"))
+
+
+# --- lists
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("data.csv", "file,label\na/1.png,dog\nb/2.png,cat\n"),
+        ("data.CSV", '\ufeffid,Class,File_Name,note\r\n7,dog,a/1.png,\r\n8,cat, b/2.png ,"x,\ny"\r\n'),
+        ("data.csv", "a/1.png,dog\nb/2.png,cat"),
+        ("data.tsv", "label\timage\ndog\ta/1.png\n\ncat\tb/2.png\n"),
+        ("data.txt", "a/1.png dog\nb/2.png\tcat\n\n"),
+    ],
+)
+def test_a_list_names_pictures_and_classes(tmp_path, name, text):
+    put(tmp_path, "a/1.png", "b/2.png")
+    (tmp_path / name).write_bytes(text.encode())
+    source = open_source(tmp_path / name)
+    assert (source.classes, source.unnamed) == (("cat", "dog"), False)
+    assert labelled(source) == {"a/1.png": "dog", "b/2.png": "cat"}
+    assert source.read(0) == PICTURE
+
+
+def test_numbers_in_a_list_are_labels(tmp_path):
+    put(tmp_path, "lists/1.png", "with space 2.png")
+    path = tmp_path / "lists" / "train.txt"
+    path.write_text(f"1.png 2\n{tmp_path}/with space 2.png 0\n")
+    source = open_source(path)
+    assert (source.classes, source.unnamed, source.labels.tolist()) == (("0", "1", "2"), True, [2, 0])
+    assert source.read(1) == PICTURE
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncow\n")
+    source = open_source(path)
+    assert (source.classes, source.unnamed) == (("ant", "bee", "cow"), False)
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    with pytest.raises(DataError, match="out of range; expected 0 to 1; found 2"):
+        open_source(path)
+    (tmp_path / "classes.txt").unlink()
+    path.write_text(f"1.png {10**30}")
+    with pytest.raises(DataError, match="out of range"):
+        open_source(path)
+
+
+def test_a_list_may_be_divided(tmp_path):
+    put(tmp_path, *(f"{number}.png" for number in range(6)))
+    parts = ("train", "train", "train", "Valid", "val", "test")
+    lines = (f"{number}.png,{'cat' if number % 2 else 'dog'},{part}" for number, part in enumerate(parts))
+    (tmp_path / "all.csv").write_text("\n".join(["path,category,split", *lines]))
+    found = {part: len(opener()) for part, opener in find_parts(tmp_path / "all.csv").items()}
+    assert found == {"train": 3, "val": 2, "test": 1}
+    splits = open_splits(tmp_path / "all.csv")
+    assert (labelled(splits.val), splits.val.classes) == ({"3.png": "cat", "4.png": "dog"}, ("cat", "dog"))
+
+
+def test_tables_in_a_folder_are_its_parts(tmp_path):
+    put(tmp_path, *(f"train/{number}.png" for number in range(4)))
+    (tmp_path / "train.csv").write_text("file,label\n" + "".join(f"train/{n}.png,c{n % 2}\n" for n in range(4)))
+    (tmp_path / "test.csv").write_text("file\ntest/1.png\n")  # Kaggle's: what is to be found out
+    (tmp_path / "val.txt").write_text("how these pictures were chosen")
+    assert list(find_parts(tmp_path)) == ["train"]
+    assert len(open_splits(tmp_path, 0.5).val) == 2
+    (tmp_path / "Validation.csv").write_text("file,label\ntrain/1.png,c1\n")
+    assert list(find_parts(tmp_path)) == ["train", "val"]
+    put(tmp_path, "train/c0/1.png", "train/c1/1.png")
+    for number in range(4):
+        (tmp_path / f"train/{number}.png").unlink()
+    assert open_source(tmp_path, "train").name(0) == "c0/1.png", "folders speak for themselves"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Cannot tell the columns"),
+        ("file,label", "lists nothing"),
+        ("id,label\n1,cat", "expected a column file or filename .*; found 'id', 'label'"),
+        ("file,label\n1.png,cat\n1.png\n", r"not whole; .* found line 3: picture '1\.png', class ''"),
+        ("file,label\n2.png,cat\n3.png,dog\n", r"not there; expected files in .*; found no '2\.png', '3\.png'"),
+        ("file,label,split\n1.png,cat,fold1\n", "Unknown part in line 2 .* found fold1"),
+        ("file,label,split\n1.png,cat,train\n1.png,cat,\n", "Line 3 .* names no part"),
+        ("file,label\n1.png,c\xe9t\n", "expected a list in UTF-8"),
+        (f"file,label\n1.png,{'c' * 200_000}\n", "field larger"),
+    ],
+)
+def test_lists_that_are_none(tmp_path, text, message):
+    put(tmp_path, "1.png")
+    (tmp_path / "data.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path / "data.csv")

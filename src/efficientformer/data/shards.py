@@ -110,11 +110,17 @@ def open_shards(shards: list[Path]) -> ShardSource:
     Raises:
         DataError: If a shard or ``classes.txt`` cannot be used.
     """
-    folder = _folder(shards)
-    for path in (folder / CLASSES, folder.parent / CLASSES):
-        if path.is_file():
-            return ShardSource(shards, read_names(path))
-    return ShardSource(shards)
+    return ShardSource(shards, find_class_names(_folder(shards)))
+
+
+def find_class_names(folder: Path) -> tuple[str, ...]:
+    """Return the names in ``classes.txt`` in a folder or one above it, in the order of their labels; none without one.
+
+    Raises:
+        DataError: If the file cannot be used.
+    """
+    paths = (folder / CLASSES, folder.parent / CLASSES)
+    return next((read_names(path) for path in paths if path.is_file()), ())
 
 
 def _folder(shards: Iterable[Path]) -> Path:

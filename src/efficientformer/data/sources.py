@@ -23,11 +23,14 @@ from efficientformer.data.folders import (
 from efficientformer.data.idx import idx_parts, open_idx
 from efficientformer.data.imagenet import is_validation, open_validation
 from efficientformer.data.listing import counted, some
+from efficientformer.data.lists import TABLES, Row, has_classes, is_list, open_list, read_rows
 from efficientformer.data.shards import open_shards
 from efficientformer.data.source import ImageSource, Subset
 from efficientformer.spec.errors import DataError, UsageError
 
-LAYOUTS = "class folders (DIR/CLASS/picture.jpg), train/ and val/ of these, tar shards, or the idx files of MNIST"
+LAYOUTS = (
+    "class folders (DIR/CLASS/picture.jpg), train/ and val/ of these, tar shards, the idx files of MNIST, or lists"
+)
 WHOLE = "all"  # the name of the one part of a data set that is not split
 VAL_FRACTION = 0.2  # of the pictures of such a data set, set aside to measure on
 
@@ -174,12 +177,46 @@ def find_parts(path: str | os.PathLike[str]) -> dict[str, Opener]:
         exists, is_folder = root.exists(), root.is_dir()
     except (OSError, ValueError) as error:  # a name that the system refuses
         raise DataError(f"Cannot open {os.fspath(path)!r}", expected="a folder", found=str(error)) from error
+    if is_list(root):
+        return _listed_parts(root)
     if not is_folder:
         found = "a file" if exists else "nothing there"
         hint = "Unpack archives first; for tar shards name the folder that holds them" if exists else "Check the path"
         raise DataError(f"No data set at {str(root)!r}", expected=f"a folder with {LAYOUTS}", found=found, hint=hint)
     folder = list_folder(root)
     return _parts(folder) or _nested_parts(root) or {WHOLE: partial(_open_whole, folder)}
+
+
+def _listed_parts(path: Path) -> dict[str, Opener]:
+    """Return the parts of a list: those that its lines name, or the whole.
+
+    Raises:
+        DataError: If it cannot be read, or a line names another part.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in read_rows(path):
+        if row.split and not is_part_name(row.split):
+            expected = f"one of {', '.join(_ALIASES)}, on every line or on none"
+            raise DataError(f"Unknown part in line {row.line} of {str(path)!r}", expected=expected, found=row.split)
+        groups.setdefault(part_of(row.split.lower()) if row.split else WHOLE, []).append(row)
+    if WHOLE in groups and len(groups) > 1:
+        row = groups[WHOLE][0]
+        raise DataError(f"Line {row.line} of {str(path)!r} names no part", expected="one on every line or on none")
+    return {part: partial(open_list, path, groups[part]) for part in (WHOLE, *_ALIASES) if part in groups}
+
+
+def _split_lists(folder: Folder) -> dict[str, Opener]:
+    """Return the parts in tables of pictures and classes called train, val and test; none without the first."""
+    tables = [folder.path / name for name in folder.files if is_part_name(Path(name).stem) and name.endswith(TABLES)]
+    paths = {path.stem.lower(): path for path in tables if has_classes(path)}
+    found = {part: next((paths[each] for each in words if each in paths), None) for part, words in _ALIASES.items()}
+    if found["train"] is None:
+        return {}
+    return {part: partial(_open_list, path) for part, path in found.items() if path is not None}
+
+
+def _open_list(path: Path) -> ImageSource:
+    return open_list(path, read_rows(path))
 
 
 def _nested_parts(root: Path) -> dict[str, Opener]:
@@ -202,6 +239,8 @@ def _parts(folder: Folder) -> dict[str, Opener]:
     if idx:
         return {name: partial(open_idx, folder, name) for name in idx}
     shards, folders = _split_shards(folder), _split_folders(folder)
+    if not shards and not folders:
+        return _split_lists(folder)
     if not folders or ("train" in shards and "train" not in folders):
         return _noted(shards, [name for name in folder.folders if is_part_name(name)])
     return _noted(folders, [name for name in folder.files if _SHARD.fullmatch(name)])
