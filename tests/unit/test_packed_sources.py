@@ -74,6 +74,24 @@ def test_archives_beside_the_folders_of_a_split_are_left_out(tmp_path, folders):
     assert parts["train"]().notes == ("left out beside train: 'val'",)
 
 
+def test_shards_and_pictures_beside_the_shards_of_a_split_are_named(tmp_path):
+    for name in ("train", "val", "extra"):
+        write_tar(tmp_path / f"{name}-0.tar", [("0.png", PICTURE), ("0.cls", b"0")])
+    put(tmp_path, "cats/old/1.jpg", "notes/readme.txt")
+    splits = open_splits(tmp_path)
+    assert splits.train.notes == splits.val.notes == ("left out beside train, val: 'cats', 'extra-0.tar'",)
+
+
+@pytest.mark.parametrize("others", [("mask.png", "seg.png"), ("depth.PNG",)], ids=", ".join)
+@pytest.mark.parametrize("first", [True, False], ids=["picture first", "picture last"])
+def test_the_picture_of_a_sample_is_that_with_nothing_but_a_pictures_ending(tmp_path, others, first):
+    members = [("d/0.jpg", PICTURE), *((f"d/0.{ending}", encoded(1)) for ending in others)]
+    write_tar(tmp_path / "a.tar", [*(members if first else members[::-1]), ("d/0.cls", b"1")])
+    source = open_source(tmp_path)
+    assert (labelled(source), source.read(0)) == ({"a.tar/d/0": "1"}, PICTURE)
+    assert source.notes == (f"{len(others)} file{'s' * (len(others) > 1)} in the tar files left out",)
+
+
 @pytest.mark.parametrize(
     "names", [("train.tar", "val.tar"), ("train0000.tar", "val0000.tar"), ("a-train.tar", "Dev.tar")]
 )
@@ -116,6 +134,7 @@ def test_shards_are_read_by_many_threads(tmp_path):
         ([("0.png", PICTURE), ("0.json", b'{"label": true}')], "under .label."),
         ([("0.png", PICTURE), ("0.jpg", PICTURE), ("0.cls", b"0")], "a second '0.jpg'"),
         ([("0.txt", b"text")], "No pictures in the tar files"),
+        ([("0.mask.png", PICTURE), ("0.cls", b"0")], "No pictures in the tar files.*ends at the first dot"),
     ],
 )
 def test_bad_samples(tmp_path, members, message):

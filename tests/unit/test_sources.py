@@ -112,6 +112,29 @@ def test_pictures_beside_parts_are_no_class(tmp_path):
     assert all("left out beside train, val: 'samples'" in part.notes for part in (splits.train, splits.val))
 
 
+@pytest.mark.parametrize("parts", [("train",), ("train", "val")], ids=", ".join)
+def test_pictures_deeper_beside_parts_are_named(tmp_path, parts):
+    put(tmp_path, *(f"{part}/{name}/{i}.jpg" for part in parts for name in ("cat", "dog") for i in "12"))
+    put(tmp_path, "cats/old/1.jpg", "extra/a/b/2.png", "notes/a/readme.txt", "test/3.jpg")
+    put(tmp_path, ".git/a/4.jpg", "__MACOSX/train/cat/._1.jpg")
+    for source in (open_splits(tmp_path).val, open_source(tmp_path, "train")):
+        assert source.notes == (f"left out beside {', '.join(parts)}: 'cats', 'extra'",)
+        assert source.classes == ("cat", "dog")
+
+
+def test_a_folder_beside_parts_need_not_be_readable(tmp_path, monkeypatch):
+    put(tmp_path, "train/cat/1.jpg", "val/cat/2.jpg", "extra/3.jpg", "lost+found/4.jpg")
+    real = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert open_source(tmp_path, "train").notes == ("left out beside train, val: 'extra'",)
+
+
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_class_or_a_part_is_not_guessed(tmp_path, part):
     put(tmp_path, f"{part}/cat/1.jpg", f"{part}/dog/2.jpg", "samples/3.jpg")

@@ -122,6 +122,17 @@ def _walk(root: Path, top: str) -> Iterator[str]:
         stack.extend(f"{relative}/{name}" for name in reversed(listed.folders))
 
 
+def first_picture(root: Path, top: str) -> str:
+    """Return the first picture below ``root/top`` as a path from ``root``: one directly in it before any deeper.
+
+    Empty if there is none, or a folder that cannot be read comes first, such as the ``lost+found`` of a disk.
+    """
+    try:
+        return next(filter(is_picture, _walk(root, top)), "")
+    except DataError:
+        return ""
+
+
 def synset_files(folder: Folder) -> bool:
     """Tell whether every picture in a folder is named by a synset of ImageNet-1k: ``n01440764_10026.JPEG``."""
     known = set(synsets())

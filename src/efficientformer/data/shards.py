@@ -11,8 +11,8 @@ from typing import IO
 
 import numpy as np
 
-from efficientformer.data.listing import ListedSource, counted, is_picture
-from efficientformer.runtime.image import MAX_BYTES
+from efficientformer.data.listing import ListedSource, counted
+from efficientformer.runtime.image import MAX_BYTES, SUFFIXES
 from efficientformer.spec.errors import DataError, ImageError
 from efficientformer.spec.labels import read_names
 
@@ -59,8 +59,12 @@ class ShardSource(ListedSource):
         if not names:
             expected = "samples such as key.jpg with key.cls"
             found = counted(self._other, "other file")
+            hint = "A key ends at the first dot: rename pictures that have more than one in their names"
             raise DataError(
-                f"No pictures in the tar files of {str(_folder(self._shards))!r}", expected=expected, found=found
+                f"No pictures in the tar files of {str(_folder(self._shards))!r}",
+                expected=expected,
+                found=found,
+                hint=hint,
             )
         self._places = np.array(places, np.int64)
         limit, highest = len(classes) or MAX_CLASSES, max(labels)
@@ -156,11 +160,14 @@ def _check(member: tarfile.TarInfo, shard: Path) -> None:
 
 
 def _add(samples: dict[str, _Sample], member: tarfile.TarInfo, shard: Path) -> bool:
-    """File a member under its key, which ends at the first dot of its base name; return whether it is of use."""
+    """File a member under its key, which ends at the first dot of its base name; return whether it is of use.
+
+    All after that dot is its ending: ``key.mask.png`` is not the picture of its sample.
+    """
     folder, slash, base = member.name.rpartition("/")
     stem, _, ending = base.partition(".")
     ending = ending.lower()
-    if not stem or not (ending in ("cls", "json") or is_picture(f".{ending}")):
+    if not stem or not (ending in ("cls", "json") or f".{ending}" in SUFFIXES):
         return False
     sample = samples.setdefault(folder + slash + stem, _Sample())
     if ending in sample.labels or (sample.picture and ending not in ("cls", "json")):

@@ -15,6 +15,7 @@ import numpy as np
 from efficientformer.data.align import Relabelled, describe_strangers, match_classes
 from efficientformer.data.folders import (
     Folder,
+    first_picture,
     list_folder,
     open_class_folders,
     open_synset_files,
@@ -239,11 +240,9 @@ def _parts(folder: Folder) -> dict[str, Opener]:
     if idx:
         return {name: partial(open_idx, folder, name) for name in idx}
     shards, folders = _split_shards(folder), _split_folders(folder)
-    if not shards and not folders:
-        return _split_lists(folder)
-    if not folders or ("train" in shards and "train" not in folders):
-        return _noted(shards, [name for name in folder.folders if is_part_name(name)])
-    return _noted(folders, [name for name in folder.files if _SHARD.fullmatch(name)])
+    if folders and ("train" in folders or "train" not in shards):
+        return _noted(folders, [name for name in folder.files if _SHARD.fullmatch(name)])
+    return _noted(shards, _beside_shards(folder)) if shards else _split_lists(folder)
 
 
 def _split_shards(folder: Folder) -> dict[str, Opener]:
@@ -256,6 +255,13 @@ def _split_shards(folder: Folder) -> dict[str, Opener]:
     return {part: partial(open_shards, groups[part]) for part in _ALIASES if part in groups}
 
 
+def _beside_shards(folder: Folder) -> list[str]:
+    """Return the names of what else may hold pictures where the parts are tar shards."""
+    named = [name for name in folder.folders if is_part_name(name)]
+    unnamed = [name for name in folder.files if name.endswith(".tar") and not _SHARD.fullmatch(name)]
+    return [*named, *_pictures_beside(folder), *unnamed]
+
+
 def _split_folders(folder: Folder) -> dict[str, Opener]:
     """Return the parts that subfolders named train, val or test hold.
 
@@ -264,13 +270,14 @@ def _split_folders(folder: Folder) -> dict[str, Opener]:
     Raises:
         DataError: If that leaves it open whether they are parts or classes.
     """
-    if not any(is_part_name(name) for name in folder.folders):
+    named = {name: list_folder(folder.path / name) for name in folder.folders if is_part_name(name)}
+    if not named:
         return {}
-    listed = {name: list_folder(folder.path / name) for name in folder.folders}
-    beside = [name for name, each in listed.items() if each.pictures and not is_part_name(name)]
-    if beside and not _is_split(folder, listed, beside):
+    beside = _pictures_beside(folder)
+    like_classes = [name for name, picture in beside.items() if picture.count("/") == 1]  # CLASS/picture.jpg
+    if like_classes and not _is_split(folder, named, like_classes):
         return {}
-    inner = {name.lower(): each for name, each in listed.items()}
+    inner = {name.lower(): each for name, each in named.items()}
     parts: dict[str, Opener] = {}
     for part, aliases in _ALIASES.items():
         for alias in aliases:
@@ -278,16 +285,21 @@ def _split_folders(folder: Folder) -> dict[str, Opener]:
             mistaken = alias in inner and part == "val" and "train" in parts and bool(inner[alias].pictures)
             if part not in parts and alias in inner and (mistaken or _can_be_set(inner[alias])):
                 parts[part] = partial(_open_whole, inner[alias])
-    return _noted(parts, beside)
+    return _noted(parts, list(beside))
 
 
-def _is_split(folder: Folder, listed: Mapping[str, Folder], beside: Sequence[str]) -> bool:
+def _pictures_beside(folder: Folder) -> dict[str, str]:
+    """Return a picture of every subfolder that holds any, however deep, and is not named as a part."""
+    found = {name: first_picture(folder.path, name) for name in folder.folders if not is_part_name(name)}
+    return {name: picture for name, picture in found.items() if picture}
+
+
+def _is_split(folder: Folder, named: Mapping[str, Folder], beside: Sequence[str]) -> bool:
     """Tell whether subfolders named as parts are parts, although there are pictures in folders beside them.
 
     Raises:
         DataError: If they may be parts as well as classes.
     """
-    named = {name: each for name, each in listed.items() if is_part_name(name)}
     sets = [name for name, each in named.items() if _can_be_set(each)]
     parts = {part_of(name.lower()) for name in sets}
     if "train" not in parts and any(each.pictures for each in named.values()):
