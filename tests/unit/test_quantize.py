@@ -47,6 +47,7 @@ from efficientformer.spec.variants import v1_spec
 from efficientformer.spec.zoo import resolve
 from efficientformer.weights.cache import Cache
 from tests.unit.test_engines import break_openvino
+from tests.unit.test_packed_sources import write_tar
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = v1_spec((16, 16, 32, 32), (1, 0, 0, 1), 0, input_size=32, num_classes=10, stem_stride=2)
@@ -428,6 +429,9 @@ def test_illegal_options(pictures, tmp_path, options, error, text):
 
 def test_too_few_pictures(tmp_path):
     (tmp_path / "few").mkdir()
+    with pytest.raises(DataError, match="found an empty folder"):
+        quantize("", tmp_path / "few", tmp_path / "out")
+    shutil.copy(EXAMPLES / "cat.jpg", tmp_path / "few")
     with pytest.raises(DataError, match="at least 8"):
         quantize("", tmp_path / "few", tmp_path / "out")
 
@@ -446,6 +450,26 @@ def test_parts_have_the_names_that_data_sets_give_them(tmp_path, names):
             shutil.copy(EXAMPLES / f"{photo}.jpg", tmp_path / part / photo / "images" / f"{index}.jpg")
     manifest = open_engine(embedded_file()).manifest
     found = gather_pictures(tmp_path, manifest, 300, 500, 0, None)
+    assert (len(found.calibration), len(found.held_out)) == (8, 8)
+    assert found.labels.tolist() == [manifest.labels.index("dog")] * 8
+
+
+@pytest.mark.parametrize("layout", ["list", "shards"])
+def test_a_data_set_in_another_layout_is_read_as_training_reads_it(tmp_path, layout):
+    parts = {"train": "cat", "val": "dog"}
+    if layout == "list":
+        rows = [f"{EXAMPLES}/{photo}.jpg,{photo},{part}" for part, photo in parts.items() for _ in range(8)]
+        data = tmp_path / "data.csv"
+        data.write_text("\n".join(["file,label,split", *rows]))
+    else:
+        data = tmp_path
+        (data / "classes.txt").write_text("cat\ndog\n")
+        for label, (part, photo) in enumerate(parts.items()):
+            sample = [("jpg", (EXAMPLES / f"{photo}.jpg").read_bytes()), ("cls", str(label).encode())]
+            members = [(f"{index}.{ending}", content) for index in range(8) for ending, content in sample]
+            write_tar(data / f"{part}.tar", members)
+    manifest = open_engine(embedded_file()).manifest
+    found = gather_pictures(data, manifest, 300, 500, 0, None)
     assert (len(found.calibration), len(found.held_out)) == (8, 8)
     assert found.labels.tolist() == [manifest.labels.index("dog")] * 8
 

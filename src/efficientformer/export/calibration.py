@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from efficientformer.data.align import match_classes
-from efficientformer.data.folders import list_folder
-from efficientformer.data.sources import is_part_name, part_of
+from efficientformer.data.folders import first_picture, list_folder
+from efficientformer.data.sources import find_parts, is_part_name, part_of
 from efficientformer.runtime.image import decode
-from efficientformer.runtime.inputs import Input, gather
+from efficientformer.runtime.inputs import gather
 from efficientformer.runtime.preprocess import preprocess
 from efficientformer.spec.errors import DataError, ImageError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.progress import Progress
+
+_T = TypeVar("_T")
 
 LEAST = 8  # pictures below which neither scales nor figures mean anything
 
@@ -42,12 +47,12 @@ class Pictures:
 def gather_pictures(
     data: str | Path, manifest: Manifest, count: int, holdout: int, seed: int, progress: Progress | None
 ) -> Pictures:
-    """Read a folder's pictures as prediction reads them.
+    """Read pictures as prediction reads them.
 
     Args:
-        data: The folder; pictures in folders named after the network's classes are labelled. If it has ``train/`` and
-            ``val/`` (or ``test/``, or other words for these), scales are set on the one and figures measured on the
-            other.
+        data: A folder of pictures, those in folders named after the network's classes labelled; or a data set in any
+            other layout that training takes. If it has the parts ``train`` and ``val`` (or ``test``, or other words for
+            these), scales are set on the one and figures measured on the other.
         manifest: The network's preprocessing and classes.
         count: Most pictures to calibrate on; of a folder without parts, no more than half.
         holdout: Most pictures to measure on.
@@ -57,11 +62,12 @@ def gather_pictures(
     Raises:
         DataError: If there are fewer than ``LEAST`` pictures.
     """
-    roots = _parts(Path(data))
-    wanted = _chosen([list(gather([root])) for root in roots], count, holdout, np.random.default_rng(seed))
+    root = Path(data)
+    parts = _folders(root) if root.is_dir() and first_picture(root, ".") else _sources(root)
+    wanted = _chosen(parts, count, holdout, np.random.default_rng(seed))
     total, done = sum(map(len, wanted)), 0
     skipped = []
-    kept: list[list[Input]] = [[], []]
+    kept: list[list[_Picture]] = [[], []]
     shape = (len(manifest.preprocess.mean), *manifest.preprocess.input_size)
     read = [np.empty((len(pictures), *shape), np.float32) for pictures in wanted]  # filled in place: they may be large
     for side, pictures in enumerate(wanted):
@@ -78,22 +84,49 @@ def gather_pictures(
     if min(counts) < LEAST // 2:
         found = f"{sum(counts)} that can be read" + (f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else "")
         raise DataError("Too few pictures to quantise on", expected=f"at least {LEAST}, better 800", found=found)
-    labels = _labels(kept[1], roots[-1], manifest)
+    labels = _labels([picture.label for picture in kept[1]], manifest)
     calibration, held_out = (pictures[:count] for pictures, count in zip(read, counts, strict=True))
     return Pictures(calibration, held_out, labels, tuple(skipped))
 
 
-def _parts(data: Path) -> list[Path]:
-    """Return a data set's training folder and the one to measure on, if it has both; else the whole."""
-    folders = list_folder(data).folders if data.is_dir() else ()
-    parts = {part_of(name.lower()): data / name for name in reversed(folders) if is_part_name(name)}
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A picture that is read when it is needed, and its class."""
+
+    name: str
+    label: str
+    read: Callable[[], bytes | Image.Image]
+
+
+def _folders(data: Path) -> list[list[_Picture]]:
+    """Return the pictures in a folder, or in those of its parts."""
+    folders = {part_of(name.lower()): data / name for name in reversed(list_folder(data).folders) if is_part_name(name)}
+    return [
+        [_Picture(each.name, _folder_of(Path(each.name), root), each.read) for each in gather([root])]
+        for root in _two(folders) or [data]
+    ]
+
+
+def _sources(data: Path) -> list[list[_Picture]]:
+    """Return the pictures of a data set in another layout, or of its parts."""
+    parts = find_parts(data)
+    sources = [opener() for opener in _two(parts) or [next(iter(parts.values()))]]
+    return [
+        [_Picture(source.name(index), source.classes[label], partial(source.read, index))
+         for index, label in enumerate(source.labels)]
+        for source in sources
+    ]  # fmt: skip
+
+
+def _two(parts: Mapping[str, _T]) -> list[_T]:
+    """Return the part for training and the one to measure on, if there are both; else none."""
     held_out = parts.get("val", parts.get("test"))
-    return [parts["train"], held_out] if held_out is not None and "train" in parts else [data]
+    return [parts["train"], held_out] if held_out is not None and "train" in parts else []
 
 
 def _chosen(
-    parts: Sequence[Sequence[Input]], count: int, holdout: int, rng: np.random.Generator
-) -> tuple[list[Input], list[Input]]:
+    parts: Sequence[Sequence[_Picture]], count: int, holdout: int, rng: np.random.Generator
+) -> tuple[list[_Picture], list[_Picture]]:
     """Return the pictures to set scales on and those to measure on, in random order; of one part, none is both."""
     first, *rest = ([part[i] for i in rng.permutation(len(part))] for part in parts)
     if rest:
@@ -102,20 +135,19 @@ def _chosen(
     return first[:count], first[count:][:holdout]
 
 
-def _read(picture: Input, manifest: Manifest) -> npt.NDArray[np.float32]:
+def _read(picture: _Picture, manifest: Manifest) -> npt.NDArray[np.float32]:
     spec = manifest.preprocess
     return preprocess(decode(picture.read(), mode=spec.mode, exif=spec.exif, name=picture.name), spec)
 
 
-def _labels(pictures: Sequence[Input], root: Path, manifest: Manifest) -> npt.NDArray[np.int64] | None:
-    """Return the labels that the pictures' folders name, if all are classes of the network's."""
-    names = [_class_of(Path(picture.name), root) for picture in pictures]
+def _labels(names: list[str], manifest: Manifest) -> npt.NDArray[np.int64] | None:
+    """Return the labels of classes, if all are the network's."""
     classes = sorted(set(names))
     index = dict(zip(classes, match_classes(classes, manifest.labels), strict=True))
     return None if min(index.values()) < 0 else np.array([index[name] for name in names], np.int64)
 
 
-def _class_of(picture: Path, root: Path) -> str:
+def _folder_of(path: Path, root: Path) -> str:
     """Return the name of the folder in ``root`` that a picture lies in, at any depth; or the root's own."""
-    below = picture.relative_to(root).parts[:-1] if picture.is_relative_to(root) else (picture.parent.name,)
+    below = path.relative_to(root).parts[:-1] if path.is_relative_to(root) else (path.parent.name,)
     return (root.name, *below)[:2][-1]
