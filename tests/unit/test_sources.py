@@ -58,6 +58,12 @@ def test_class_folders(tmp_path):
     assert "'empty'" in source.notes[1]
 
 
+def test_an_archive_beside_the_folders_it_held_is_left_out(tmp_path):
+    put(tmp_path, "cat/1.jpg", "dog/1.jpg", "photos.tar")
+    source = open_source(tmp_path)
+    assert (source.classes, "1 file left out" in source.notes[0]) == (("cat", "dog"), True)
+
+
 def test_links_are_followed_and_circles_end(tmp_path):
     put(tmp_path, "elsewhere/1.jpg", "set/cat/2.jpg", "set/dog/3.jpg")
     (tmp_path / "set/cat/more").symlink_to(tmp_path / "elsewhere")

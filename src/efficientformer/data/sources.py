@@ -348,8 +348,8 @@ def _can_be_set(folder: Folder) -> bool:
 def _open_whole(folder: Folder) -> ImageSource:
     """Open a folder that is not split."""
     shards = [folder.path / name for name in folder.files if name.endswith(".tar")]
-    if shards and not folder.pictures:
-        return open_shards(shards)
+    if shards and not folder.pictures and not any(first_picture(folder.path, name) for name in folder.folders):
+        return open_shards(shards)  # beside pictures they are what these were unpacked from
     if is_validation(folder):
         return open_validation(folder)
     if folder.folders:
