@@ -11,13 +11,15 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 from efficientformer import Classifier, get_model
+from efficientformer.data.loader import Batch
 from efficientformer.spec.errors import TrainingError, UsageError
 from efficientformer.spec.zoo import EMBEDDED
 from efficientformer.training import loop
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import train
 from efficientformer.training.setup import prepare
-from efficientformer.training.teacher import CachedTeacher, open_teacher
+from efficientformer.training.teacher import CachedTeacher, _class_order, open_teacher
+from efficientformer.weights.beside import class_names
 from efficientformer.weights.checkpoint import save_native
 from efficientformer.weights.pretrained import load_named
 from tests.e2e.test_train import SHORT, TINY, losses
@@ -196,7 +198,7 @@ def test_a_timm_teacher_from_a_file(data, tmp_path):
     assert all(np.isfinite(curve(recipe, data, tmp_path / "run")))
     with pytest.raises(TrainingError, match="timm cannot make the teacher"):
         train(recipe.with_changes(teacher="timm:no_such_network"), data, tmp_path / "none")
-    with pytest.raises(UsageError, match="no weights for the teacher; found teacher_weights="):
+    with pytest.raises(UsageError, match=r"no such weights of the teacher; .*without teacher_weights the published"):
         train(recipe.with_changes(teacher_weights=str(tmp_path / "missing.pth")), data, tmp_path / "missing")
 
 
@@ -218,6 +220,65 @@ def test_a_teacher_of_ones_own_from_a_folder_of_timms(data, tmp_path, monkeypatc
     assert all(np.isfinite(curve(recipe, data, tmp_path / "run")))
     kept = json.loads((tmp_path / "run" / "recipe.json").read_text())["teacher"]
     assert kept == f"timm:local-dir:{tmp_path / 'own'}"
+
+
+@pytest.fixture
+def timm_teacher(data, tmp_path):
+    """A function that opens a teacher out of a folder of timm's, whose config.json says these names of classes."""
+    arguments = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "num_classes": 3}
+    network = timm.create_model("resnet18", **arguments)
+    save_for_hf(network, tmp_path / "own", model_args=arguments, safe_serialization=True)
+    config = tmp_path / "own" / "config.json"
+    written = json.loads(config.read_text())
+
+    def opened(names=None, **changes):
+        config.write_text(json.dumps(written | {"label_names": names}))
+        prepared = prepare(ONE.with_changes(teacher=f"timm:local-dir:{config.parent}", **changes), data, 0, 1)
+        assert prepared.manifest.labels == ("blue", "green", "red")
+        return open_teacher(prepared.recipe, prepared.manifest, "", 4, None)
+
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["red", "blue", "green"], [1, 2, 0]),
+        ({"0": "green", "1": "red", "2": "blue"}, [2, 0, 1]),
+        (["blue", "green", "red"], [0, 1, 2]),
+        (["red", "blue"], [0, 1, 2]),  # of another network
+    ],
+)
+def test_the_classes_of_a_timm_teacher_are_found_by_name(timm_teacher, names, order):
+    batch = Batch(torch.randn(2, 3, 16, 16), torch.zeros(2).long(), None, True)
+    assert torch.equal(timm_teacher(names)(batch), timm_teacher()(batch)[:, order])
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["red", "blue", "grey"], "The teacher timm:local-dir:.* knows other classes; found no green"),
+        ([1, 2, 3], "label_names of the teacher timm:local-dir:.*: Illegal class names"),
+    ],
+)
+def test_a_timm_teacher_of_other_classes_is_refused(timm_teacher, names, says):
+    with pytest.raises(UsageError, match=says):
+        timm_teacher(names)
+
+
+def test_a_cache_of_classes_in_another_order_is_refused(timm_teacher, tmp_path):
+    cached = {"views": 2, "teacher_cache": str(tmp_path / "cache")}
+    timm_teacher(**cached)
+    with pytest.raises(TrainingError, match="another teacher"):
+        timm_teacher(["red", "blue", "green"], **cached)
+
+
+def test_a_teacher_may_name_imagenet_s_classes_by_their_synsets():
+    from efficientformer.spec.labels import label_names, synsets
+
+    ours = label_names("imagenet1k")
+    assert _class_order("teacher", ours, class_names(list(synsets()))) is None
+    assert _class_order("teacher", ours, class_names(list(synsets()[::-1]))) == list(range(1000))[::-1]
 
 
 def test_a_named_teacher_takes_the_weights_of_a_file(tmp_path):

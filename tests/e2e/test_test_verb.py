@@ -205,6 +205,41 @@ def test_wrong_usage_exits_with_2_and_says_why(cli, data, arguments, message):
     assert message in err
 
 
+@pytest.mark.parametrize("option", ["--output", "--report"])
+def test_a_full_disk_does_not_cost_the_figures(cli, data, damaged, option):
+    code, out, err = cli("test", ONNX, "--data", data, option, "/dev/full")
+    assert code == 2
+    assert "top-1" in out
+    assert f"skipped cat/{damaged.name}" in err
+    assert "error: Cannot write /dev/full; found No space left on device" in err
+    assert "Wrote" not in err
+
+
+def test_a_file_that_is_not_to_be_written_is_refused_before_the_work(cli, tmp_path, monkeypatch):
+    output = closed(tmp_path / "mine.json", monkeypatch)
+    code, _, err = cli("test", ONNX, "--data", tmp_path / "no data", "--output", output)
+    assert code == 2
+    assert f"Cannot write {output}; expected a file in a writable folder; found a file that" in err
+
+
+def test_a_file_may_be_written_in_a_folder_that_may_not(cli, data, tmp_path, monkeypatch):
+    """As /dev/stdout is for most users."""
+    output = tmp_path / "mine.json"
+    output.touch()
+    closed(tmp_path, monkeypatch)
+    assert cli("test", ONNX, "--data", data, "--output", output, "--quiet")[0] == 0
+    assert json.loads(output.read_text())["images"] == images(data)
+
+
+def closed(path, monkeypatch):
+    """Take a file or folder the right to be written, for root too, who may run the tests."""
+    if not path.exists():
+        path.touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda at, mode: access(at, mode) and not (at == path and mode & os.W_OK))
+    return path
+
+
 def test_names_are_no_markup(cli, data, tmp_path):
     for name in ("[old].onnx", ":car:.onnx"):
         path = Path(shutil.copy(ONNX, tmp_path / name))

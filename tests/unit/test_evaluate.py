@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -388,6 +389,30 @@ def test_an_environment_that_makes_no_sense(monkeypatch, rank, world):
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(UsageError), distributed.join():
         pass
+
+
+@pytest.mark.parametrize(
+    ("environment", "refused"),
+    [
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"PMI_SIZE": "2"}, True),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "WORLD_SIZE": "1"}, False),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, False),  # the scripts of a batch job, in several versions
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "batch"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967291"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_ID": "4294967290"}, False),  # the shell of salloc
+    ],
+)
+def test_processes_that_would_each_do_all_the_work_are_refused(monkeypatch, environment, refused):
+    for name in ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refusal = pytest.raises(UsageError, match=r"would do all the work.*torchrun") if refused else nullcontext()
+    with refusal, distributed.join() as team:
+        assert team.world == 1
 
 
 def test_the_report_holds_every_section(tmp_path):

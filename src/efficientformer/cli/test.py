@@ -16,6 +16,7 @@ from efficientformer.cli.targets import check_file
 from efficientformer.runtime.engines import ENGINE_KEYS
 from efficientformer.runtime.records import printable, storable
 from efficientformer.spec.errors import UsageError
+from efficientformer.spec.whole import named_by
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,18 +109,32 @@ def _check_targets(output: Path | None, report: Path | None) -> None:
 
 
 def _deliver(evaluation: Evaluation, as_json: bool, output: Path | None, report: Path | None, quiet: bool) -> None:
+    try:
+        _write(evaluation, output, report)
+    finally:  # a disk that is full by now does not cost the figures too
+        _tell(evaluation, as_json, quiet)
+    for path in (output, report):
+        if path is not None and not quiet:
+            typer.echo(f"Wrote {path}", err=True)
+
+
+def _write(evaluation: Evaluation, output: Path | None, report: Path | None) -> None:
     if output is not None:
         as_text = _OF_EACH_PICTURE.get(output.suffix.lower())
         rows = [dataclasses.asdict(each) for each in evaluation.outcomes]
-        _write(output, as_text(rows) if as_text is not None else evaluation.to_json() + "\n")
-    if as_json:
-        typer.echo(evaluation.to_json())
-    else:
-        _print(evaluation)
+        with named_by(output):
+            output.write_text(as_text(rows) if as_text is not None else evaluation.to_json() + "\n", "utf-8")
     if report is not None:
         from efficientformer.evaluation.report import write_report
 
         write_report(evaluation, report)
+
+
+def _tell(evaluation: Evaluation, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        typer.echo(evaluation.to_json())
+    else:
+        _print(evaluation)
     for each in evaluation.skipped[:_MAX_SKIPPED]:
         typer.secho(printable(f"skipped {each.name}: {each.reason}"), fg="yellow", err=True)
     if len(evaluation.skipped) > _MAX_SKIPPED:
@@ -127,20 +142,9 @@ def _deliver(evaluation: Evaluation, as_json: bool, output: Path | None, report:
     if evaluation.skipped:
         total = evaluation.images + len(evaluation.skipped)
         typer.echo(f"{len(evaluation.skipped):,} of {total:,} pictures were skipped", err=True)
-    if quiet:
-        return
-    for note in evaluation.notes:
-        typer.echo(f"note: {note}", err=True)
-    for path in (output, report):
-        if path is not None:
-            typer.echo(f"Wrote {path}", err=True)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise UsageError(f"Cannot write {path}", found=str(error)) from error
+    if not quiet:
+        for note in evaluation.notes:
+            typer.echo(f"note: {note}", err=True)
 
 
 def _json_lines(rows: list[dict[str, Any]]) -> str:

@@ -11,6 +11,8 @@ from functools import reduce
 from efficientformer.evaluation.result import Evaluation
 from efficientformer.spec.errors import UsageError, missing_extra
 
+_NO_STEP = 0xFFFFFFF0  # Slurm numbers from here on what is no step of srun's: a batch script, an interactive shell
+
 
 @dataclass(frozen=True)
 class Team:
@@ -61,10 +63,11 @@ def join() -> Iterator[Team]:
     A process group that exists is used and kept; else one over gloo is made for the time being.
 
     Raises:
-        UsageError: If the environment's numbers make no sense.
+        UsageError: If the environment's numbers make no sense, or this is one of several processes that know nothing of
+            each other.
         MissingExtraError: If there are several processes and torch is not installed.
     """
-    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    rank, world = _number("RANK", 0), world_size()
     if not 0 <= rank < world:
         raise UsageError("RANK and WORLD_SIZE disagree", expected="0 <= RANK < WORLD_SIZE", found=f"{rank} of {world}")
     if world == 1:
@@ -82,6 +85,28 @@ def join() -> Iterator[Team]:
         yield Team(rank, world)
     finally:
         distributed.destroy_process_group()
+
+
+def world_size() -> int:
+    """Return how many processes work together, as torchrun's environment says; a single one without it.
+
+    Raises:
+        UsageError: If it is no number, or this is one of several processes that know nothing of each other.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return _number("WORLD_SIZE", 1)
+    step = os.environ.get("SLURM_STEP_ID", "")
+    in_step = step.isdecimal() and int(step) < _NO_STEP  # elsewhere in a job the tasks are yet to be started
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *(["SLURM_NTASKS"] if in_step else [])):
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1:
+            raise UsageError(
+                f"Each of {count} processes would do all the work on its own: none knows of the others",
+                found=f"{name}={count}, and no WORLD_SIZE",
+                hint="Start them with torchrun, under Slurm one for each node: srun --ntasks-per-node 1 torchrun "
+                f"--nproc-per-node N -m efficientformer ...; if it is meant so, unset {name}",
+            )
+    return 1
 
 
 def _number(variable: str, default: int) -> int:

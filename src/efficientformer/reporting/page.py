@@ -13,7 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientformer.spec.errors import UsageError, missing_extra, require
+from efficientformer.spec.errors import missing_extra, require
+from efficientformer.spec.whole import named_by
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,10 +101,8 @@ class Page:
         template = (files("efficientformer") / "reporting" / "page.html").read_text("utf-8")
         page = Environment(autoescape=True).from_string(template)
         text = page.render(title=self.title, subtitle=self.subtitle, parts=self._parts)
-        try:
+        with named_by(Path(path)):
             Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise UsageError(f"Cannot write {path}", found=str(error)) from error
 
 
 def require_libraries() -> None:

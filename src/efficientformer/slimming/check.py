@@ -23,7 +23,7 @@ from efficientformer.training.optim import build_optimizer, freeze
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import mixed_precision
 from efficientformer.training.setup import augmentation_of, decide_crop, fit_batch
-from efficientformer.training.teacher import TIMM, TIMM_FOLDER
+from efficientformer.training.teacher import TIMM, TIMM_FOLDER, check_weights
 
 MANY = 1 << 40  # pictures: how many there are is looked at where they are opened
 
@@ -81,7 +81,7 @@ def _check_recipe(recipe: Recipe, start: ArchSpec) -> None:
 
 def _check_teacher(recipe: Recipe) -> None:
     """Raise UsageError if a teacher's files are not there, or no network has its name."""
-    teacher, weights = recipe.teacher, recipe.teacher_weights
+    teacher = recipe.teacher
     if teacher in ("", SUPERNET) or Path(teacher).is_file():
         return
     folder = teacher.removeprefix(TIMM_FOLDER)
@@ -90,6 +90,4 @@ def _check_teacher(recipe: Recipe) -> None:
                          found=folder, hint="Check the path")  # fmt: skip
     if not teacher.startswith(TIMM):
         resolve(teacher)
-    if weights and not Path(weights).is_file():
-        raise UsageError("There are no such weights of the teacher", expected="a file", found=weights,
-                         hint="Check teacher_weights")  # fmt: skip
+    check_weights(recipe)

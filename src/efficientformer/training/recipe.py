@@ -79,7 +79,7 @@ class Recipe:
             at most 1 - (1 + n)^(-2/3) (timm's warm-up): after 300 epochs of ImageNet-1k in batches of 1,024, 0.99981.
         ema_epochs: Last epochs over which weights are averaged; 0 means all.
         teacher: Teacher for distillation: ``timm:NAME``, ``timm:local-dir:FOLDER`` (as ``timm.models.save_for_hf``
-            writes one), a zoo name, or a weights file; empty is none.
+            writes one), a zoo name, or a weights file; empty is none. If it names its classes they are found by name.
         teacher_weights: File with the weights of a teacher given by its name; empty takes the published ones.
         distillation: ``hard`` (the teacher's decision, as the papers) or ``soft`` (its probabilities).
         distill_alpha: Weight of the teacher's loss; the labels' has the rest.

@@ -19,7 +19,7 @@ import torch
 
 from efficientformer.data.source import ImageSource
 from efficientformer.data.sources import LAYOUTS
-from efficientformer.evaluation.distributed import Team
+from efficientformer.evaluation.distributed import Team, world_size
 from efficientformer.evaluation.evaluate import evaluate
 from efficientformer.evaluation.result import Evaluation
 from efficientformer.evaluation.torch_predictor import TorchPredictor
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EVAL_BATCH = 256  # at most
-NO_STEP = 0xFFFFFFF0  # Slurm numbers from here on what is no step of srun's: a batch script, an interactive shell
 
 
 @dataclass(frozen=True)
@@ -349,7 +348,7 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
         raise missing_extra("train", "Training", error) from error
     # Accelerate keeps device and precision for the life of the process; this run may want others than the one before
     AcceleratorState._reset_state(reset_partial_state=True)
-    world = _world()
+    world = world_size()
     on_cpu = device == "cpu" or (world > 1 and not torch.cuda.is_available())  # else each would train on its own
     accelerator = Accelerator(mixed_precision=mixed_precision(recipe, device), cpu=on_cpu)
     if accelerator.num_processes != world:
@@ -360,28 +359,6 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
             hint="Start them with torchrun, also under Slurm: srun ... torchrun ...",
         )
     return accelerator
-
-
-def _world() -> int:
-    """Return how many processes train together.
-
-    Raises:
-        UsageError: If this is one of several that know nothing of each other.
-    """
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    step = os.environ.get("SLURM_STEP_ID", "")
-    in_step = step.isdecimal() and int(step) < NO_STEP  # elsewhere in a job the tasks are yet to be started
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *(["SLURM_NTASKS"] if in_step else [])):
-        count = os.environ.get(name, "")
-        if count.isdecimal() and int(count) > 1:
-            raise UsageError(
-                f"Each of {count} processes would train on its own: none knows of the others",
-                found=f"{name}={count}, and no WORLD_SIZE",
-                hint="Start them with torchrun, under Slurm one for each node: srun --ntasks-per-node 1 torchrun "
-                f"--nproc-per-node N -m efficientformer train ...; if it is meant so, unset {name}",
-            )
-    return 1
 
 
 def _launch(accelerator: Accelerator, device: str) -> Launch:

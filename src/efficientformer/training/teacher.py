@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efficientformer.data.align import match_classes
 from efficientformer.data.loader import Batch
 from efficientformer.models.fold import fold
-from efficientformer.spec.errors import TrainingError, UsageError, missing_extra
+from efficientformer.spec.errors import SpecError, TrainingError, UsageError, missing_extra
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.training.recipe import Recipe
+from efficientformer.weights.beside import class_names
 from efficientformer.weights.files import atomic_write
 from efficientformer.weights.pretrained import build, load_named
 
@@ -55,12 +57,12 @@ class Teacher:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.identity, self._dtype = f"{identity}|{dtype}", dtype
+        self.identity = f"{identity}|{dtype}" if order is None else f"{identity}|{dtype}|{order}"
         mine, theirs = (torch.tensor(v)[:, None, None] for v in (student.std, std))
         shift = torch.tensor(student.mean)[:, None, None] - torch.tensor(mean)[:, None, None]
         self._scale, self._offset = mine / theirs, shift / theirs  # (x * std + mean - mean') / std'
         self._renormalise = (student.mean, student.std) != (mean, std)
-        self._size, self._order = input_size, order
+        self._size, self._order, self._dtype = input_size, order, dtype
 
     def to(self, device: torch.device) -> Teacher:
         """Move everything to a device."""
@@ -171,16 +173,19 @@ def open_teacher(
     return CachedTeacher(teacher, Path(recipe.teacher_cache), identity, shape)
 
 
+def check_weights(recipe: Recipe) -> None:
+    """Raise UsageError if the file with the teacher's weights is not there."""
+    weights = recipe.teacher_weights
+    if weights and not Path(weights).is_file():
+        hint = "Check the path; without teacher_weights the published ones are taken, or those in the teacher's folder"
+        raise UsageError("There are no such weights of the teacher", expected="a file", found=weights, hint=hint)
+
+
 def _open_ours(recipe: Recipe, student: Manifest, dtype: torch.dtype | None) -> Teacher:
     name = recipe.teacher
     checkpoint, manifest = load_named(name, recipe.teacher_weights or True)
     _check_classes(name, len(student.labels) or student.spec.num_classes, manifest.spec.num_classes)
-    order = None
-    if student.labels and manifest.labels and student.labels != manifest.labels:
-        if set(student.labels) != set(manifest.labels):
-            other = sorted(set(student.labels) - set(manifest.labels))
-            raise UsageError(f"The teacher {name} knows other classes", found=f"no {', '.join(other[:5])}")
-        order = [manifest.labels.index(label) for label in student.labels]
+    order = _class_order(name, student.labels, manifest.labels)
     network, theirs = fold(build(manifest.spec, checkpoint).eval()), manifest.preprocess
     size = manifest.spec.input_size
     return Teacher(network, checkpoint.sha256, student.preprocess, theirs.mean, theirs.std, size, order, dtype)
@@ -192,8 +197,7 @@ def _open_timm(recipe: Recipe, student: Manifest, dtype: torch.dtype | None) -> 
     except ImportError as error:
         raise missing_extra("train", "A timm teacher", error) from error
     name = recipe.teacher.removeprefix(TIMM)
-    if recipe.teacher_weights and not Path(recipe.teacher_weights).is_file():
-        raise UsageError("There are no weights for the teacher", found=f"teacher_weights={recipe.teacher_weights!r}")
+    check_weights(recipe)
     own: dict[str, Any] = {"checkpoint_path": recipe.teacher_weights, "num_classes": student.spec.num_classes}
     try:
         network = timm.create_model(name, **(own if recipe.teacher_weights else {"pretrained": True}))
@@ -201,11 +205,32 @@ def _open_timm(recipe: Recipe, student: Manifest, dtype: torch.dtype | None) -> 
         hint = "Put the weights into a file and name it with teacher_weights"
         raise TrainingError(f"timm cannot make the teacher {name!r}", found=str(error)[:300], hint=hint) from error
     _check_classes(recipe.teacher, student.spec.num_classes, int(str(network.num_classes)))
+    order = _class_order(recipe.teacher, student.labels, _timm_labels(recipe.teacher, network))
     config = timm.data.resolve_model_data_config(network)
     size = (int(config["input_size"][1]), int(config["input_size"][2]))
     identity = f"{name}|{_digest(network)}"
     mean, std = tuple(config["mean"]), tuple(config["std"])
-    return Teacher(network, identity, student.preprocess, mean, std, size, dtype=dtype)
+    return Teacher(network, identity, student.preprocess, mean, std, size, order, dtype)
+
+
+def _timm_labels(name: str, network: nn.Module) -> tuple[str, ...]:
+    """Return the class names that timm's configuration of a network, from wherever it is, says; empty for none."""
+    config: Any = network.pretrained_cfg
+    try:
+        return class_names(config.get("label_names"))
+    except SpecError as error:
+        raise error.at(f"label_names of the teacher {name}") from error
+
+
+def _class_order(name: str, student: tuple[str, ...], teacher: tuple[str, ...]) -> list[int] | None:
+    """Return the teacher's class for each of the student's by its name; None if they agree, or go by their position."""
+    if len(teacher) != len(student) or teacher == student:  # another number of names is of other weights, or of none
+        return None
+    order = match_classes(student, teacher)
+    strangers = [label for label, found in zip(student, order, strict=True) if found < 0]
+    if strangers:
+        raise UsageError(f"The teacher {name} knows other classes", found=f"no {', '.join(strangers[:5])}")
+    return order
 
 
 def _check_classes(name: str, expected: int, found: int) -> None:

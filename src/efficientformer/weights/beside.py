@@ -66,7 +66,7 @@ def read_beside(weights: Path, layout: str, spec: ArchSpec) -> Beside:
         ours = config is None or _is_efficientformer(config, layout)
         if config is not None and ours:
             files.append(CONFIG)
-            labels = _labels(config.get("id2label" if layout == "transformers" else "label_names"))
+            labels = class_names(config.get("id2label" if layout == "transformers" else "label_names"))
             preprocess = _timm(config, spec) if layout == "timm" else None
         if layout == "transformers" and ours and (processor := _read(folder / PROCESSOR)) is not None:
             files.append(PROCESSOR)
@@ -125,6 +125,25 @@ def known_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
     return ours if labels == synsets() or alike > 0.9 * len(ours) else labels
 
 
+def class_names(named: object) -> tuple[str, ...]:
+    """Return the class names of a configuration, given as a list or by their number, in order of the logits.
+
+    None are returned for transformers' stand-ins ``LABEL_0`` ...; ImageNet-1k's are ours, however they are written.
+
+    Raises:
+        SpecError: If they are no texts, or their numbers leave gaps.
+    """
+    if isinstance(named, Mapping):
+        keys = [str(number) for number in range(len(named))]
+        if set(named) != set(keys):
+            raise SpecError("The classes are not numbered", expected=f"0 to {len(keys) - 1}", found="other keys")
+        named = [named[key] for key in keys]
+    labels = tuple(as_list("class names", named or (), 1_000_000))
+    if not all(isinstance(label, str) for label in labels):
+        raise SpecError("Illegal class names", expected="texts", found="something else")
+    return () if labels == tuple(f"LABEL_{number}" for number in range(len(labels))) else known_labels(labels)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the JSON object of a file, None if there is no such file or it is no object."""
     if not path.is_file():
@@ -141,19 +160,6 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _is_efficientformer(config: Mapping[str, Any], layout: str) -> bool:
     name = config.get("architecture" if layout == "timm" else "model_type")
     return isinstance(name, str) and name.startswith("efficientformer")
-
-
-def _labels(named: object) -> tuple[str, ...]:
-    """Return class names, given as a list or by their number; none for transformers' stand-ins ``LABEL_0`` ..."""
-    if isinstance(named, Mapping):
-        keys = [str(number) for number in range(len(named))]
-        if set(named) != set(keys):
-            raise SpecError("The classes are not numbered", expected=f"0 to {len(keys) - 1}", found="other keys")
-        named = [named[key] for key in keys]
-    labels = tuple(as_list("class names", named or (), 1_000_000))
-    if not all(isinstance(label, str) for label in labels):
-        raise SpecError("Illegal class names", expected="texts", found="something else")
-    return () if labels == tuple(f"LABEL_{number}" for number in range(len(labels))) else known_labels(labels)
 
 
 def _timm(config: Mapping[str, Any], spec: ArchSpec) -> PreprocessSpec:
