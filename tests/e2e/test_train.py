@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from efficientformer import Classifier, evaluate_model
+from efficientformer.data.loader import WorkerLoader
 from efficientformer.evaluation.torch_predictor import TorchPredictor
 from efficientformer.spec.errors import DataError, EfficientFormerError, TrainingError, UsageError
 from efficientformer.spec.variants import v1_spec, v2_spec
@@ -24,7 +25,7 @@ from efficientformer.training.lock import alone_in
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.report import model_card
 from efficientformer.training.run import train
-from efficientformer.training.setup import build_network
+from efficientformer.training.setup import build_network, prepare
 from efficientformer.training.state import RunFolder
 from efficientformer.training.watch import Watch
 from efficientformer.weights.checkpoint import load_checkpoint, save_native
@@ -152,6 +153,29 @@ def test_a_killed_process_goes_on_to_the_same_bits(finished, data, tmp_path):
 
 
 @pytest.mark.usefixtures("no_training_report")
+def test_a_run_goes_on_with_another_number_of_workers_to_the_same_bits(data, tmp_path, monkeypatch, cli):
+    counts = []
+
+    class Counted(WorkerLoader):
+        def __init__(self, *arguments):
+            counts.append(arguments[-1])
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("efficientformer.training.setup.WorkerLoader", Counted)
+    whole, folder = train(RRC, data, tmp_path / "whole").folder, tmp_path / "run"
+    with monkeypatch.context() as stopping:
+        stopping.setattr(loop.Run, "_agree_to_stop", lambda run: run.progress.step == 1)
+        train(RRC, data, folder)
+    code, _, err = cli("train", "--resume", folder, "--set", "workers=2", "--set", "lr=1")
+    assert (code, "keeps its recipe and folder" in err) == (2, True)
+    assert cli("train", "--resume", folder, "--set", "workers=2")[0] == 0
+    assert counts == [1, 1, 2]
+    assert RunFolder(folder).recipe() == RunFolder(whole).recipe().with_changes(workers=2)
+    assert same(weights(folder), weights(whole))
+    assert train(resume=folder, workers=1).finished, "and back, from a state that was kept before"
+
+
+@pytest.mark.usefixtures("no_training_report")
 def test_the_loss_curve_is_the_golden_one(data, tmp_path):
     """Twelve steps in double-checked conditions; a change of order, augmentation, optimiser or loss shows here."""
     recipe = TINY.with_changes(epochs=2, refine_epochs=0, opt="sgd", lr=0.1, drop_path=0.0)
@@ -200,6 +224,36 @@ for folder in folders:
         for a, b in zip(losses(tmp_path / "one" / norm), losses(tmp_path / norm), strict=True):
             for key in ("loss", "train_top1", "val_loss", "val_top1"):
                 assert b[key] == pytest.approx(a[key], rel=1e-4), (norm, key)
+
+
+def test_a_process_whose_other_one_is_killed_says_so_in_a_line(data, tmp_path):
+    (tmp_path / "recipe.json").write_text(SHORT.to_json())
+    script = (
+        "import os; from efficientformer.cli.app import main; from efficientformer.training import loop\n"
+        "step = loop.Run._step\n"
+        "def deadly(run, batch):\n"
+        "    step(run, batch)\n"
+        "    run.progress.step == 6 and run.accelerator.process_index == 1 and os.kill(os.getpid(), 9)\n"
+        "loop.Run._step = deadly\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", script, "train", tmp_path / "recipe.json", "--data", data,
+               "--output", tmp_path / "run", "--device", "cpu", "--quiet"]  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": "2"}
+    first, second = (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"})
+        for rank in "01"
+    )  # fmt: skip
+    said = first.communicate(timeout=240)[1]
+    second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (1, -9), said
+    assert "Traceback" not in said
+    assert "error: Another process of this run no longer answers; found [" in said
+    way_on = f"torchrun --nproc-per-node 2 -m efficientformer train --resume {tmp_path / 'run'} --device cpu"
+    assert f"The last checkpoint stands: {way_on}" in said
+    assert "Another process" in (tmp_path / "run" / "train.log").read_text()
 
 
 @pytest.mark.usefixtures("no_training_report")
@@ -704,6 +758,16 @@ def test_parts_that_cannot_be_read_are_refused_before_the_first_step(tmp_path, p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("divided", "said"), [("", 0), ("train", 1)])
+def test_a_share_to_set_aside_of_divided_data_is_said_to_do_nothing(tmp_path, divided, said):
+    write_folders(tmp_path / divided, per_class=4)
+    if divided:
+        write_folders(tmp_path / "val", per_class=2)
+    for changes, count in (({"val_fraction": 0.5}, said), ({}, 0)):
+        notes = prepare(SHORT.with_changes(**changes), tmp_path, 0, 1).notes
+        assert sum("without effect: val_fraction" in note for note in notes) == count
+
+
 def test_weights_that_know_held_out_pictures_are_noted(data, tmp_path):
     save_native(tmp_path / "start.safetensors", *own_weights())
     recipe = SHORT.with_changes(model=str(tmp_path / "start.safetensors"), spec=None, pretrained=True)
@@ -729,12 +793,25 @@ def test_no_memory_to_measure_names_what_to_do(data, tmp_path, monkeypatch):
 
     def greedy(_, batch):
         asked.append(len(batch))
-        raise torch.OutOfMemoryError("no memory")
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(TorchPredictor, "_run", greedy)
-    with pytest.raises(TrainingError, match=r"memory to measure the network.*Lower batch_size"):
+    with pytest.raises(TrainingError, match=r"memory to measure the network.*smaller batch_size"):
         train(SHORT.with_changes(batch_size=2, val_fraction=0.5), data, tmp_path / "run")
     assert asked == [8]  # four times a step's pictures, whatever there are to measure on
+
+
+def test_no_memory_to_train_names_what_was_tried_and_what_to_do(data, tmp_path, monkeypatch):
+    def greedy(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(loop.Run, "_step", greedy)
+    with pytest.raises(TrainingError, match=f"4 pictures of 16 x 16 pixels at .*--resume {tmp_path / 'run'}") as caught:
+        train(SHORT.with_changes(accumulate=2), data, tmp_path / "run")
+    assert str(caught.value) in (tmp_path / "run" / "train.log").read_text()
+    monkeypatch.setattr("efficientformer.training.setup.EfficientFormer", greedy)
+    with pytest.raises(TrainingError, match=r"memory for the network and the pictures; found .*input_size"):
+        train(SHORT, data, tmp_path / "large")
 
 
 def test_a_network_that_cannot_be_measured_ends_the_run_with_its_step(data, tmp_path, monkeypatch):
@@ -768,6 +845,7 @@ def test_wrong_calls(data, tmp_path, finished, cli):
     for arguments, match in [
         ({"device": "cuda:7", "data": data}, "device"),
         ({"resume": finished.folder, "output": tmp_path}, "keeps its recipe"),
+        ({"resume": finished.folder, "workers": 1000}, "Illegal workers"),
         ({}, "Nothing to train on"),
     ]:
         with pytest.raises(UsageError, match=match):

@@ -66,6 +66,15 @@ def test_what_is_no_recipe_is_refused_with_the_reason(tmp_path, text, match):
     assert "mine.py" in str(caught.value)
 
 
+def test_a_json_recipe_sets_nothing_twice(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"epochs": 3, "opt_args": {"nesterov": true, "nesterov": false}}')
+    with pytest.raises(SpecError, match=r"mine\.json.*'nesterov' twice"):
+        load_recipe(path)
+    with pytest.raises(SpecError, match="Illegal opt_args"):
+        override(Recipe(), ['opt_args={"nesterov": true, "nesterov": false}'])
+
+
 def test_nothing_in_a_recipe_is_executed(tmp_path):
     path, trace = tmp_path / "evil.py", tmp_path / "trace"
     path.write_text(f"epochs = 3\n__import__('pathlib').Path({str(trace)!r}).touch()\n")
@@ -115,6 +124,24 @@ def test_settings_without_effect_are_named():
     assert Recipe(crop="pad", **changed).idle == ("crop_scale", "color_jitter", "distillation", "clip_value")
     assert Recipe(crop="rrc", **changed, teacher="timm:x", clip="norm").idle == ("padding",)
     assert Recipe(crop="rrc", randaugment="rand-m9", color_jitter=0.0).idle == ("color_jitter",)
+
+
+def test_settings_of_phases_that_are_none_are_named():
+    assert Recipe(warmup_epochs=0, warmup_lr=0.1, min_lr=0.1).idle == ("warmup_lr",)
+    assert Recipe(schedule="constant", warmup_lr=0.1, min_lr=0.1).idle == ("min_lr",)
+    assert Recipe(refine_epochs=2).idle == ("refine_epochs",)
+    assert Recipe(refine_epochs=2, erasing=0.1).idle == ()
+    assert Recipe(epochs=2, refine_epochs=2, erasing=0.1, mixup=1.0, mix_prob=0.5).idle == (
+        "erasing", "mixup", "mix_prob",
+    )  # fmt: skip
+    assert Recipe(mixup=1.0, cutmix=1.0, mix_prob=0.0).idle == ("mixup", "cutmix")
+
+
+def test_a_model_without_effect_is_named():
+    spec = VARIANTS["efficientformer_l1"].to_dict()
+    assert Recipe(model="efficientformer_l3", spec=spec, pretrained=False).idle == ("model",)
+    assert Recipe(model="efficientformer_l3", spec=spec).idle == ()
+    assert Recipe(model="efficientformer_l3", pretrained=False).idle == ()
 
 
 def test_settings_of_a_teacher_without_effect_are_named(tmp_path):

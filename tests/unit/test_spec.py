@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from efficientformer.spec.arch import ArchSpec, AttentionSpec, BlockSpec, StageSpec
+from efficientformer.spec.arch import ArchSpec, AttentionSpec, BlockSpec, StageSpec, load_json
 from efficientformer.spec.errors import InputSizeError, SpecError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
@@ -79,6 +79,11 @@ def test_illegal_spec_is_refused_and_the_legal_values_are_named(changes, says):
 def test_text_that_is_no_spec_is_a_spec_error(text):
     with pytest.raises(SpecError):
         ArchSpec.from_json(text)
+
+
+def test_a_key_given_twice_is_a_spec_error_that_names_it():
+    with pytest.raises(SpecError, match=r"No valid JSON in the plan; found the key 'epochs' twice\."):
+        load_json("the plan", '{"final": [{"epochs": 3, "lr": 1, "epochs": 3}]}')
 
 
 @pytest.mark.parametrize(

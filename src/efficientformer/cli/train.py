@@ -15,9 +15,9 @@ def train(
     recipe: Annotated[
         Path | None, typer.Argument(help="Recipe file (.py or .json); by default one that fine-tunes.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Data set: class folders, ImageNet, tar shards, idx files.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Data set: class folders, ImageNet, tar, idx, CSV files.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; by default runs/NAME.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with, perhaps with --set workers=N.")] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="Zoo name or weights file to start from.")] = "",
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the pictures.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures per step, over all devices.")] = None,
@@ -36,8 +36,10 @@ def train(
     require("train", "Training", "torch")
     given = {"model": model or None, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
     changes = {name: value for name, value in given.items() if value is not None}
-    if resume is not None and (recipe is not None or output is not None or changes or settings):
-        raise UsageError("A resumed run keeps its recipe and folder", hint="Give --resume, and --data if it has moved")
+    others = [setting for setting in settings or () if setting.partition("=")[0].strip() != "workers"]
+    if resume is not None and (recipe is not None or output is not None or changes or others):
+        hint = "Give --resume, and --data if it has moved; --set workers=N changes no result"
+        raise UsageError("A resumed run keeps its recipe and folder", hint=hint)
     if resume is not None:
         from efficientformer.training.state import RunFolder
 
@@ -50,7 +52,9 @@ def train(
     from efficientformer.training.run import train as run
     from efficientformer.training.state import RunFolder
 
-    outcome = run(None if resume else chosen, data, output, resume=resume, device=device, quiet=quiet)
+    outcome = run(
+        None if resume else chosen, data, output, resume=resume, workers=chosen.workers, device=device, quiet=quiet
+    )
     if not outcome.finished:
         if quiet:  # how to go on is no note
             typer.echo(f"Go on: {RunFolder(outcome.folder).resume_command}", err=True)

@@ -57,11 +57,13 @@ class Splits:
         train: The pictures to learn from.
         val: The pictures to measure on, with the same classes.
         note: Where the two come from.
+        own: Whether the data set has two parts of its own; else one was divided.
     """
 
     train: ImageSource
     val: ImageSource
     note: str
+    own: bool = False
 
 
 def open_source(path: str | os.PathLike[str], split: str | None = None) -> ImageSource:
@@ -124,7 +126,8 @@ def open_splits(path: str | os.PathLike[str], val_fraction: float = VAL_FRACTION
     held_out = next((name for name in ("val", "test") if name in parts), None)
     if "train" in parts and held_out:
         train = parts["train"]()
-        return Splits(train, _like(parts[held_out](), train), f"train and {held_out} as the data set has them")
+        note = f"train and {held_out} as the data set has them"
+        return Splits(train, _like(parts[held_out](), train), note, own=True)
     name = "train" if "train" in parts else next(iter(parts))
     if name not in ("train", WHOLE):
         hint = "Name the folder with its pictures to train on them"

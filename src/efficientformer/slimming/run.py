@@ -25,8 +25,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from efficientformer.latency.table import HERE, LatencyTable
 from efficientformer.models.network import EfficientFormer
 from efficientformer.slimming import device
@@ -46,6 +44,7 @@ from efficientformer.slimming.watch import SearchWatch
 from efficientformer.spec.errors import EfficientFormerError, TrainingError, UsageError
 from efficientformer.training.allocator import freed_memory_kept
 from efficientformer.training.lock import LOCK, alone_in
+from efficientformer.training.memory import memory_named
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import Outcome, train
 from efficientformer.training.setup import PlainNetwork
@@ -141,7 +140,7 @@ class _SlimRun:
         if not self._train_supernet():
             return SlimOutcome(self.folder, False, ())
         if not all((self._target(target) / CHOICE).exists() for target in self.plan.targets):
-            with self._naming_memory():
+            with memory_named("for the search", self._command):
                 self._search()
         steps = PathFile(self.folder / PATH, self.space).read()
         if not steps:
@@ -165,17 +164,6 @@ class _SlimRun:
             for target in self.plan.targets:
                 if not (self._target(target) / CHOICE).exists():
                     self._choose(search, bench, target)
-
-    @contextmanager
-    def _naming_memory(self) -> Iterator[None]:
-        """Turn what a device that is too small raises into an error that says what to do."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            hint = (f"Is something else using it? Go on when it is not: {self._command}; else start a new run with a "
-                    "lower batch_size, with accumulate raised, or with grad_checkpointing")  # fmt: skip
-            found = str(error)[:200]
-            raise TrainingError("The device has not enough memory for the search", found=found, hint=hint) from error
 
     @property
     def _command(self) -> str:

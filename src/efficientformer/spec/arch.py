@@ -288,11 +288,21 @@ def read_spec(path: Path) -> ArchSpec:
 
 
 def load_json(name: str, text: str | bytes) -> object:
-    """Parse JSON, turning every way it can fail into a SpecError that names ``name``."""
+    """Parse JSON, turning every way it can fail into a SpecError that names ``name``; so does a key given twice."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_members)
     except (ValueError, RecursionError) as error:
         raise SpecError(f"No valid JSON in {name}", found=str(error)) from None
+
+
+def _members(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object's members; Python's own parser takes the last one of a name."""
+    members: dict[str, object] = {}
+    for key, value in pairs:
+        if key in members:
+            raise ValueError(f"the key {key!r} twice")
+        members[key] = value
+    return members
 
 
 def _stage_from_dict(data: object) -> StageSpec:

@@ -97,6 +97,12 @@ class Run:
         return self.loader.plan.steps_per_epoch
 
     @property
+    def at_once(self) -> int:
+        """Pictures of a step that a process computes at once."""
+        world: int = self.accelerator.num_processes
+        return self.recipe.batch_size // (self.recipe.accumulate * world)
+
+    @property
     def average_from(self) -> int:
         """Step from which on weights are averaged."""
         recipe = self.recipe
@@ -136,10 +142,7 @@ class Run:
             stack.callback(lambda: self._name_skipped(self.loader.skipped))  # its own: other processes may be gone
             stack.callback(batches.close)
             for batch in self._naming_step(batches):
-                try:
-                    self._step(batch)
-                except torch.OutOfMemoryError as error:
-                    raise self.no_memory(f"for step {self.progress.step}", error) from error
+                self._step(batch)
                 self.progress.step += 1
                 self.progress.seconds = seconds + time.monotonic() - began
                 finished = self._after_step()
@@ -162,11 +165,6 @@ class Run:
                 found=error.found,
                 hint=f"{error.hint.rstrip('.')}. {self.folder.way_on}",
             ) from error
-
-    def no_memory(self, purpose: str, error: Exception) -> TrainingError:
-        """Return the error of a device that is too small for something."""
-        hint = "Lower batch_size, or raise accumulate, which cuts a batch into parts; or set grad_checkpointing"
-        return TrainingError(f"The device has not enough memory {purpose}", found=str(error)[:200], hint=hint)
 
     def _step(self, batch: Batch) -> None:
         """Train on one batch."""

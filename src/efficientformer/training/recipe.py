@@ -215,8 +215,15 @@ class Recipe:
     def idle(self) -> tuple[str, ...]:
         """Settings that differ from the defaults and change nothing beside the others, once ``crop`` is decided."""
         names = {"pad": ("crop_scale", "color_jitter", "interpolation"), "rrc": ("padding",)}.get(self.crop, ())
+        cut_or_mixed = ("cutout", "erasing", "mixup", "cutmix")
         for unused, others in (
+            (self.spec is not None and not self.pretrained, ("model",)),
+            (not self.warmup_epochs, ("warmup_lr",)),
+            (self.schedule == "constant", ("min_lr",)),
             (bool(self.randaugment), ("color_jitter",)),
+            (self.refine_epochs == self.epochs, (*cut_or_mixed, "mix_prob")),
+            (not any(getattr(self, name) for name in cut_or_mixed), ("refine_epochs",)),
+            (not self.mix_prob, ("mixup", "cutmix")),
             (not self.teacher, ("distillation", "distill_alpha", "distill_temperature", "teacher_weights")),
             (Path(self.teacher).is_file(), ("teacher_weights",)),
             (self.distillation == "hard", ("distill_temperature",)),
@@ -225,6 +232,10 @@ class Recipe:
             (not self.ema_decay, ("ema_epochs",)),
         ):
             names += others if unused else ()
+        return self.changed(names)
+
+    def changed(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return those of some settings that differ from the defaults, each once."""
         default = Recipe()
         return tuple(name for name in dict.fromkeys(names) if getattr(self, name) != getattr(default, name))
 
@@ -342,7 +353,7 @@ def _parsed(text: str, *, is_list: bool) -> object:
     """Return the value of a text that is JSON, a list without its brackets, or meant as it stands."""
     for json_text in (text, f"[{text}]") if is_list else (text,):
         with contextlib.suppress(ValueError):
-            return json.loads(json_text)
+            return load_json("a setting", json_text)
     return text.split(",") if is_list else {"True": True, "False": False, "None": None}.get(text, text)
 
 

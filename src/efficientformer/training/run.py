@@ -30,6 +30,7 @@ from efficientformer.spec.manifest import Manifest
 from efficientformer.training.allocator import freed_memory_kept
 from efficientformer.training.lock import alone_in
 from efficientformer.training.loop import Run, Shell
+from efficientformer.training.memory import memory_named
 from efficientformer.training.norms import synchronise_norms
 from efficientformer.training.optim import build_optimizer, hold_still
 from efficientformer.training.recipe import Recipe
@@ -70,6 +71,7 @@ def train(
     output: str | Path | None = None,
     *,
     resume: str | Path | None = None,
+    workers: int | None = None,
     device: str = "auto",
     quiet: bool = True,
     subject: Subject | None = None,
@@ -78,9 +80,10 @@ def train(
 
     Args:
         recipe: How to train; the default one fine-tunes a published network.
-        data: The data set: class folders, ImageNet, tar shards, idx files.
+        data: The data set: class folders, ImageNet, shards, idx files, CSV.
         output: The run folder; by default a new one in ``runs/``.
         resume: A run folder to go on with, by its own recipe; ``data`` may say where its pictures are now.
+        workers: Worker processes instead of the recipe's; a resumed run keeps the new number. They change no result.
         device: ``auto`` or ``cpu``.
         quiet: Say nothing on the terminal.
         subject: What is trained; by default the recipe's own network.
@@ -90,6 +93,7 @@ def train(
 
     Raises:
         UsageError: If the arguments do not go together, or the folder holds another run.
+        SpecError: If ``workers`` is no legal number.
         DataError: If the data set is missing or does not fit.
         TrainingError: If training cannot go on; the message names the step, and the last good checkpoint stands.
         MissingExtraError: If a library of the train extra is missing.
@@ -99,7 +103,7 @@ def train(
     subject = subject or PlainNetwork()
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     with _process_group(), _signals() as stop, freed_memory_kept() if on_cpu else nullcontext():
-        return _go(recipe, data, output, resume, device, quiet, subject, stop)
+        return _go(recipe, data, output, resume, workers, device, quiet, subject, stop)
 
 
 def _go(
@@ -107,6 +111,7 @@ def _go(
     data: str | Path | None,
     output: str | Path | None,
     resume: str | Path | None,
+    workers: int | None,
     device: str,
     quiet: bool,
     subject: Subject,
@@ -119,16 +124,19 @@ def _go(
         recipe, path = resumed.recipe(), Path(note["path"] if data is None else data).absolute()
     else:
         note, recipe, path = {}, recipe or Recipe(), Path(str(data)).absolute()
+    if workers is not None:
+        recipe = recipe.with_changes(workers=workers)
     accelerator = _accelerator(recipe, device)
     # noted: a resumed run goes on in the precision it began in, whatever the hardware it goes on with
     recipe = recipe.with_changes(precision=accelerator.mixed_precision.replace("no", "fp32"))
     manifest = None if resumed is None or resumed.fresh else Manifest.from_json(note["manifest"])
     rank, world = accelerator.process_index, accelerator.num_processes
-    prepared = prepare(recipe, path, rank, world, manifest, subject)
-    if resumed is not None and note["digest"] != prepared.digest:
-        raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
-    run = _assemble(prepared, resumed or _new_folder(output, prepared, path, accelerator), accelerator, stop)
-    with _taken_up(run, prepared, path, _launch(accelerator, device), new=resumed is None, quiet=quiet):
+    with memory_named("for the network and the pictures"):
+        prepared = prepare(recipe, path, rank, world, manifest, subject)
+        if resumed is not None and note["digest"] != prepared.digest:
+            raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
+        run = _assemble(prepared, resumed or _new_folder(output, prepared, path, accelerator), accelerator, stop)
+    with _taken_up(run, prepared, path, _launch(accelerator, device), new=resumed is None, quiet=quiet), _named(run):
         return _train(run, prepared, path)
 
 
@@ -149,7 +157,8 @@ def _check_call(
     if resume is None and data is None:
         raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
     if resume is not None and (recipe is not None or output is not None):
-        raise UsageError("A resumed run keeps its recipe and folder", hint="Give resume alone, or with data that moved")
+        hint = "Give resume alone, or with data that moved or another number of workers"
+        raise UsageError("A resumed run keeps its recipe and folder", hint=hint)
 
 
 def _check_kinds(recipe: object, data: object) -> None:
@@ -218,6 +227,26 @@ def _assemble(prepared: Prepared, folder: RunFolder, accelerator: Accelerator, s
 
 
 @contextmanager
+def _named(run: Run) -> Iterator[None]:
+    """Turn what torch raises for want of memory, or of another process, into an error that says what to do.
+
+    Raises:
+        TrainingError: If there is not enough memory, or another process of the run no longer answers.
+    """
+    height, width = run.model.spec.input_size
+    purpose = f"to train on {run.at_once} pictures of {width} x {height} pixels at once"
+    try:
+        with memory_named(purpose, run.folder.resume_command):
+            yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):  # its source files
+            raise
+        hint = f"What it said last, above or in torchrun's --log-dir, tells why. {run.folder.way_on}"
+        found = str(error).partition("\n")[0].partition(". ")[0]
+        raise TrainingError("Another process of this run no longer answers", found=found, hint=hint) from error
+
+
+@contextmanager
 def _taken_up(run: Run, prepared: Prepared, path: Path, launch: Launch, *, new: bool, quiet: bool) -> Iterator[None]:
     """Keep other processes out of a run's folder, made if it is new, and bring the run to the step it stands at."""
     folder, is_main = run.folder.path, run.accelerator.is_main_process
@@ -247,6 +276,7 @@ def _take_up(run: Run, prepared: Prepared, path: Path, launch: Launch, *, new: b
                 folder.create(run.recipe, {**prepared.describe_data(path), "launch": vars(launch)})
             else:  # an older version did not note the launch
                 folder.note(path=str(path), launch=folder.data().get("launch", vars(launch)))
+                folder.note_workers(run.recipe.workers)
         except EfficientFormerError as error:
             problem = [str(error)]
     if accelerator.num_processes > 1:
@@ -279,8 +309,6 @@ def _evaluate(run: Run, network: EfficientFormer, prepared: Prepared) -> dict[st
     try:
         merged = _measure(run, predictor, prepared.val, keep_worst=0)
     except EngineError as error:
-        if isinstance(error.__cause__, torch.OutOfMemoryError):
-            raise run.no_memory("to measure the network", error.__cause__) from error
         what = "answers with no numbers" if error.__cause__ is None else "cannot be measured"
         raise TrainingError(
             f"The network {what} after step {progress.step - 1}", found=error.found, hint=run.advice
@@ -320,9 +348,9 @@ def _measure_best(run: Run, prepared: Prepared, path: Path) -> Evaluation:
 def _measure(run: Run, predictor: TorchPredictor, source: ImageSource, **options: Any) -> Evaluation:  # noqa: ANN401
     """Measure a network, all processes together, on as many pictures at once as fit where a training step does."""
     team = Team(run.accelerator.process_index, run.accelerator.num_processes)
-    part = run.recipe.batch_size // (run.recipe.accumulate * team.world)
-    batch = min(EVAL_BATCH, 4 * part)  # a step keeps every layer's results, measuring only the last ones
-    share = evaluate(predictor, source, batch_size=batch, rank=team.rank, world=team.world, **options)
+    batch = min(EVAL_BATCH, 4 * run.at_once)  # a step keeps every layer's results, measuring only the last ones
+    with memory_named("to measure the network", run.folder.resume_command):
+        share = evaluate(predictor, source, batch_size=batch, rank=team.rank, world=team.world, **options)
     return team.merged(share)
 
 

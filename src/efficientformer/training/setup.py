@@ -151,6 +151,8 @@ def prepare(
     images, source = None, splits.train
     if recipe.idle:
         notes.append(f"without effect beside the other settings: {', '.join(recipe.idle)}")
+    if splits.own and recipe.changed(["val_fraction"]):
+        notes.append("without effect: val_fraction, since the data set is divided already")
     if recipe.crop == "pad":
         images, source, skipped = decode_all(source, manifest.preprocess, recipe.workers)
         read = source

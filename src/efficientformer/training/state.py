@@ -192,6 +192,12 @@ class RunFolder:
             return
         write_json(self.path / "data.json", after, indent=2)
 
+    def note_workers(self, workers: int) -> None:
+        """Change the number of worker processes in the recipe, which no result depends on."""
+        recipe = self.recipe()
+        if recipe.workers != workers:
+            write_json(self.path / "recipe.json", recipe.with_changes(workers=workers).to_dict(), indent=2)
+
     def save_state(self, parts: Mapping[str, Any], progress: Progress) -> None:
         """Write everything a run needs to go on from here.
 
@@ -216,7 +222,8 @@ class RunFolder:
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
             recipe, progress = Recipe.from_dict(json.loads(data["recipe"])), Progress(**data["progress"])
-            same = recipe == self.recipe()  # not their texts: a newer version knows settings that an older one did not
+            now = self.recipe()  # not its text: a newer version knows settings that an older one did not
+            same = recipe.with_changes(workers=now.workers) == now
             for name, part in parts.items():
                 if part is not None and same:
                     part.load_state_dict(data["parts"][name])
