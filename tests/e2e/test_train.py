@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -489,9 +490,11 @@ class Processes:
         return (tensor + torch.tensor(self.others.pop(0))) / 2
 
 
-def one_of_two(folder, stop, *others):
+def one_of_two(folder, asked, *others):
     """Return the run of a process with another one beside it, without anything to train."""
-    run = loop.Run(*[None] * 7, Processes(*others), [], RunFolder(folder), stop)
+    run = loop.Run(*[None] * 7, Processes(*others), [], RunFolder(folder), threading.Event())
+    if asked:
+        run.stop.set()
     run._agreed = (0, 0.0)
     return run
 
@@ -500,7 +503,7 @@ def one_of_two(folder, stop, *others):
 def test_processes_agree_to_stop_every_two_seconds_or_ten_steps(tmp_path, monkeypatch, seconds, expected):
     now, agreed = [0.0], []
     monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    run = one_of_two(tmp_path, lambda: False)
+    run = one_of_two(tmp_path, False)
     while len(agreed) < 3:
         run.progress.step += 1
         now[0] += seconds
@@ -512,7 +515,7 @@ def test_processes_agree_to_stop_every_two_seconds_or_ten_steps(tmp_path, monkey
 
 def test_a_wish_of_either_process_stops_both(tmp_path):
     for wishes in ((True, 0.0), (False, 1.0)):
-        run = one_of_two(tmp_path, lambda wishes=wishes: wishes[0], [wishes[1], 0.1])
+        run = one_of_two(tmp_path, wishes[0], [wishes[1], 0.1])
         run.progress.step = 1
         assert run._agree_to_stop()
 
@@ -524,7 +527,7 @@ def test_of_several_processes_one_without_batches_does_not_save_alone(tmp_path):
         raise DataError("A process that prepares pictures died")
         yield
 
-    run = one_of_two(tmp_path, lambda: True)
+    run = one_of_two(tmp_path, True)
     with pytest.raises(TrainingError, match="No batch for step 0"):
         list(run._naming_step(dry()))
 
@@ -547,6 +550,21 @@ def test_the_progress_line_shows_the_newest_figures(tmp_path, monkeypatch, capsy
     assert "loss" not in first
     assert "epoch 2/2" in last
     assert "loss 1.250  top-1 40.00 %  best val top-1 62.50 %" in last
+
+
+def test_who_listens_hears_every_line_and_may_end_the_run(finished, data, tmp_path):
+    heard = []
+
+    def listen(figures):
+        heard.append(figures)
+        return figures["epoch"] == 1
+
+    outcome = train(TINY, data, tmp_path / "run", on_metrics=listen)
+    assert (outcome.finished, [line["epoch"] for line in heard]) == (False, [1])
+    assert {"step", "loss", "train_top1", "lr", "val_top1", "val_top5", "val_loss"} <= heard[0].keys()
+    assert train(resume=tmp_path / "run", on_metrics=heard.append).finished
+    assert heard == [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert same(weights(tmp_path / "run"), weights(finished.folder))
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(data, tmp_path, monkeypatch, cli):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import shlex
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
@@ -37,6 +38,10 @@ AGREE_EVERY = 10  # steps at most between the processes' agreeing to stop
 AGREE_EVERY_S = 2.0  # seconds at most, where a step takes less
 
 
+OnMetrics = Callable[[dict[str, Any]], object]
+"""Told a line of the metrics: step, epoch, loss, train_top1, lr, and after an epoch val_loss, val_top1, val_top5."""
+
+
 class Shell(nn.Module):
     """Holds the network for Accelerate, which patches what it is given; the network itself stays as it is."""
 
@@ -64,10 +69,11 @@ class Run:
         accelerator: Devices and processes.
         still: BatchNorms that keep their statistics.
         folder: Where everything is kept.
-        stop: Says whether somebody wants the run to end.
+        stop: Set once somebody wants the run to end.
         progress: Where the run stands.
         watch: Where everything is told.
         evaluate: Called after an epoch with the network to measure; returns figures for the metrics.
+        on_metrics: Told each line of the metrics, in the first process; the run ends if it returns True.
     """
 
     recipe: Recipe
@@ -80,10 +86,11 @@ class Run:
     accelerator: Accelerator
     still: list[nn.Module]
     folder: RunFolder
-    stop: Callable[[], bool]
+    stop: threading.Event
     progress: Progress = field(default_factory=Progress)
     watch: Watch = field(init=False)
     evaluate: Callable[[EfficientFormer], dict[str, float | None]] = field(init=False)
+    on_metrics: OnMetrics | None = None
     _losses: list[Tensor] = field(default_factory=list)
     _hits: list[Tensor] = field(default_factory=list)
     _saved_at: int = -1
@@ -158,7 +165,7 @@ class Run:
         try:
             yield from batches
         except DataError as error:
-            if self.stop() and self.accelerator.num_processes == 1:  # what asked to stop ended the workers too
+            if self.stop.is_set() and self.accelerator.num_processes == 1:  # what asked to stop ended the workers too
                 return  # (where others are in the middle of a step, they cannot be joined in saving)
             raise TrainingError(
                 f"No batch for step {self.progress.step}: {error.problem}",
@@ -225,6 +232,8 @@ class Run:
             figures = {"step": step, "epoch": epoch + 1, **figures, "images_per_s": round(self.watch.images_per_s, 1)}
             self.folder.log_metrics(figures)
             self.watch.scalars(figures, step)
+            if self.on_metrics is not None and self.on_metrics(figures):
+                self.stop.set()
         if end_of_epoch or (recipe.save_every and step % recipe.save_every == 0):
             self._save()
         return last or (end_of_epoch and self._out_of_patience())
@@ -303,11 +312,11 @@ class Run:
         """
         step = self.progress.step
         if self.accelerator.num_processes == 1:
-            return self.stop()
+            return self.stop.is_set()
         if step < self._agree_at:
             return False
         before, now = self._agreed, time.monotonic()
-        said = torch.tensor([float(self.stop()), now - before[1]], device=self.accelerator.device)
+        said = torch.tensor([float(self.stop.is_set()), now - before[1]], device=self.accelerator.device)
         wishes, seconds = self.accelerator.reduce(said, "mean").tolist()
         steps = AGREE_EVERY_S / max(1e-9, seconds) * max(1, step - before[0])
         self._agreed, self._agree_at = (step, now), step + max(1, min(AGREE_EVERY, int(steps)))

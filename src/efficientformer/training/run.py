@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from efficientformer.spec.errors import EfficientFormerError, EngineError, Train
 from efficientformer.spec.manifest import Manifest
 from efficientformer.training.allocator import freed_memory_kept
 from efficientformer.training.lock import alone_in
-from efficientformer.training.loop import Run, Shell
+from efficientformer.training.loop import OnMetrics, Run, Shell
 from efficientformer.training.memory import memory_named
 from efficientformer.training.norms import synchronise_norms
 from efficientformer.training.optim import build_optimizer, hold_still
@@ -72,6 +72,7 @@ def train(
     *,
     resume: str | Path | None = None,
     workers: int | None = None,
+    on_metrics: OnMetrics | None = None,
     device: str = "auto",
     quiet: bool = True,
     subject: Subject | None = None,
@@ -84,6 +85,8 @@ def train(
         output: The run folder; by default a new one in ``runs/``.
         resume: A run folder to go on with, by its own recipe; ``data`` may say where its pictures are now.
         workers: Worker processes instead of the recipe's; a resumed run keeps the new number. They change no result.
+        on_metrics: Told each line of ``metrics.jsonl`` as it is written, in the first process. If it returns True the
+            run saves and ends as after Ctrl-C.
         device: ``auto`` or ``cpu``.
         quiet: Say nothing on the terminal.
         subject: What is trained; by default the recipe's own network.
@@ -103,7 +106,7 @@ def train(
     subject = subject or PlainNetwork()
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     with _process_group(), _signals() as stop, freed_memory_kept() if on_cpu else nullcontext():
-        return _go(recipe, data, output, resume, workers, device, quiet, subject, stop)
+        return _go(recipe, data, output, resume, workers, on_metrics, device, quiet, subject, stop)
 
 
 def _go(
@@ -112,10 +115,11 @@ def _go(
     output: str | Path | None,
     resume: str | Path | None,
     workers: int | None,
+    on_metrics: OnMetrics | None,
     device: str,
     quiet: bool,
     subject: Subject,
-    stop: Callable[[], bool],
+    stop: threading.Event,
 ) -> Outcome:
     """Train; when this returns, nothing of the run holds the process group any more."""
     resumed = None if resume is None else RunFolder(Path(resume), subject.resume_command)
@@ -136,6 +140,7 @@ def _go(
         if resumed is not None and note["digest"] != prepared.digest:
             raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
         run = _assemble(prepared, resumed or _new_folder(output, prepared, path, accelerator), accelerator, stop)
+        run.on_metrics = on_metrics
     with _taken_up(run, prepared, path, _launch(accelerator, device), new=resumed is None, quiet=quiet), _named(run):
         return _train(run, prepared, path)
 
@@ -205,7 +210,7 @@ def _train(run: Run, prepared: Prepared, path: Path) -> Outcome:
     return Outcome(folder, True, run.progress.step, evaluation)
 
 
-def _assemble(prepared: Prepared, folder: RunFolder, accelerator: Accelerator, stop: Callable[[], bool]) -> Run:
+def _assemble(prepared: Prepared, folder: RunFolder, accelerator: Accelerator, stop: threading.Event) -> Run:
     """Put the parts of a run together."""
     from timm.utils.model_ema import ModelEmaV3
 
@@ -420,7 +425,7 @@ def _process_group() -> Iterator[None]:
 
 
 @contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
+def _signals() -> Iterator[threading.Event]:
     """Turn Ctrl-C and SIGTERM into a wish that is looked at between steps; a second Ctrl-C ends at once."""
     asked = threading.Event()
 
@@ -431,11 +436,11 @@ def _signals() -> Iterator[Callable[[], bool]]:
         sys.stderr.write("\nStopping after this step; Ctrl-C once more ends at once\n")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield asked.is_set
+        yield asked
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
