@@ -248,8 +248,9 @@ def _for_network(
     else:
         seen = part in _WHY_SEEN and manifest.provenance.get("source") in _TRAINED_HERE
         note = f"{_WHY_SEEN[part]}: {_SEEN}" if seen else ""
-    notes = (*source.notes, "" if manifest.labels else _UNNAMED, note)
-    return align(source, manifest.labels) if manifest.labels else source, [each for each in notes if each]
+    aligned = align(source, manifest.labels) if manifest.labels else source
+    notes = (*aligned.notes, "" if manifest.labels else _UNNAMED, note)
+    return aligned, [each for each in notes if each]
 
 
 def _set_aside(data: str | Path, provenance: Mapping[str, str]) -> tuple[ImageSource, str]:

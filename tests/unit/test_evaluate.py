@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientformer import Classifier
+from efficientformer import Classifier, evaluate_model
 from efficientformer.data.source import ImageSource
 from efficientformer.evaluation import distributed
 from efficientformer.evaluation import torch_predictor as predictor_module
@@ -468,3 +468,12 @@ def test_the_heat_map_shows_shares_of_each_row():
     assert shares[1, 1] == 100
     assert shares[2, 1] == shares[2, 2] == 50
     assert shares[0].sum() == 0
+
+
+def test_numbers_that_are_taken_for_the_networks_order_are_told_of(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
+    (tmp_path / "data.txt").write_text("1.png 3\n")
+    (note,) = (
+        each for each in evaluate_model("", tmp_path / "data.txt", engine="onnxruntime").notes if "order" in each
+    )
+    assert note == "the data names no classes (classes.txt): their numbers are taken for the network's order"

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import threading
+from contextlib import nullcontext
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -56,6 +57,9 @@ class Handler(BaseHTTPRequestHandler):
         else:
             _, owner, name, _, _, *file = path.split("/")
             found = hub.files.get(f"{owner}/{name}", {}).get("/".join(file))
+            if file[-1:] in hub.broken:
+                self.send_error(500)
+                return
         self.send_response(404 if found is None else 200)
         if found is None:
             self.send_header("X-Error-Code", "RepoNotFound")
@@ -82,7 +86,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def hub(tmp_path, monkeypatch, weights):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.log, server.commit, server.said = [], "a" * 40, {}
+        server.log, server.commit, server.said, server.broken = [], "a" * 40, {}, ()
         server.files = {"me/pets": {"config.json": json.dumps(CONFIG).encode(), "pytorch_model.bin": weights}}
         server.url = f"http://127.0.0.1:{server.server_port}"
         use_hub(monkeypatch, tmp_path / "hub", server.url)
@@ -103,7 +107,7 @@ def gone(monkeypatch):
     new_process(monkeypatch)
 
 
-@pytest.mark.parametrize("name", [PETS, "HF_HUB:me/pets@main", "https://huggingface.co/me/pets/resolve/main/{}"])
+@pytest.mark.parametrize("name", [PETS, "HF_HUB:me/pets@main", "https://huggingface.co/me/pets/blob/main/{}"])
 def test_a_network_comes_with_what_lies_beside_it(hub, name):
     network = get_model(name.format("pytorch_model.bin"))
     assert network.manifest.labels == ("cat", "dog")
@@ -129,6 +133,16 @@ def test_the_next_process_takes_what_is_new(hub, monkeypatch):
     assert get_model(PETS).manifest.labels == old.manifest.labels
     new_process(monkeypatch)
     assert get_model(PETS).manifest.labels == ("dog", "cat")
+
+
+def test_a_commit_that_cannot_be_had_whole_leaves_what_is_here(hub, monkeypatch):
+    get_model(PETS)
+    hub.files["me/pets"]["config.json"] = b"{}"
+    hub.commit, hub.broken = "b" * 40, (["pytorch_model.bin"],)
+    for offline in (False, True):
+        new_process(monkeypatch)
+        with nullcontext() if offline else pytest.warns(UserWarning, match="as it was fetched before"):
+            assert get_model(PETS, offline=offline).manifest.labels == ("cat", "dog")
 
 
 def test_what_is_here_serves_without_the_hub(hub, monkeypatch):
@@ -160,6 +174,10 @@ def test_what_is_not_here_is_told(hub, monkeypatch):
         ("hf-hub:me/large", DownloadError, "too large"),
         ("hf-hub:pets", UsageError, "hf-hub:OWNER/NAME"),
         ("hf-hub:me/../x", UsageError, "hf-hub:OWNER/NAME"),
+        ("hf-hub:../..", UsageError, "hf-hub:OWNER/NAME"),
+        ("hf-hub:-me/a--b", UsageError, "hf-hub:OWNER/NAME"),
+        ("hf-hub:me/pets@x/../../../evil", UsageError, "no revision"),
+        ("https://huggingface.co/me/pets/resolve/..%2f..%2fevil/pytorch_model.bin", UsageError, "no revision"),
         ("{url}/network.zip", UsageError, r"of no network; expected a file \(\.onnx"),
         ("{url}/a/b/c/d/none.onnx", DownloadError, "404"),
         ("me/pets", UnknownModelError, "hub is named hf-hub:me/pets"),

@@ -371,7 +371,7 @@ def unnamed(*classes):
 
 def test_numbers_are_labels_where_classes_have_no_names():
     assert aligned(unnamed("0", "1"), ("cat", "dog", "frog")) == [0, 1]
-    assert "name no classes" in align(unnamed("0", "1"), ("cat", "dog", "frog")).notes[-1]
+    assert "names no classes" in align(unnamed("0", "1"), ("cat", "dog", "frog")).notes[-1]
     assert aligned(unnamed("0", "1"), ("1", "0")) == [1, 0]
     with pytest.raises(DataError):
         aligned(unnamed("0", "1", "2"), ("cat", "dog"))
@@ -430,6 +430,8 @@ def test_folders_named_by_numbers_are_not_taken_for_labels(tmp_path):
         ("data.CSV", '\ufeffid,Class,File_Name,note\r\n7,dog,a/1.png,\r\n8,cat, b/2.png ,"x,\ny"\r\n'),
         ("data.csv", "a/1.png,dog\nb/2.png,cat"),
         ("data.tsv", "label\timage\ndog\ta/1.png\n\ncat\tb/2.png\n"),
+        ("data.csv", "\ufeffPath;Label\r\na/1.png;dog\r\n;\r\nb/2.png;cat\r\n"),
+        ("data.csv", "image_id,label\na\\1.png,dog\nb\\2.png,cat\n"),
         ("data.txt", "a/1.png dog\nb/2.png\tcat\n\n"),
     ],
 )
@@ -448,6 +450,7 @@ def test_numbers_in_a_list_are_labels(tmp_path):
     path.write_text(f"1.png 2\n{tmp_path}/with space 2.png 0\n")
     source = open_source(path)
     assert (source.classes, source.unnamed, source.labels.tolist()) == (("0", "1", "2"), True, [2, 0])
+    assert source.notes == ("no picture of the classes '1', below 2: labels begin at 0",)
     assert source.read(1) == PICTURE
     (tmp_path / "classes.txt").write_text("ant\nbee\ncow\n")
     source = open_source(path)
@@ -487,12 +490,46 @@ def test_tables_in_a_folder_are_its_parts(tmp_path):
     assert open_source(tmp_path, "train").name(0) == "c0/1.png", "folders speak for themselves"
 
 
+def test_a_table_of_a_folder_may_divide_itself(tmp_path):
+    put(tmp_path, "train_images/1.png", "train_images/2.png", "test_images/3.png")
+    text = "path,label,split\ntrain_images/1.png,cat,train\ntrain_images/2.png,dog,val\n"
+    for name in ("Train.CSV", "labels.csv"):
+        (tmp_path / name).write_text(text)
+        assert {part: len(opener()) for part, opener in find_parts(tmp_path).items()} == {"train": 1, "val": 1}
+        (tmp_path / name).unlink()
+    (tmp_path / "labels.csv").write_text(text.replace(",split", "").replace(",train", "").replace(",val", ""))
+    assert open_source(tmp_path).classes == ("cat", "dog")
+    put(tmp_path, "cat/1.png")
+    assert open_source(tmp_path).classes == ("cat", "test_images", "train_images"), "folders speak for themselves"
+
+
+@pytest.mark.parametrize("name", ["train.txt", "train/metadata.csv"])
+def test_lists_of_mmpretrain_and_hugging_face(tmp_path, name):
+    for part, label in (("train", 1), ("val", 0)):
+        put(tmp_path, f"{part}/1.png")
+        path = tmp_path / name.replace("train", part)
+        path.write_text(f"{part}/1.png {label}" if name == "train.txt" else f"file_name,label\n1.png,{label}\n")
+    assert list(find_parts(tmp_path)) == ["train", "val"]
+    assert open_source(tmp_path, "train").read(0) == PICTURE
+    assert open_source(tmp_path, "train").labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("folders", [("train_images", "test_images"), ("Train", "Test"), ("images",)])
+def test_piles_of_pictures_are_no_classes(tmp_path, folders):
+    put(tmp_path, *(f"{name}/1.png" for name in folders))
+    (tmp_path / "train.csv").write_text("id,label\n1,cat\n")
+    with pytest.raises(DataError, match=r"is named as a class; .*found pictures in .*, and 'train\.csv'\. Have a"):
+        open_source(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "Cannot tell the columns"),
+        ("file,label\n1.png,big, fat cat\n", r"too many cells; expected 2 .*quotes; found line 2: '1\.png', 'big'"),
+        ('file,label\n1.png,"cat\n1.png,dog\n', r"not whole; .* found line 3: picture '1\.png', class 'cat\\n1"),
         ("file,label", "lists nothing"),
-        ("id,label\n1,cat", "expected a column file or filename .*; found 'id', 'label'"),
+        ("id,label\n1,cat", r"expected a column file or filename .*; found 'id,label\\n'"),
         ("file,label\n1.png,cat\n1.png\n", r"not whole; .* found line 3: picture '1\.png', class ''"),
         ("file,label\n2.png,cat\n3.png,dog\n", r"not there; expected files in .*; found no '2\.png', '3\.png'"),
         ("file,label,split\n1.png,cat,fold1\n", "Unknown part in line 2 .* found fold1"),

@@ -64,7 +64,7 @@ def align(source: ImageSource, labels: tuple[str, ...]) -> ImageSource:
     if not strangers:
         return Relabelled(source, labels, found)
     if source.unnamed and len(strangers) == len(used) and len(source.classes) <= len(labels):
-        unnamed = "the shards name no classes (classes.txt): their numbers are taken for the network's order"
+        unnamed = "the data names no classes (classes.txt): their numbers are taken for the network's order"
         return Relabelled(source, labels, range(len(source.classes)), unnamed)
     hint = "Rename the class folders to the network's class names, or train a network on these classes"
     if len(source.classes) == len(labels):

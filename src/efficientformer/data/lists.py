@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from efficientformer.data.listing import FileSource, is_picture, some
+import numpy as np
+
+from efficientformer.data.listing import SHOWN, FileSource, is_picture, some
 from efficientformer.data.shards import MAX_CLASSES, find_class_names
 from efficientformer.spec.errors import DataError
 
-TABLES = (".csv", ".tsv")
-SUFFIXES = (*TABLES, ".txt")
-PICTURE = ("file", "filename", "file_name", "filepath", "file_path", "path", "image", "image_path", "picture")
+SUFFIXES = (".csv", ".tsv", ".txt")
+PICTURE = ("file", "filename", "file_name", "filepath", "filepaths", "file_path", "path", "fname",
+           "image", "image_path", "image_id", "picture")  # fmt: skip
 LABEL = ("label", "class", "class_name", "category", "target", "labels")
 SPLIT = ("split", "subset", "part", "partition")
 
-_TRIED = 5  # pictures looked for when a list is opened
+_DELIMITERS = (",", ";", "\t")
+_WORDS = 80  # letters of a line in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +40,28 @@ class Row:
     split: str
     line: int
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it says a picture and a class; a quote that is never closed makes one class of many lines."""
+        return bool(self.picture and self.label) and "\n" not in self.picture + self.label
+
 
 def is_list(path: Path) -> bool:
     """Tell by its ending whether a file is a list of pictures."""
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
-def has_classes(path: Path) -> bool:
-    """Tell whether a file is a list with classes: a table of something else is not, nor is Kaggle's ``test.csv``."""
+def peek(path: Path) -> Row | None:
+    """Return the first line of a list whose first picture is there.
+
+    Of other tables and texts, and of Kaggle's ``test.csv`` without classes, there is none.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            _, (picture, label, _) = next(_lines(path, file))
-    except (OSError, UnicodeDecodeError, csv.Error, DataError, StopIteration):
-        return False
-    return bool(picture and label)
+            row = next(_rows(path, file))
+        return row if row.is_whole and _find(path.absolute().parent, [row]) is not None else None
+    except (OSError, ValueError, csv.Error, DataError, StopIteration):
+        return None
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -59,17 +70,17 @@ def read_rows(path: Path) -> list[Row]:
     A ``.txt`` holds a picture, white space, and its class, as mmpretrain's annotation files do.
 
     Raises:
-        DataError: If it cannot be read, or a line has no picture or no class.
+        DataError: If it cannot be read, or a line is not a picture and a class.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [Row(*each, number) for number, each in _lines(path, file)]
+            rows = list(_rows(path, file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"Cannot read {str(path)!r}", expected="a list in UTF-8", found=str(error)) from error
     if not rows:
         raise DataError(f"{str(path)!r} lists nothing", expected="a picture and its class on each line")
-    if bad := next((row for row in rows if not (row.picture and row.label)), None):
-        found = f"line {bad.line}: picture {bad.picture!r}, class {bad.label!r}"
+    if bad := next((row for row in rows if not row.is_whole), None):
+        found = f"line {bad.line}: picture {bad.picture[:_WORDS]!r}, class {bad.label[:_WORDS]!r}"
         raise DataError(f"A line of {str(path)!r} is not whole", expected="a picture and its class", found=found)
     return rows
 
@@ -81,14 +92,14 @@ def open_list(path: Path, rows: list[Row]) -> FileSource:
     called by their numbers. Others are in the order of their sorted names.
 
     Raises:
-        DataError: If none of the first pictures is there, or a number is out of range.
+        DataError: If none of the pictures is there, or a number is out of range.
     """
     root = path.absolute().parent
-    tried = [row.picture for row in islice(rows, _TRIED)]
-    if not any((root / name).is_file() for name in tried):
+    slash = _find(root, rows)
+    if slash is None:
         hint = "Write whole paths, with the ending, or put the list where they begin"
         raise DataError(f"The pictures of {str(path)!r} are not there", expected=f"files in {root}",
-                        found=f"no {some(tried)}", hint=hint)  # fmt: skip
+                        found=f"no {some([row.picture for row in islice(rows, SHOWN)])}", hint=hint)  # fmt: skip
     said = [row.label for row in rows]
     numbered = all(label.isascii() and label.isdecimal() for label in said)
     names = find_class_names(root) if numbered else tuple(sorted(set(said)))
@@ -97,37 +108,58 @@ def open_list(path: Path, rows: list[Row]) -> FileSource:
     labels = [min(int(label), MAX_CLASSES) if numbered else order[label] for label in said]
     if (highest := max(labels)) >= limit:
         raise DataError(f"A class in {str(path)!r} is out of range", expected=f"0 to {limit - 1}", found=f"{highest}")
-    source = FileSource(root, (row.picture for row in rows), labels, names or map(str, range(highest + 1)))
+    pictures = (row.picture.replace(slash, "/") for row in rows)
+    source = FileSource(root, pictures, labels, names or map(str, range(highest + 1)))
     source.unnamed = not names
+    unused = np.setdiff1d(np.arange(highest), source.labels)
+    if source.unnamed and len(unused):
+        source.notes = (f"no picture of the classes {some(map(str, unused))}, below {highest}: labels begin at 0",)
     return source
 
 
-def _lines(path: Path, file: Iterator[str]) -> Iterator[tuple[int, tuple[str, str, str]]]:
-    """Yield the number of each line, and picture, class and part in it."""
+def _find(root: Path, rows: list[Row]) -> str | None:
+    """Return what divides the paths of a list, of which one at least is there; None if none is."""
+    for slash in ("/", "\\"):
+        if any((root / row.picture.replace(slash, "/")).is_file() for row in rows):
+            return slash
+    return None
+
+
+def _rows(path: Path, file: Iterator[str]) -> Iterator[Row]:
     return _split(file) if path.suffix.lower() == ".txt" else _columns(path, file)
 
 
-def _split(file: Iterator[str]) -> Iterator[tuple[int, tuple[str, str, str]]]:
+def _split(file: Iterator[str]) -> Iterator[Row]:
     for number, line in enumerate(file, 1):
         if line.strip():
-            picture, _, label = line.strip().replace("\t", " ").rpartition(" ")
-            yield number, (picture.strip(), label, "")
+            picture, _, label = line.strip().rpartition("\t" if "\t" in line else " ")
+            yield Row(picture.strip(), label, "", number)
 
 
-def _columns(path: Path, file: Iterator[str]) -> Iterator[tuple[int, tuple[str, str, str]]]:
-    """Yield picture, class and part of each line, out of the columns that are called so."""
-    reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    first = [cell.strip() for cell in next(reader, [])]
-    picture, label, split = (_column(first, names) for names in (PICTURE, LABEL, SPLIT))
-    if None in (picture, label):
-        if len(first) != 2 or not is_picture(first[0]):
-            expected = f"a column {' or '.join(PICTURE[:4])} ..., and one {' or '.join(LABEL[:4])} ..."
-            raise DataError(f"Cannot tell the columns of {str(path)!r}", expected=expected, found=some(first))
-        picture, label = 0, 1
-        yield 1, (first[0], first[1], "")
-    for cells in filter(None, reader):
-        values = [cells[at].strip() if at is not None and at < len(cells) else "" for at in (picture, label, split)]
-        yield reader.line_num, (values[0], values[1], values[2])
+def _columns(path: Path, file: Iterator[str]) -> Iterator[Row]:
+    """Yield the lines of a table, whose columns the first one may name."""
+    first = next(file, "")
+    for delimiter in _DELIMITERS:
+        names = [cell.strip() for cell in next(csv.reader([first], delimiter=delimiter), [])]
+        columns = [_column(names, wanted) for wanted in (PICTURE, LABEL, SPLIT)]
+        bare = len(names) == 2 and is_picture(names[0])
+        if bare or None not in columns[:2]:
+            break
+    else:
+        expected = f"a column {' or '.join(PICTURE[:4])} ..., and one {' or '.join(LABEL[:4])} ..."
+        raise DataError(f"Cannot tell the columns of {str(path)!r}", expected=expected, found=repr(first[:_WORDS]))
+    if bare:
+        columns = [0, 1, None]
+        yield Row(names[0], names[1], "", 1)
+    reader = csv.reader(file, delimiter=delimiter)
+    for cells in filter(any, reader):
+        line = reader.line_num + 1
+        if len(cells) > len(names):
+            expected = f"{len(names)} cells, as in the first; a name with {delimiter!r} in quotes"
+            found = f"line {line}: {some(cells)[:_WORDS]}"
+            raise DataError(f"A line of {str(path)!r} has too many cells", expected=expected, found=found)
+        picture, label, split = (cells[at].strip() if at is not None and at < len(cells) else "" for at in columns)
+        yield Row(picture, label, split, line)
 
 
 def _column(names: list[str], wanted: tuple[str, ...]) -> int | None:

@@ -24,7 +24,7 @@ from efficientformer.data.folders import (
 from efficientformer.data.idx import idx_parts, open_idx
 from efficientformer.data.imagenet import is_validation, open_validation
 from efficientformer.data.listing import counted, some
-from efficientformer.data.lists import TABLES, Row, has_classes, is_list, open_list, read_rows
+from efficientformer.data.lists import SUFFIXES, Row, is_list, open_list, peek, read_rows
 from efficientformer.data.shards import open_shards
 from efficientformer.data.source import ImageSource, Subset
 from efficientformer.spec.errors import DataError, UsageError
@@ -32,6 +32,7 @@ from efficientformer.spec.errors import DataError, UsageError
 LAYOUTS = (
     "class folders (DIR/CLASS/picture.jpg), train/ and val/ of these, tar shards, the idx files of MNIST, or lists"
 )
+METADATA = "metadata.csv"
 WHOLE = "all"  # the name of the one part of a data set that is not split
 VAL_FRACTION = 0.2  # of the pictures of such a data set, set aside to measure on
 
@@ -44,6 +45,10 @@ _ALIASES = {
 }
 _FALLBACK = {"val": "test", "test": "val"}  # either serves for evaluation
 _NESTED = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "FashionMNIST/raw", "MNIST/raw", "raw")
+_GENERIC = re.compile(  # what no class is called, unless others are called otherwise
+    r"(train|training|val|validation|valid|dev|test|testing|images?|imgs?|pictures|photos|data)([-_ ].*)?",
+    re.IGNORECASE,
+)
 _SHARD = re.compile(
     r"(?:.*[-_.])?(train|training|val|validation|valid|dev|test|testing)(?:[-_.].*|\d*)\.tar", re.IGNORECASE
 )
@@ -188,7 +193,8 @@ def find_parts(path: str | os.PathLike[str]) -> dict[str, Opener]:
         hint = "Unpack archives first; for tar shards name the folder that holds them" if exists else "Check the path"
         raise DataError(f"No data set at {str(root)!r}", expected=f"a folder with {LAYOUTS}", found=found, hint=hint)
     folder = list_folder(root)
-    return _parts(folder) or _nested_parts(root) or {WHOLE: partial(_open_whole, folder)}
+    parts = _parts(folder) or _nested_parts(root) or _split_lists(folder)
+    return parts or {WHOLE: partial(_open_whole, folder)}
 
 
 def _listed_parts(path: Path) -> dict[str, Opener]:
@@ -210,13 +216,24 @@ def _listed_parts(path: Path) -> dict[str, Opener]:
 
 
 def _split_lists(folder: Folder) -> dict[str, Opener]:
-    """Return the parts in tables of pictures and classes called train, val and test; none without the first."""
-    tables = [folder.path / name for name in folder.files if is_part_name(Path(name).stem) and name.endswith(TABLES)]
-    paths = {path.stem.lower(): path for path in tables if has_classes(path)}
-    found = {part: next((paths[each] for each in words if each in paths), None) for part, words in _ALIASES.items()}
-    if found["train"] is None:
-        return {}
-    return {part: partial(_open_list, path) for part, path in found.items() if path is not None}
+    """Return the parts in lists called train, val and test, or in the only one beside folders that are no classes.
+
+    Hugging Face's ``metadata.csv`` in the folder of each part makes it one, too.
+    """
+    within = [f"{name}/{METADATA}" for name in folder.folders if is_part_name(name)]
+    found = {
+        name: row
+        for name in (*folder.files, *within)
+        if name.lower().endswith(SUFFIXES) and (row := peek(folder.path / name)) is not None
+    }
+    named = {(Path(name).parent.name or Path(name).stem).lower(): name for name in found}
+    parts = {part: next((named[each] for each in words if each in named), "") for part, words in _ALIASES.items()}
+    alone = parts["train"] if not (parts["val"] or parts["test"]) else ""
+    if len(found) == 1 and not parts["train"] and all(_GENERIC.fullmatch(name) for name in folder.folders):
+        alone = next(iter(found))
+    if alone and (found[alone].split or alone != parts["train"]):  # it may divide itself
+        return _listed_parts(folder.path / alone)
+    return {part: partial(_open_list, folder.path / name) for part, name in parts.items() if name and parts["train"]}
 
 
 def _open_list(path: Path) -> ImageSource:
@@ -245,7 +262,7 @@ def _parts(folder: Folder) -> dict[str, Opener]:
     shards, folders = _split_shards(folder), _split_folders(folder)
     if folders and ("train" in folders or "train" not in shards):
         return _noted(folders, [name for name in folder.files if _SHARD.fullmatch(name)])
-    return _noted(shards, _beside_shards(folder)) if shards else _split_lists(folder)
+    return _noted(shards, _beside_shards(folder)) if shards else {}
 
 
 def _split_shards(folder: Folder) -> dict[str, Opener]:
@@ -357,6 +374,7 @@ def _open_whole(folder: Folder) -> ImageSource:
         return open_validation(folder)
     if folder.folders:
         _refuse_sets_as_classes(folder)
+        _refuse_parts_as_classes(folder)
         return open_class_folders(folder)
     if synset_files(folder):
         return open_synset_files(folder)
@@ -376,6 +394,19 @@ def _refuse_sets_as_classes(folder: Folder) -> None:
                 found=", ".join(inner.folders),
                 hint=f"Name it instead: {folder.path / name}",
             )
+
+
+def _refuse_parts_as_classes(folder: Folder) -> None:
+    """Raise DataError if the folders hold pictures and none is named as a class: a list may say these."""
+    filled = [name for name in folder.folders if first_picture(folder.path, name)]
+    if filled and all(_GENERIC.fullmatch(name) for name in filled):
+        lists = [name for name in folder.files if name.lower().endswith(SUFFIXES)]
+        raise DataError(
+            f"No folder in {str(folder.path)!r} is named as a class",
+            expected=LAYOUTS,
+            found=f"pictures in {some(filled)}" + (f", and {some(lists)}" if lists else ""),
+            hint="Have a folder for each class, or a list with file and label on each line, paths from where it lies",
+        )
 
 
 def _like(source: ImageSource, train: ImageSource) -> ImageSource:

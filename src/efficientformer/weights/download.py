@@ -39,7 +39,7 @@ from efficientformer.weights.progress import Progress, silent
 OFFLINE_VARIABLES = ("EFFICIENTFORMER_OFFLINE", "HF_HUB_OFFLINE")
 _CHUNK = 1 << 20
 _RETRY_CODES = frozenset({408, 416, 425, 429, 500, 502, 503, 504})
-HUB_URL = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/?]+/[^/?]+)/resolve/([^/?]+)/([^?]+)(?:\?.*)?")
+HUB_URL = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/?]+/[^/?]+)/(?:resolve|blob)/([^/?]+)/([^?]+)(?:\?.*)?")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from efficientformer.spec.errors import DownloadError, UsageError
 from efficientformer.spec.preprocess import PreprocessSpec
+from efficientformer.spec.whole import whole_file
 from efficientformer.spec.zoo import FILE_SUFFIXES, IN_FOLDERS, WeightsSource
 from efficientformer.weights.beside import CONFIG, PROCESSOR
 from efficientformer.weights.cache import hub_cached
@@ -22,6 +23,7 @@ from efficientformer.weights.progress import Progress, silent
 
 _REPOSITORY = re.compile(r"hf[-_]hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.IGNORECASE)
 _IN_REPOSITORY = (*IN_FOLDERS, "model.onnx")  # weights first: torch needs them, and an exported file is built of them
+_EXPECTED = "hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION"
 _FETCHED: dict[tuple[str, str | None], Path] = {}
 
 
@@ -53,16 +55,15 @@ def _fetch(model: str, offline: bool | None, progress: Progress | None) -> Path:
     if match := _REPOSITORY.fullmatch(model):
         return _from_hub(model, match[1], match[2] or "main", _IN_REPOSITORY, offline, progress)
     if not model.lower().startswith("http"):
-        expected = "hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION"
-        raise UsageError("This names no repository of the hub", expected=expected, found=model)
+        raise UsageError("This names no repository of the hub", expected=_EXPECTED, found=model)
     return _from_address(model, offline, progress)
 
 
 def _from_address(url: str, offline: bool | None, progress: Progress | None) -> Path:
     file = PurePosixPath(unquote(urlsplit(url).path)).name
-    if not file.endswith(FILE_SUFFIXES):
+    if not file.lower().endswith(FILE_SUFFIXES):
         raise UsageError("This address is of no network", expected=f"a file ({', '.join(FILE_SUFFIXES)})", found=url)
-    place = f"address-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    place = f"{file.partition('.')[0]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     source = WeightsSource("web", url, file, "", PreprocessSpec(), url)
     return fetch(place, (source,), offline=offline, progress=progress)
 
@@ -71,8 +72,15 @@ def _from_hub(
     model: str, repo: str, revision: str, files: tuple[str, ...], offline: bool | None, progress: Progress | None
 ) -> Path:
     """Return the first of some files that a repository has, or that is here of it where the hub cannot be asked."""
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError("This names no repository of the hub", expected=_EXPECTED, found=say(error)) from error
+    if ".." in revision.split("/"):  # it names a file in the hub's cache
+        raise UsageError("This names no revision of a repository", found=repr(revision))
     failure = offline_reason(offline)
     if not failure:
         try:
@@ -92,7 +100,10 @@ def _from_hub(
 
 
 def _newest(model: str, repo: str, revision: str, files: tuple[str, ...], progress: Progress) -> Path:
-    """Ask the hub what a repository has, and return the first of some files, fetched unless it is here already."""
+    """Ask the hub what a repository has, and return the first of some files, fetched unless it is here already.
+
+    What lies beside it is fetched of the same commit; the revision stands for that one once all is here.
+    """
     from huggingface_hub import HfApi, hf_hub_download
 
     limits, endpoint = Limits(), hub_endpoint()
@@ -104,7 +115,14 @@ def _newest(model: str, repo: str, revision: str, files: tuple[str, ...], progre
         raise DownloadError(f"There are no weights in {model}", expected=" or ".join(files), found=found)
     beside = (str(PurePosixPath(wanted).with_name(name)) for name in (CONFIG, PROCESSOR))
     bar = hub_bar(lambda done, total: progress(model, done, total))
+    commit = facts.sha or revision
     for file in (*(each for each in beside if each in sizes), wanted):  # last, so that with it all the rest is here
         limits.check_size(sizes[file])
-        path = hf_hub_download(repo, file, revision=revision, endpoint=endpoint, tqdm_class=bar)
-    return Path(path)
+        path = Path(hf_hub_download(repo, file, revision=commit, endpoint=endpoint, tqdm_class=bar))
+    folder = path.parents[len(PurePosixPath(wanted).parts) + 1]  # .../snapshots/COMMIT/WANTED
+    reference = folder / "refs" / revision
+    if commit != revision and (not reference.is_file() or reference.read_text() != commit):
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(reference) as draft:
+            draft.write_text(commit)
+    return path
