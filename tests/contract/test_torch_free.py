@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,24 @@ def test_a_real_prediction():
     assert line["path"] == str(photo)
     assert 0 < line["pred_score"] <= 1
     assert line["top_k"][0]["class"] == line["pred_class"]
+
+
+def test_what_is_no_network_is_not_told_to_install_torch(tmp_path):
+    (tmp_path / "empty.pth").touch()
+    lines = [(verb, *rest) for name in (ROOT / "README.md", tmp_path / "empty.pth")
+             for verb, rest in (("info", [name]), ("predict", [EXAMPLES, "--model", name]))]  # fmt: skip
+    for code, out, err in run_without_torch(*lines):
+        assert (code, out) == (1, "")
+        assert "Not a weights file" in err or "The file is empty" in err
+        assert "Building" not in err and "torch'" not in err
+
+
+def test_a_folder_may_be_called_as_a_file(tmp_path):
+    exported = ROOT / "src" / "efficientformer" / "assets" / "efficientformer_cifar10.onnx"
+    (tmp_path / "net.onnx").mkdir()
+    shutil.copy(exported, tmp_path / "net.onnx" / "model.onnx")
+    lines = (("info", tmp_path / "net.onnx", "--json"), ("predict", EXAMPLES, "--model", tmp_path / "net.onnx"))
+    assert [code for code, _, _ in run_without_torch(*lines)] == [0, 0]
 
 
 def test_an_exported_file_is_measured(tmp_path):

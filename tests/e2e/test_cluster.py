@@ -148,7 +148,7 @@ def test_killed_workers_lose_and_double_nothing_and_what_kills_every_one_is_give
 def test_command(cli, folder, tmp_path):
     code, _, err = cli("predict", folder, "--ray", "-o", tmp_path / "labels", "--engine", "onnxruntime")
     assert code == 1, err
-    assert "1 of 121 inputs were skipped" in err
+    assert "Inputs skipped: 1 of 121" in err
     assert "121 pictures by 2 workers" in err
     assert "Using efficientformer_cifar10, shipped in the package" in err
     check(rows(tmp_path / "labels"), folder)

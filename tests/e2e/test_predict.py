@@ -130,7 +130,7 @@ def test_bad_inputs_are_named_and_the_rest_goes_on(cli, photo, tmp_path):
     for path, line in results.items():
         if "error" in line:
             assert f"skipped {path}" in err
-    assert "6 of 7 inputs were skipped" in err
+    assert "Inputs skipped: 6 of 7" in err
     assert "Traceback" not in err
 
 
@@ -298,7 +298,7 @@ def test_offline_a_url_is_an_error_line(cli, photo, monkeypatch, options):
     assert code == 1
     assert "pred_class" in lines(out)[0]
     assert "expected a file while" in lines(out)[1]["error"]
-    assert "1 of 2 inputs were skipped" in err
+    assert "Inputs skipped: 1 of 2" in err
 
 
 def test_a_name_with_markup_or_strange_bytes_is_printed_plainly(cli, photo, tmp_path):

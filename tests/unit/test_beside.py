@@ -82,9 +82,10 @@ class TestTimm:
         preprocess = dataclasses.replace(TIMM_PREPROCESS, **fed)
         network = get_model(name, num_classes=3, input_size=preprocess.input_size, layer_scale_init=0.1)
         save_model(network, tmp_path / "ours.safetensors", labels=PETS, preprocess=preprocess)
-        code, _, err = cli("convert", tmp_path / "ours.safetensors", tmp_path / "model.safetensors", "--to", "timm")
+        folder = tmp_path / "for" / "timm"
+        code, _, err = cli("convert", tmp_path / "ours.safetensors", folder / "model.safetensors", "--to", "timm")
         assert (code, "config.json with how it is fed and its classes" in err) == (0, True), err
-        theirs = create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        theirs = create_model(f"local-dir:{folder}", pretrained=True).eval()
         picture = Image.open(Path(__file__).parents[2] / "examples" / "cat.jpg")
         size, crop = create_transform(**resolve_data_config({}, model=theirs)).transforms[:2]
         assert (size.size, tuple(crop.size)) == (preprocess.resize_size or preprocess.input_size, preprocess.input_size)
@@ -92,7 +93,7 @@ class TestTimm:
         with torch.no_grad():
             torch.testing.assert_close(theirs(fed_by_them), network(fed_by_them), atol=1e-4, rtol=1e-4)
         assert tuple(theirs.pretrained_cfg["label_names"]) == PETS
-        manifest = load_named(str(tmp_path / "model.safetensors"), str(tmp_path / "model.safetensors"))[1]
+        manifest = load_named(str(folder / "model.safetensors"), str(folder / "model.safetensors"))[1]
         assert (manifest.preprocess, manifest.labels) == (preprocess, PETS)
 
     def test_a_folder_that_was_described_before_is_left_alone(self, cli, tmp_path):

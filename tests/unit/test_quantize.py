@@ -510,7 +510,7 @@ def test_command_prints_a_table(cli, pictures, small, tmp_path):
     assert code == 0, err
     assert "points lost" in out
     assert re.search(r"\d of 12 .* ± ", out)
-    assert "One of 12 held-out pictures is 8.3 points" in err
+    assert "Of 12 held-out pictures each is 8.3 %" in err
     assert "broken.jpg" in err
     code, out, _ = cli("quantize", "efficientformer_cifar10", "--data", pictures, "-o", tmp_path / "out", "--json")
     assert json.loads(out)["kind"] == "int8"

@@ -190,6 +190,15 @@ def test_what_cannot_be_had_is_refused(hub, name, error, message):
         get_model(name.format(url=hub.url))
 
 
+def test_they_serve_as_weights_too(hub, tmp_path):
+    save_model(get_model(EMBEDDED, pretrained=True), tmp_path / "model.safetensors")
+    hub.files["me/ten"] = {"model.safetensors": (tmp_path / "model.safetensors").read_bytes()}
+    right = Classifier()(DATA).label
+    assert get_model(EMBEDDED, pretrained="hf-hub:me/ten").manifest.labels[3] == "cat"
+    for engine in ("torch", "onnxruntime"):
+        assert Classifier(EMBEDDED, checkpoint="hf-hub:me/ten", engine=engine)(DATA).label == right
+
+
 def test_a_name_and_two_weights_are_refused_before_anything_is_fetched(hub, tmp_path):
     with pytest.raises(UsageError, match="Two weights files"):
         Classifier(PETS, checkpoint=tmp_path / "x.pth")

@@ -1,5 +1,7 @@
 """The zoo: every name resolves, every card is complete, unknown names are helped."""
 
+from pathlib import Path
+
 import pytest
 
 from efficientformer.spec.errors import UnknownModelError
@@ -94,6 +96,16 @@ def test_labels():
     assert label_names("cifar10")[3] == "cat"
 
 
+def test_a_folder_is_told_from_a_file_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("net.onnx", "../" + tmp_path.name):
+        Path(name).mkdir(exist_ok=True)
+        with pytest.raises(UnknownModelError, match="is a folder without a network"):
+            resolve(name)
+    with pytest.raises(UnknownModelError, match=r"There is no file 'none\.onnx'"):
+        resolve("none.onnx")
+
+
 @pytest.mark.parametrize("file", ["best.safetensors", "model.safetensors", "pytorch_model.bin"])
 def test_a_folder_with_weights_says_how_to_name_them(file, tmp_path):
     (tmp_path / file).touch()
@@ -117,3 +129,10 @@ def test_the_folder_of_several_networks_names_them(tmp_path):
 def test_deployed_files_of_other_tools_are_not_read(name):
     with pytest.raises(UnknownModelError, match=r"only \.onnx is read; efficientformer convert"):
         resolve(name)
+
+
+def test_a_part_of_a_name_lists_all_that_have_it(cli):
+    code, out, _ = cli("list", "V2", "--json")
+    assert (code, len(out.splitlines())) == (0, 4)
+    code, _, err = cli("list", "resnet")
+    assert (code, "No network matches 'resnet'" in err) == (2, True)

@@ -12,7 +12,7 @@ from efficientformer.export.deployable import SUFFIX, deployable, file_of, quant
 from efficientformer.runtime.engines import open_engine
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import missing_extra
-from efficientformer.spec.zoo import resolve
+from efficientformer.spec.zoo import is_remote, resolve
 from efficientformer.weights.progress import Progress
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def open_networks(
 
 
 def _label(model: str, offline: bool | None) -> str:
+    if is_remote(model):
+        return model
     return resolve(model).card.name if file_of(model, offline=offline) is None else Path(model).name
 
 

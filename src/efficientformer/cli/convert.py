@@ -73,6 +73,8 @@ def convert(
     )
     for note in report.notes:
         typer.echo(f"  {note}", err=True)
+    if _has_config(target, to):  # a folder of its own
+        target.parent.mkdir(parents=True, exist_ok=True)
     typer.echo(_write(checkpoint, manifest, target, to, input_size, half), err=True)
     typer.echo(target)
 

@@ -91,7 +91,9 @@ def _read(file: Path) -> _Held:
         manifest = open_engine(file, "onnxruntime").manifest
         return _Held(file, "exported", sha256_of(file), manifest)
     from efficientformer.spec.errors import require
+    from efficientformer.weights.kinds import check_kind
 
+    check_kind(file)
     require("torch", "Reading weights", "torch")
     from efficientformer.weights.pretrained import load_named
 

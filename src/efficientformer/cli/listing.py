@@ -12,14 +12,16 @@ if TYPE_CHECKING:
 
 
 def list_(
-    pattern: Annotated[str, typer.Argument(help="Shell pattern for names and aliases, such as '*v2*'.")] = "*",
+    pattern: Annotated[
+        str, typer.Argument(help="Names and aliases: a part of them, or a shell pattern such as '*v2*'.")
+    ] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """List the networks of the zoo: names, sizes, published accuracy, sources."""
+    """List the networks of the zoo: names, sizes, published accuracy; with --json sources and aliases, too."""
     from efficientformer.spec.errors import UnknownModelError
     from efficientformer.spec.zoo import cards, list_models
 
-    names = list_models(pattern)
+    names = list_models(pattern) or list_models(f"*{pattern}*")
     if not names:
         known = ", ".join(card.name for card in cards())
         raise UnknownModelError(f"No network matches {pattern!r}", hint=f"The zoo holds {known}")

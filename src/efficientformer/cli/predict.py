@@ -144,7 +144,7 @@ def _folder_of(inputs: list[str]) -> str:
 def _finish(total: int, skipped: int) -> None:
     """Leave with 1 if pictures were skipped."""
     if skipped:
-        typer.echo(f"{skipped} of {total} inputs were skipped", err=True)
+        typer.echo(f"Inputs skipped: {skipped} of {total}", err=True)
         raise typer.Exit(1)
 
 
@@ -270,6 +270,8 @@ def _load(
 
 def _note(model: str, checkpoint: Path | None, engine: str, precision: str, offline: bool) -> None:
     """Say on standard error what is used where no network is named, or that one is built for many seconds, once."""
+    from importlib.util import find_spec
+
     from efficientformer.export.deployable import ready_file
     from efficientformer.runtime.engines import ENGINES
     from efficientformer.spec.zoo import EMBEDDED
@@ -281,7 +283,7 @@ def _note(model: str, checkpoint: Path | None, engine: str, precision: str, offl
             err=True,
         )
         return
-    built = engine in ENGINES and precision != "int8"
+    built = engine in ENGINES and precision != "int8" and find_spec("torch") is not None
     if built and ready_file(model, checkpoint=checkpoint, offline=offline or None) is None:
         typer.echo(f"Building the deployable file of {checkpoint or model}; this is done once.", err=True)
 

@@ -152,6 +152,8 @@ def _print_profile(result: Profile) -> None:
     from rich.console import Console
     from rich.markup import escape
 
+    from efficientformer.data.listing import counted
+
     console = Console(highlight=False)
     timing = result.latency
     console.print(f"[bold]{escape(result.model)}[/bold]  {escape(result.engine)}", soft_wrap=True)
@@ -164,7 +166,9 @@ def _print_profile(result: Profile) -> None:
         console.print(f"  {result.unseen_note}", soft_wrap=True)
     total = result.operators_ms
     _print_shares(console, "part", [(part.name, part.kind, part.ms) for part in result.parts()], total)
-    _print_shares(console, "kind", [(kind, f"{count} operators", ms) for kind, ms, count in result.kinds()], total)
+    _print_shares(
+        console, "kind", [(kind, counted(count, "operator"), ms) for kind, ms, count in result.kinds()], total
+    )
 
 
 def _print_shares(console: Console, title: str, rows: list[tuple[str, str, float]], total: float) -> None:

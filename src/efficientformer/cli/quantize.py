@@ -78,5 +78,5 @@ def _print(report: QuantisationReport) -> None:
     console.print(measured, soft_wrap=True)
     if report.kept:
         console.print(f"kept in float: {escape(', '.join(report.kept))}", soft_wrap=True)
-    print_table(console, ACCURACY_COLUMNS, accuracy_rows(report), left=5)
-    print_table(console, ("one picture", "median ms", "p10", "p90"), speed_rows(report), left=4)
+    print_table(console, ACCURACY_COLUMNS, accuracy_rows(report), left=1)
+    print_table(console, ("one picture", "median ms", "p10", "p90"), speed_rows(report), left=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ _MAX_CLASS_ROWS = 50
 _MAX_PAIRS = 15
 _MAX_SKIPPED = 200
 _FEW = 10  # predictions in a bin of the reliability diagram
+_BELOW: dict[str, Any] = {"fontsize": 8, "loc": "upper center", "bbox_to_anchor": (0.5, -0.18), "frameon": False}
 
 
 def write_report(evaluation: Evaluation, path: str | Path) -> None:
@@ -138,7 +139,7 @@ def calibration_figure(evaluation: Evaluation) -> Figure:
     for value, colour, name in ((mean, "#d1495b", "mean confidence"), (evaluation.top1, "#333", "top-1")):
         histogram.axvline(value / 100, color=colour, linestyle="--", linewidth=1.4, label=f"{name} {value:.1f} %")
     histogram.set(xlabel="confidence", ylabel="% of the predictions", xlim=(0, 1))
-    histogram.legend(fontsize=8, loc="upper left")
+    histogram.legend(**_BELOW, ncols=2)
     return figure
 
 
@@ -164,7 +165,7 @@ def _draw_reliability(axes: Axes, evaluation: Evaluation) -> None:
     )
     axes.plot((0, 1), (0, 1), color="#333", linestyle=":", linewidth=1.2)
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(**_BELOW)
 
 
 def _add_confusions(page: Page, evaluation: Evaluation) -> None:

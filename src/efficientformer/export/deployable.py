@@ -24,6 +24,7 @@ from efficientformer.spec.zoo import (
 )
 from efficientformer.weights.beside import stamp_beside
 from efficientformer.weights.cache import Cache, cache_root, writing_to
+from efficientformer.weights.kinds import check_kind
 from efficientformer.weights.progress import Progress, terminal_progress
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def _told_apart(
 ) -> tuple[str, str | Path | None]:
     """Return name and weights file, also if the name is a file: one, or the folder that holds it."""
     check_weights(model, checkpoint)
+    checkpoint = weights_of(checkpoint, offline=offline)
     file = file_of(model, offline=offline)
     return ("", file) if checkpoint is None and file is not None else (model, checkpoint)
 
@@ -199,6 +201,17 @@ def file_of(model: str, *, offline: bool | None = None) -> str | None:
     return str(networks[0]) if len(networks) == 1 and not is_name(model) else None
 
 
+def weights_of(checkpoint: str | Path | None, *, offline: bool | None = None) -> str | Path | None:
+    """Return a weights file that was given beside a name: itself, or a local one of a repository or an address.
+
+    Raises:
+        UsageError, DownloadError: As ``file_of``.
+    """
+    if checkpoint is None or not is_remote(os.fspath(checkpoint)):
+        return checkpoint
+    return file_of(os.fspath(checkpoint), offline=offline)
+
+
 def _inside(folder: str) -> Path:
     return Path(folder) / f"model{SUFFIX}"
 
@@ -219,7 +232,8 @@ def _require_quantised(path: Path | None, name: str) -> Path:
 
 def _is_file(name: str) -> bool:
     """Whether a model name is a file: one that exists, or one that is plainly meant as a path."""
-    return os.path.isfile(name) or name.endswith(FILE_SUFFIXES)  # noqa: PTH113 (no error for names no file can have)
+    # no error for names no file can have, as Path's own methods raise
+    return os.path.isfile(name) or (name.endswith(FILE_SUFFIXES) and not os.path.isdir(name))  # noqa: PTH112, PTH113
 
 
 def _existing(file: Path) -> Path:
@@ -241,6 +255,7 @@ def _kept_for(model: str, file: Path, kind: str = "") -> Path:
 
 
 def _build_file(model: str, file: Path) -> Path:
+    check_kind(file)  # before torch is asked for, which would not help
     _require_torch(str(file))
     from efficientformer.weights.pretrained import load_named
 

@@ -337,8 +337,8 @@ def _logits(engine: Engine, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.fl
 def _warn_if_coarse(held_out: int, max_drop: float) -> None:
     if 0 < max_drop < 100 / held_out:
         warnings.warn(
-            f"One of {held_out} held-out pictures is {100 / held_out:.2g} points, more than is allowed ({max_drop:g}), "
-            f"and the guard sees no smaller loss. Give more: {math.ceil(100 / max_drop):,} or more to measure on",
+            f"Of {held_out} held-out pictures each is {100 / held_out:.2g} % and the points allowed are {max_drop:g}: "
+            f"the guard sees no smaller loss. Give more: {math.ceil(100 / max_drop):,} or more to measure on",
             stacklevel=3,
         )
 

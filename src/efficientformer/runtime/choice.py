@@ -99,7 +99,7 @@ def _measure(path: Path, precision: str, threads: int | None) -> tuple[Choice, b
 def _fastest(candidates: list[Engine]) -> tuple[Engine, str, list[str]]:
     """Return the engine that is right and fastest for one picture, why in words, and the names of those that fail."""
     if len(candidates) == 1:
-        return candidates[0], f"{candidates[0].name}: the only one installed that runs this file so", []
+        return candidates[0], "the only engine installed that runs this file so", []
     batch = sample_batch(candidates[0].manifest.preprocess)
     ran = _that_run(candidates, batch)
     right = _that_agree(ran)

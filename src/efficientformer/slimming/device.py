@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,8 @@ def open_table(
         table = LatencyTable.load(given)
         _check_engine(plan, table, given)
     else:
+        if not quiet:
+            sys.stderr.write("Measuring the latency table: some minutes, more if anything else is at work here\n")
         table = measure_table(plan, space, quiet=quiet)
         table = dataclasses.replace(table, environment={**table.environment, ASKED: _asked(plan)})
     table.save(kept)

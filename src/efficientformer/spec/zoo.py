@@ -206,6 +206,9 @@ def resolve(name: str) -> Resolved:
     if inside := networks_in(name) or [Path(name) / file for file in IN_FOLDERS if _holds(name, file)]:
         hint = f"Name the weights in it: {' or '.join(map(str, inside))}"
         raise UnknownModelError(f"{name!r} is a folder", hint=hint)
+    if name and os.path.isdir(name) and not is_name(name):  # noqa: PTH112 (no error for names no folder can have)
+        hint = "Name a weights file, or the folder of a run"
+        raise UnknownModelError(f"{name!r} is a folder without a network", hint=hint)
     if name.lower().endswith(FILE_SUFFIXES):
         raise UnknownModelError(f"There is no file {name!r}, and no model of that name", hint="Check the path")
     if name.lower().endswith(FOREIGN_SUFFIXES):
@@ -213,7 +216,7 @@ def resolve(name: str) -> Resolved:
     close = nearest(wanted, names)
     known = ", ".join(card.name for card in cards())
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         hint += f"A repository of the Hugging Face hub is named hf-hub:{name}. "
     raise UnknownModelError(f"Unknown model {name!r}", hint=f"{hint}The zoo holds {known} (efficientformer list)")
 

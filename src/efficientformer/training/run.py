@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from efficientformer.data.listing import counted
 from efficientformer.data.source import ImageSource
 from efficientformer.data.sources import LAYOUTS
 from efficientformer.evaluation.distributed import Team, world_size
@@ -184,13 +185,17 @@ def _kind(value: object) -> str:
 
 def _train(run: Run, prepared: Prepared, path: Path) -> Outcome:
     recipe, folder = run.recipe, run.folder.path
+    processes = counted(run.accelerator.num_processes, "process", "processes")
+    steps = f"{counted(recipe.epochs, 'epoch')} of {counted(run.steps_per_epoch, 'step')} of {recipe.batch_size}"
     run.watch.note(
         f"{prepared.manifest.provenance['model']}: {sum(p.numel() for p in run.model.parameters()):,} parameters; "
-        f"{len(prepared.source):,} pictures for training, {len(prepared.val):,} for validation; {recipe.epochs} epochs "
-        f"of {run.steps_per_epoch} steps of {recipe.batch_size}; {run.accelerator.device}, "
-        f"{recipe.precision}, {run.accelerator.num_processes} process(es), into "
-        f"{folder}"
+        f"{len(prepared.source):,} pictures for training, {len(prepared.val):,} for validation; {steps}; "
+        f"{run.accelerator.device}, {recipe.precision}, {processes}, into {folder}"
     )
+    if run.progress.step:
+        total = recipe.epochs * run.steps_per_epoch
+        left = "nothing is left to train" if run.progress.step >= total else f"of {total:,}"
+        run.watch.note(f"Going on after step {run.progress.step:,}: {left}")
     finished = run.train()
     if not finished:
         run.watch.note(f"Stopped after step {run.progress.step}. Go on: {run.folder.resume_command}")
