@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efficientformer.export.deployable import check_weights, deployable, file_of, weights_of
+from efficientformer.export.deployable import check_weights, deployable, file_of
 from efficientformer.runtime.choice import choose
 from efficientformer.runtime.classifier import EngineClassifier
 from efficientformer.runtime.engines import (
@@ -311,7 +311,6 @@ def _in_torch(
 ) -> Engine:
     """Open a network in torch, in deploy form."""
     check_weights(model, checkpoint)
-    checkpoint = weights_of(checkpoint, offline=offline)
     name = file_of(model, offline=offline) or model or str(checkpoint or EMBEDDED)
     if name.endswith(".onnx") or str(checkpoint).endswith(".onnx"):
         raise UsageError("An exported file does not run in torch", hint="Take another engine, or give its checkpoint")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from efficientformer.export.deployable import check_weights, deployable, file_of, weights_of
+from efficientformer.export.deployable import check_weights, deployable, file_of
 from efficientformer.runtime.engines import open_engine
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import DownloadError, UsageError, require
@@ -74,8 +74,6 @@ def get_model(
     if not isinstance(model, ArchSpec):
         model = file_of(name_of(model), offline=offline) or name_of(model)
     pretrained = False if pretrained is None else pretrained
-    if not isinstance(pretrained, bool):
-        pretrained = weights_of(pretrained, offline=offline) or False
     if isinstance(model, str) and not isinstance(pretrained, bool):
         check_weights(model, pretrained)
     overrides = Overrides(input_size, num_classes, in_chans, distilled)

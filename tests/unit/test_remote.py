@@ -2,12 +2,12 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import threading
 from contextlib import nullcontext
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +16,11 @@ from PIL import Image
 
 from efficientformer import Classifier, get_model, save_model
 from efficientformer.export.deployable import embedded_file, ready_file
-from efficientformer.slimming.start import with_start
+from efficientformer.slimming.start import decide, make_plan, start_network, with_start
 from efficientformer.spec.errors import DownloadError, UnknownModelError, UsageError
 from efficientformer.spec.zoo import EMBEDDED
 from efficientformer.training.recipe import Recipe
-from efficientformer.training.setup import rooted
+from efficientformer.training.setup import build_network, rooted
 from efficientformer.weights import remote
 from efficientformer.weights.checkpoint import save_foreign
 from tests.unit.test_download import use_hub
@@ -238,8 +238,24 @@ def test_verbs_take_them(hub, cli, tmp_path):
     assert (code, "only networks of the zoo" in err.lower()) == (2, True)
 
 
-def test_a_recipe_names_the_file_that_it_starts_from(hub):
+def test_a_run_notes_the_commit_it_starts_from(hub, monkeypatch):
     hub.files["me/web"] = {"start.pth": hub.files["me/pets"]["pytorch_model.bin"]}
-    for model in (PETS, f"{hub.url}/me/web/resolve/main/start.pth"):
-        for recipe in (Recipe(model=model), with_start(Recipe(), model)):
-            assert Path(rooted(recipe).model).read_bytes() == hub.files["me/web"]["start.pth"]
+    address = f"{hub.url}/me/web/resolve/main/start.pth"
+    for model, noted in ((PETS, f"hf-hub:me/pets@{hub.commit}"), (address, address)):
+        recipe = rooted(with_start(Recipe(teacher=model), model))
+        assert (recipe.model, recipe.teacher) == (noted, noted)
+        new_process(monkeypatch)
+        network, manifest = build_network(recipe, ("dog", "cat"), lambda _: None)
+        assert manifest.provenance["model"] == noted
+        kept = torch.load(io.BytesIO(hub.files["me/web"]["start.pth"]))
+        assert torch.equal(network.stem.conv1.conv.weight, kept["stem.conv1.weight"])
+
+
+def test_a_run_that_slims_begins_with_the_network_of_a_repository(hub, tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        for number in range(2):
+            Image.fromarray(DATA).save(tmp_path / label / f"{number}.png")
+    plan = decide(make_plan(tmp_path, [1.0], model=PETS))
+    assert plan.supernet.model == f"hf-hub:me/pets@{hub.commit}"
+    assert start_network(plan).stages == SPEC.stages

@@ -165,7 +165,8 @@ def _told_apart(
 ) -> tuple[str, str | Path | None]:
     """Return name and weights file, also if the name is a file: one, or the folder that holds it."""
     check_weights(model, checkpoint)
-    checkpoint = weights_of(checkpoint, offline=offline)
+    if checkpoint is not None and is_remote(os.fspath(checkpoint)):
+        checkpoint = file_of(os.fspath(checkpoint), offline=offline)
     file = file_of(model, offline=offline)
     return ("", file) if checkpoint is None and file is not None else (model, checkpoint)
 
@@ -199,17 +200,6 @@ def file_of(model: str, *, offline: bool | None = None) -> str | None:
         return str(_inside(model))
     networks = networks_in(model)
     return str(networks[0]) if len(networks) == 1 and not is_name(model) else None
-
-
-def weights_of(checkpoint: str | Path | None, *, offline: bool | None = None) -> str | Path | None:
-    """Return a weights file that was given beside a name: itself, or a local one of a repository or an address.
-
-    Raises:
-        UsageError, DownloadError: As ``file_of``.
-    """
-    if checkpoint is None or not is_remote(os.fspath(checkpoint)):
-        return checkpoint
-    return file_of(os.fspath(checkpoint), offline=offline)
 
 
 def _inside(folder: str) -> Path:

@@ -18,7 +18,7 @@ from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import EfficientFormerError, SpecError, UsageError
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import v1_spec
-from efficientformer.spec.zoo import resolve
+from efficientformer.spec.zoo import is_remote, resolve
 from efficientformer.training.optim import build_optimizer, freeze
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import mixed_precision
@@ -82,7 +82,7 @@ def _check_recipe(recipe: Recipe, start: ArchSpec) -> None:
 def _check_teacher(recipe: Recipe) -> None:
     """Raise UsageError if a teacher's files are not there, or no network has its name."""
     teacher = recipe.teacher
-    if teacher in ("", SUPERNET) or Path(teacher).is_file():
+    if teacher in ("", SUPERNET) or is_remote(teacher) or Path(teacher).is_file():
         return
     folder = teacher.removeprefix(TIMM_FOLDER)
     if teacher.startswith(TIMM_FOLDER) and not Path(folder).is_dir():

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from efficientformer.data.sources import open_splits
+from efficientformer.export.deployable import file_of
 from efficientformer.slimming.plan import FOUND, FROM_SCRATCH, Options, Plan, apply_settings, small_start
 from efficientformer.spec.arch import ArchSpec, read_spec
 from efficientformer.spec.errors import UsageError
@@ -114,8 +115,9 @@ def start_network(plan: Plan) -> ArchSpec:
     recipe = plan.supernet
     splits = open_splits(plan.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
     spec = recipe.arch
-    if spec is None and Path(recipe.model).is_file():
-        spec = load_checkpoint(recipe.model).spec
+    file = Path(file_of(recipe.model) or recipe.model)
+    if spec is None and file.is_file():
+        spec = load_checkpoint(file).spec
     if spec is None:
         spec = resolve(recipe.model).card.spec
     classes = len(splits.train.classes)

@@ -28,7 +28,7 @@ from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import DataError, ImageError, UsageError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
-from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, resolve
+from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, is_remote, resolve
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.subject import Note, Subject
 from efficientformer.training.task import Distilled, Supervised, Task, balanced_weights
@@ -36,6 +36,7 @@ from efficientformer.training.teacher import TIMM_FOLDER, open_teacher
 from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from efficientformer.weights.loading import load_into
 from efficientformer.weights.pretrained import Overrides, build, load_named
+from efficientformer.weights.remote import pinned
 
 SMALL = 64  # inputs of at most this many pixels a side: shifted rather than cropped and resized
 DEFAULT_MODEL = "efficientformer_l1"
@@ -216,10 +217,13 @@ def _decide(recipe: Recipe, train: ImageSource) -> Recipe:
 
 
 def rooted(recipe: Recipe) -> Recipe:
-    """Return the recipe with its files named from the root: a resumed run may start elsewhere."""
+    """Return the recipe with its files named from the root, and repositories with a commit: for a run that goes on."""
     changes: dict[str, object] = {}
     for name in ("model", "teacher", "teacher_weights", "teacher_cache"):
         value = getattr(recipe, name)
+        if is_remote(value):
+            changes[name] = pinned(value)
+            continue
         if name in ("model", "teacher"):
             value = file_of(value) or value  # of the folder of a run
         if value and (name == "teacher_cache" or Path(value).is_file()):
@@ -277,7 +281,7 @@ def build_network(
     Raises:
         CheckpointError, DownloadError, SpecError: If the weights cannot be had, or do not fit.
     """
-    is_file = recipe.model.endswith(FILE_SUFFIXES) or Path(recipe.model).is_file()
+    is_file = is_remote(recipe.model) or recipe.model.endswith(FILE_SUFFIXES) or Path(recipe.model).is_file()
     checkpoint = None
     if recipe.pretrained or (is_file and recipe.spec is None):  # a file says at least what network it is
         found, manifest = load_named(recipe.model, recipe.model if is_file else True)
@@ -300,9 +304,9 @@ def build_network(
             note(str(warning.message))
         if not reset:
             _note_other_split(divided or recipe, manifest, note)
-    name = "custom" if recipe.spec is not None else Path(recipe.model).name if is_file else recipe.model
+    name = recipe.model if is_remote(recipe.model) or not is_file else Path(recipe.model).name
     provenance = {
-        "model": name,
+        "model": "custom" if recipe.spec is not None else name,
         "source": "trained",
         "seed": str(recipe.seed),
         "val_fraction": f"{recipe.val_fraction:g}",

@@ -17,12 +17,13 @@ from efficientformer.spec.fields import as_pair, as_plain
 from efficientformer.spec.labels import label_names
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import IMAGENET_MEAN, PreprocessSpec
-from efficientformer.spec.zoo import EMBEDDED, LAYOUT_PREPROCESS, ModelCard, WeightsSource, resolve
+from efficientformer.spec.zoo import EMBEDDED, LAYOUT_PREPROCESS, ModelCard, WeightsSource, is_remote, resolve
 from efficientformer.weights.beside import known_labels, read_beside
 from efficientformer.weights.checkpoint import Checkpoint, WeightsWarning, load_checkpoint
 from efficientformer.weights.download import fetch
 from efficientformer.weights.loading import load_into
 from efficientformer.weights.progress import Progress
+from efficientformer.weights.remote import fetch_remote
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,8 @@ def load_named(
     """Read the weights for ``get_model``: a zoo network's own, or those of a file that must fit it.
 
     Args:
-        model: A zoo name, a weights file, or a spec (for weights of that architecture).
+        model: A zoo name, a weights file, also of a repository or an address, or a spec (for weights of that
+            architecture).
         pretrained: True for the zoo's weights, or a weights file of any layout.
         offline: Forbid (True) or allow (False) connections; None asks the environment.
         progress: Told how a download goes.
@@ -172,6 +174,10 @@ def load_named(
         CheckpointError: If the file holds another network.
         DownloadError: If no source delivers.
     """
+    if isinstance(model, str) and is_remote(model):
+        model = str(fetch_remote(model, offline=offline, progress=progress))
+    if not isinstance(pretrained, bool) and is_remote(os.fspath(pretrained)):
+        pretrained = fetch_remote(os.fspath(pretrained), offline=offline, progress=progress)
     if isinstance(model, ArchSpec):
         if pretrained is True:
             raise UsageError("A spec has no published weights", hint="Give a file: pretrained='FILE'")

@@ -48,6 +48,17 @@ def fetch_remote(model: str, *, offline: bool | None = None, progress: Progress 
     return _FETCHED[key]
 
 
+def pinned(model: str) -> str:
+    """Return a name that means the same network tomorrow: of a repository with the commit that is taken now.
+
+    Raises:
+        UsageError, DownloadError: As ``fetch_remote``.
+    """
+    commit = fetch_remote(model).parent.name
+    match = _REPOSITORY.fullmatch(model)
+    return f"hf-hub:{match[1]}@{commit}" if match else model
+
+
 def _fetch(model: str, offline: bool | None, progress: Progress | None) -> Path:
     if match := HUB_URL.fullmatch(model):
         repo, revision, file = map(unquote, match.groups())
