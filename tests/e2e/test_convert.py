@@ -132,6 +132,8 @@ def test_nothing_is_overwritten_and_mistakes_are_usage_errors(cli, native, tmp_p
     assert load_checkpoint(target).spec == SPEC
     assert cli("convert", native, tmp_path / "x.pth", "--to", "snap", "--half")[0] == 2
     assert cli("convert", native, tmp_path / "x.pth", "--to", "keras")[0] == 2
+    code, _, err = cli("convert", "l1", tmp_path / "x.xyz")  # before anything is fetched
+    assert (code, "x.xyz has an unknown ending; expected .safetensors or .onnx" in err) == (2, True)
     assert cli("convert", native, tmp_path / "x.safetensors", "--model", "efficientformer_l1")[0] == 1
     assert not (tmp_path / "x.safetensors").exists()
     assert cli("convert", "efficientformer_cifar10", tmp_path / "x.safetensors", "--ema")[0] == 2

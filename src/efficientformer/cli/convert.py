@@ -87,6 +87,10 @@ def _check_target(target: Path, to: Layout, force: bool) -> None:
     if target.suffix in FOREIGN_SUFFIXES:
         hint = "Write an .onnx file: ONNX Runtime and OpenVINO run it as it is, and others' converters read it"
         raise UsageError(f"{target.suffix} files are not written", found=str(target), hint=hint)
+    if to is Layout.NATIVE and target.suffix != ".safetensors":
+        hint = "--to writes other projects' layouts, under other endings too"
+        raise UsageError(f"{target.name} has an unknown ending", expected=".safetensors or .onnx",
+                         found=repr(target.suffix), hint=hint)  # fmt: skip
     written = (target, target.with_name(CONFIG)) if _has_config(target, to) else (target,)
     if (there := next((path for path in written if path.exists()), None)) and not force:
         raise UsageError(f"{there} exists", hint="Choose another name, or --force to replace it")
