@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from efficientformer.data.align import class_keys, match_classes
 from efficientformer.data.fingerprint import FINGERPRINT, near_pairs, take
+from efficientformer.data.parts import WHOLE
 from efficientformer.data.source import ImageSource
-from efficientformer.data.sources import VAL_FRACTION, WHOLE, find_parts, split_indices
+from efficientformer.data.sources import VAL_FRACTION, find_parts, split_indices
 from efficientformer.runtime.pipeline import in_order
 from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import ImageError

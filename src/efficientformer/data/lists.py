@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from efficientformer.data.folders import Folder
 from efficientformer.data.listing import SHOWN, FileSource, is_picture, some
+from efficientformer.data.parts import PARTS, WHOLE, Opener, is_no_class, is_part_name, part_of
 from efficientformer.data.shards import MAX_CLASSES, find_class_names
 from efficientformer.spec.errors import DataError
 
@@ -20,6 +23,7 @@ PICTURE = ("file", "filename", "file_name", "filepath", "filepaths", "file_path"
 LABEL = ("label", "class", "class_name", "category", "target", "labels")
 SPLIT = ("split", "subset", "part", "partition")
 
+METADATA = "metadata.csv"  # what Hugging Face's image folders call a list
 _DELIMITERS = (",", ";", "\t")
 _WORDS = 80  # letters of a line in a message
 
@@ -115,6 +119,49 @@ def open_list(path: Path, rows: list[Row]) -> FileSource:
     if source.unnamed and len(unused):
         source.notes = (f"no picture of the classes {some(map(str, unused))}, below {highest}: labels begin at 0",)
     return source
+
+
+def list_parts(path: Path) -> dict[str, Opener]:
+    """Return the parts of a list: those that its lines name, or the whole.
+
+    Raises:
+        DataError: If it cannot be read, or a line names another part.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in read_rows(path):
+        if row.split and not is_part_name(row.split):
+            expected = f"one of {', '.join(PARTS)}, on every line or on none"
+            raise DataError(f"Unknown part in line {row.line} of {str(path)!r}", expected=expected, found=row.split)
+        groups.setdefault(part_of(row.split.lower()) if row.split else WHOLE, []).append(row)
+    if WHOLE in groups and len(groups) > 1:
+        row = groups[WHOLE][0]
+        raise DataError(f"Line {row.line} of {str(path)!r} names no part", expected="one on every line or on none")
+    return {part: partial(open_list, path, groups[part]) for part in (WHOLE, *PARTS) if part in groups}
+
+
+def find_lists(folder: Folder) -> dict[str, Opener]:
+    """Return the parts in lists called train, val and test, or in the only one beside folders that are no classes.
+
+    Hugging Face's ``metadata.csv`` in the folder of each part makes it one, too.
+    """
+    within = [f"{name}/{METADATA}" for name in folder.folders if is_part_name(name)]
+    found = {
+        name: row
+        for name in (*folder.files, *within)
+        if name.lower().endswith(SUFFIXES) and (row := peek(folder.path / name)) is not None
+    }
+    named = {(Path(name).parent.name or Path(name).stem).lower(): name for name in found}
+    parts = {part: next((named[each] for each in words if each in named), "") for part, words in PARTS.items()}
+    alone = parts["train"] if not (parts["val"] or parts["test"]) else ""
+    if len(found) == 1 and not parts["train"] and all(is_no_class(name) for name in folder.folders):
+        alone = next(iter(found))
+    if alone and (found[alone].split or alone != parts["train"]):  # it may divide itself
+        return list_parts(folder.path / alone)
+    return {part: partial(_open_list, folder.path / name) for part, name in parts.items() if name and parts["train"]}
+
+
+def _open_list(path: Path) -> FileSource:
+    return open_list(path, read_rows(path))
 
 
 def _find(root: Path, rows: list[Row]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,8 @@ from efficientformer.data.folders import (
 from efficientformer.data.idx import idx_parts, open_idx
 from efficientformer.data.imagenet import is_validation, open_validation
 from efficientformer.data.listing import counted, some
-from efficientformer.data.lists import SUFFIXES, Row, is_list, open_list, peek, read_rows
+from efficientformer.data.lists import SUFFIXES, find_lists, is_list, list_parts
+from efficientformer.data.parts import PARTS, WHOLE, Opener, is_no_class, is_part_name, part_of
 from efficientformer.data.shards import open_shards
 from efficientformer.data.source import ImageSource, Subset
 from efficientformer.spec.errors import DataError, UsageError
@@ -32,23 +33,10 @@ from efficientformer.spec.errors import DataError, UsageError
 LAYOUTS = (
     "class folders (DIR/CLASS/picture.jpg), train/ and val/ of these, tar shards, the idx files of MNIST, or lists"
 )
-METADATA = "metadata.csv"
-WHOLE = "all"  # the name of the one part of a data set that is not split
 VAL_FRACTION = 0.2  # of the pictures of such a data set, set aside to measure on
 
-Opener = Callable[[], ImageSource]
-
-_ALIASES = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid", "dev"),
-    "test": ("test", "testing"),
-}
 _FALLBACK = {"val": "test", "test": "val"}  # either serves for evaluation
 _NESTED = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "FashionMNIST/raw", "MNIST/raw", "raw")
-_GENERIC = re.compile(  # what no class is called, unless others are called otherwise
-    r"(train|training|val|validation|valid|dev|test|testing|images?|imgs?|pictures|photos|data)([-_ ].*)?",
-    re.IGNORECASE,
-)
 _SHARD = re.compile(
     r"(?:.*[-_.])?(train|training|val|validation|valid|dev|test|testing)(?:[-_.].*|\d*)\.tar", re.IGNORECASE
 )
@@ -89,8 +77,8 @@ def open_source(path: str | os.PathLike[str], split: str | None = None) -> Image
         DataError: If there is no such data set, its layout is unknown, or it has not this part.
         UsageError: If ``split`` is none of the three.
     """
-    if split is not None and split not in _ALIASES:
-        raise UsageError("Unknown split", expected=f"one of {', '.join(_ALIASES)}", found=repr(split))
+    if split is not None and split not in PARTS:
+        raise UsageError("Unknown split", expected=f"one of {', '.join(PARTS)}", found=repr(split))
     parts = find_parts(path)
     if split is None and len(parts) == 1:
         return next(iter(parts.values()))()
@@ -187,57 +175,14 @@ def find_parts(path: str | os.PathLike[str]) -> dict[str, Opener]:
     except (OSError, ValueError) as error:  # a name that the system refuses
         raise DataError(f"Cannot open {os.fspath(path)!r}", expected="a folder", found=str(error)) from error
     if is_list(root):
-        return _listed_parts(root)
+        return list_parts(root)
     if not is_folder:
         found = "a file" if exists else "nothing there"
         hint = "Unpack archives first; for tar shards name the folder that holds them" if exists else "Check the path"
         raise DataError(f"No data set at {str(root)!r}", expected=f"a folder with {LAYOUTS}", found=found, hint=hint)
     folder = list_folder(root)
-    parts = _parts(folder) or _nested_parts(root) or _split_lists(folder)
+    parts = _parts(folder) or _nested_parts(root) or find_lists(folder)
     return parts or {WHOLE: partial(_open_whole, folder)}
-
-
-def _listed_parts(path: Path) -> dict[str, Opener]:
-    """Return the parts of a list: those that its lines name, or the whole.
-
-    Raises:
-        DataError: If it cannot be read, or a line names another part.
-    """
-    groups: dict[str, list[Row]] = {}
-    for row in read_rows(path):
-        if row.split and not is_part_name(row.split):
-            expected = f"one of {', '.join(_ALIASES)}, on every line or on none"
-            raise DataError(f"Unknown part in line {row.line} of {str(path)!r}", expected=expected, found=row.split)
-        groups.setdefault(part_of(row.split.lower()) if row.split else WHOLE, []).append(row)
-    if WHOLE in groups and len(groups) > 1:
-        row = groups[WHOLE][0]
-        raise DataError(f"Line {row.line} of {str(path)!r} names no part", expected="one on every line or on none")
-    return {part: partial(open_list, path, groups[part]) for part in (WHOLE, *_ALIASES) if part in groups}
-
-
-def _split_lists(folder: Folder) -> dict[str, Opener]:
-    """Return the parts in lists called train, val and test, or in the only one beside folders that are no classes.
-
-    Hugging Face's ``metadata.csv`` in the folder of each part makes it one, too.
-    """
-    within = [f"{name}/{METADATA}" for name in folder.folders if is_part_name(name)]
-    found = {
-        name: row
-        for name in (*folder.files, *within)
-        if name.lower().endswith(SUFFIXES) and (row := peek(folder.path / name)) is not None
-    }
-    named = {(Path(name).parent.name or Path(name).stem).lower(): name for name in found}
-    parts = {part: next((named[each] for each in words if each in named), "") for part, words in _ALIASES.items()}
-    alone = parts["train"] if not (parts["val"] or parts["test"]) else ""
-    if len(found) == 1 and not parts["train"] and all(_GENERIC.fullmatch(name) for name in folder.folders):
-        alone = next(iter(found))
-    if alone and (found[alone].split or alone != parts["train"]):  # it may divide itself
-        return _listed_parts(folder.path / alone)
-    return {part: partial(_open_list, folder.path / name) for part, name in parts.items() if name and parts["train"]}
-
-
-def _open_list(path: Path) -> ImageSource:
-    return open_list(path, read_rows(path))
 
 
 def _nested_parts(root: Path) -> dict[str, Opener]:
@@ -272,7 +217,7 @@ def _split_shards(folder: Folder) -> dict[str, Opener]:
         match = _SHARD.fullmatch(name)
         if match:
             groups.setdefault(part_of(match[1].lower()), []).append(folder.path / name)
-    return {part: partial(open_shards, groups[part]) for part in _ALIASES if part in groups}
+    return {part: partial(open_shards, groups[part]) for part in PARTS if part in groups}
 
 
 def _beside_shards(folder: Folder) -> list[str]:
@@ -299,7 +244,7 @@ def _split_folders(folder: Folder) -> dict[str, Opener]:
         return {}
     inner = {name.lower(): each for name, each in named.items()}
     parts: dict[str, Opener] = {}
-    for part, aliases in _ALIASES.items():
+    for part, aliases in PARTS.items():
         for alias in aliases:
             # Loose pictures in val/ beside a good train/ are a mistake: opening that part says so.
             mistaken = alias in inner and part == "val" and "train" in parts and bool(inner[alias].pictures)
@@ -348,16 +293,6 @@ def _open_noted(opener: Opener, note: str) -> ImageSource:
     return source
 
 
-def is_part_name(name: str) -> bool:
-    """Tell whether a folder is named as a part of a data set: train, val, test, or another word for these."""
-    return any(name.lower() in aliases for aliases in _ALIASES.values())
-
-
-def part_of(alias: str) -> str:
-    """Return the part, ``train``, ``val`` or ``test``, that a folder's name means."""
-    return next(part for part, aliases in _ALIASES.items() if alias in aliases)
-
-
 def _can_be_set(folder: Folder) -> bool:
     """Tell whether a folder can be a labelled set of its own; the pictures of a test without labels are none."""
     if folder.pictures:
@@ -399,7 +334,7 @@ def _refuse_sets_as_classes(folder: Folder) -> None:
 def _refuse_parts_as_classes(folder: Folder) -> None:
     """Raise DataError if the folders hold pictures and none is named as a class: a list may say these."""
     filled = [name for name in folder.folders if first_picture(folder.path, name)]
-    if filled and all(_GENERIC.fullmatch(name) for name in filled):
+    if filled and all(is_no_class(name) for name in filled):
         lists = [name for name in folder.files if name.lower().endswith(SUFFIXES)]
         raise DataError(
             f"No folder in {str(folder.path)!r} is named as a class",

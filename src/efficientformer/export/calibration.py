@@ -14,7 +14,8 @@ from PIL import Image
 
 from efficientformer.data.align import match_classes
 from efficientformer.data.folders import first_picture, list_folder
-from efficientformer.data.sources import find_parts, is_part_name, part_of
+from efficientformer.data.parts import is_part_name, part_of
+from efficientformer.data.sources import find_parts
 from efficientformer.runtime.image import decode
 from efficientformer.runtime.inputs import gather
 from efficientformer.runtime.preprocess import preprocess
