@@ -293,3 +293,10 @@ def test_a_crowd_of_equal_looks_costs_no_quadratic_time_and_is_told(monkeypatch)
     assert not complete
     assert len(pairs) == sum(200 - shift for shift in range(1, 9))
     assert near_pairs(prints([]))[0].shape == (0, 2)
+
+
+def test_labels_that_begin_at_1_leave_a_class_without_pictures(tmp_path):
+    for number in range(6):
+        save(scene(number), tmp_path / f"{number}.png")
+    (tmp_path / "data.txt").write_text("".join(f"{number}.png {number % 3 + 1}\n" for number in range(6)))
+    assert check(tmp_path / "data.txt").obstacles == ("1 class without a picture to learn from: '0'",)

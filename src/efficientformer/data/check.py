@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from efficientformer.data.align import class_keys, match_classes
 from efficientformer.data.fingerprint import FINGERPRINT, near_pairs, take
+from efficientformer.data.listing import counted, some
 from efficientformer.data.parts import WHOLE
 from efficientformer.data.source import ImageSource
 from efficientformer.data.sources import VAL_FRACTION, find_parts, split_indices
@@ -370,6 +371,10 @@ def _obstacles(sources: Mapping[str, ImageSource], groups: Sequence[Group]) -> I
         return
     if len(sources[name].classes) < 2:
         yield "there is one class, and nothing to tell apart"
+    empty = sorted({*range(len(sources[name].classes))} - set(sources[name].labels.tolist()))
+    if empty and (name == "train" or sources[name].unnamed):
+        found = some(sources[name].classes[label] for label in empty)
+        yield f"{counted(len(empty), 'class', 'classes')} without a picture to learn from: {found}"
     if "val" in sources or "test" in sources:
         return
     held_out = set(split_indices(sources[name], VAL_FRACTION, 0)[1].tolist())
