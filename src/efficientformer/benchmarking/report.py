@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from efficientformer.benchmarking.benchmark import Benchmark, Row
 from efficientformer.reporting.page import Page, new_figure, plain, png
-from efficientformer.spec.errors import UsageError
+from efficientformer.spec.errors import UsageError, reason_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,6 +87,6 @@ def write_report(benchmark: Benchmark, folder: Path) -> tuple[Path, ...]:
         paths[0].write_text(benchmark.to_json() + "\n", "utf-8")
         paths[1].write_bytes(png(figure))
     except OSError as error:
-        raise UsageError(f"Cannot write to {folder}", found=str(error)) from error
+        raise UsageError(f"Cannot write to {folder}", found=reason_of(error)) from error
     page.write(paths[2])
     return paths

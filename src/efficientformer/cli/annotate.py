@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from efficientformer.cli.results import Result
 from efficientformer.runtime.image import decode
-from efficientformer.spec.errors import UsageError
+from efficientformer.spec.errors import UsageError, reason_of
 from efficientformer.spec.whole import hidden_file
 
 MAX_SIDE = 1280  # copies are for looking at
@@ -51,7 +51,7 @@ class Copy:
                 next(path for path in self._names() if _takes(temporary, path))
         except OSError as error:
             hint = "Choose a writable folder"
-            raise UsageError(f"Cannot write pictures into {self.folder}", found=str(error), hint=hint) from error
+            raise UsageError(f"Cannot write pictures into {self.folder}", found=reason_of(error), hint=hint) from error
 
     def _names(self) -> Iterator[Path]:
         yield self.folder / f"{self.stem}_label.jpg"

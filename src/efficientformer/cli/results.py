@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from efficientformer.runtime.records import Record, arrow_row, arrow_schema, printable, record, storable
-from efficientformer.spec.errors import UsageError, missing_extra
+from efficientformer.spec.errors import UsageError, missing_extra, reason_of
 
 if TYPE_CHECKING:
     from efficientformer.cli.annotate import Copy
@@ -248,7 +248,7 @@ def output_file(name: str) -> Path:
     except FileNotFoundError:
         regular = True  # it will be
     except OSError as error:
-        raise UsageError(f"Cannot write {name}", found=str(error), hint="Choose another name") from error
+        raise UsageError(f"Cannot write {name}", found=reason_of(error), hint="Choose another name") from error
     if not regular:
         found, hint = "a folder, pipe or device", "Name a new file; without --output results go to standard output"
         raise UsageError(f"Cannot write {name}", expected="a regular file", found=found, hint=hint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from efficientformer.spec.errors import UsageError
+from efficientformer.spec.errors import UsageError, reason_of
 
 
 def check_file(path: Path) -> None:
@@ -35,7 +35,7 @@ def prepare_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"Cannot create the folder {folder}", found=str(error)) from error
+        raise UsageError(f"Cannot create the folder {folder}", found=reason_of(error)) from error
 
 
 def _is_writable(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from efficientformer.data.listing import FileSource, counted, is_picture, some
-from efficientformer.spec.errors import DataError
+from efficientformer.spec.errors import DataError, reason_of
 from efficientformer.spec.labels import label_names, synset_labels, synsets
 
 _SYNSET_FILE = re.compile(r"(n\d{8})_")
@@ -50,7 +50,7 @@ def list_folder(path: str | Path) -> Folder:
                     (folders if _is_folder(entry) else files).append(entry.name)
     except OSError as error:
         raise DataError(
-            f"Cannot list {os.fspath(path)!r}", expected="a readable folder", found=error.strerror or str(error)
+            f"Cannot list {os.fspath(path)!r}", expected="a readable folder", found=reason_of(error)
         ) from error
     return Folder(Path(path), tuple(sorted(folders)), tuple(sorted(files)))
 
@@ -112,7 +112,7 @@ def _walk(root: Path, top: str) -> Iterator[str]:
         try:
             info = folder.stat()
         except OSError as error:
-            raise DataError(f"Cannot list {str(folder)!r}", found=error.strerror or str(error)) from error
+            raise DataError(f"Cannot list {str(folder)!r}", found=reason_of(error)) from error
         if (info.st_dev, info.st_ino) in seen:  # a circle of links
             continue
         seen.add((info.st_dev, info.st_ino))

@@ -10,7 +10,7 @@ from typing import Any
 
 from efficientformer.data.folders import Folder
 from efficientformer.data.listing import FileSource, some
-from efficientformer.spec.errors import DataError, missing_extra
+from efficientformer.spec.errors import DataError, missing_extra, reason_of
 from efficientformer.spec.labels import label_names, synset_labels, synsets
 
 DEVKIT = Path("ILSVRC2012_devkit_t12") / "data"
@@ -71,7 +71,7 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(_MAX_TRUTH_BYTES + 1)
     except OSError as error:
-        raise DataError(f"Cannot read {str(path)!r}", found=error.strerror or str(error)) from error
+        raise DataError(f"Cannot read {str(path)!r}", found=reason_of(error)) from error
     if len(data) > _MAX_TRUTH_BYTES:
         raise DataError(f"{str(path)!r} is too large", expected=f"at most {_MAX_TRUTH_BYTES:,} bytes", found="more")
     return data.decode("utf-8", "replace")

@@ -13,7 +13,7 @@ import numpy as np
 
 from efficientformer.data.listing import ListedSource, counted
 from efficientformer.runtime.image import MAX_BYTES, SUFFIXES
-from efficientformer.spec.errors import DataError, ImageError
+from efficientformer.spec.errors import DataError, ImageError, reason_of
 from efficientformer.spec.labels import read_names
 
 CLASSES = "classes.txt"
@@ -87,7 +87,7 @@ class ShardSource(ListedSource):
                 file.seek(offset)
                 data: bytes = file.read(size)
         except OSError as error:
-            raise ImageError(f"Cannot read {self.name(index)!r}", found=error.strerror or str(error)) from error
+            raise ImageError(f"Cannot read {self.name(index)!r}", found=reason_of(error)) from error
         if len(data) != size:
             raise ImageError(f"Cannot read {self.name(index)!r}", expected=f"{size:,} bytes", found=f"{len(data):,}")
         return data
@@ -105,7 +105,7 @@ class ShardSource(ListedSource):
                     else:
                         yield key, _label(file, sample, f"{shard.name}/{key}"), sample.picture
         except OSError as error:
-            raise _hostile(shard, error.strerror or str(error)) from error
+            raise _hostile(shard, reason_of(error)) from error
 
 
 def open_shards(shards: list[Path]) -> ShardSource:

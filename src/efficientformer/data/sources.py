@@ -28,7 +28,7 @@ from efficientformer.data.lists import SUFFIXES, find_lists, is_list, list_parts
 from efficientformer.data.parts import PARTS, WHOLE, Opener, is_no_class, is_part_name, part_of
 from efficientformer.data.shards import open_shards
 from efficientformer.data.source import ImageSource, Subset
-from efficientformer.spec.errors import DataError, UsageError
+from efficientformer.spec.errors import DataError, UsageError, reason_of
 
 LAYOUTS = (
     "class folders (DIR/CLASS/picture.jpg), train/ and val/ of these, tar shards, the idx files of MNIST, or lists"
@@ -173,7 +173,7 @@ def find_parts(path: str | os.PathLike[str]) -> dict[str, Opener]:
     try:
         exists, is_folder = root.exists(), root.is_dir()
     except (OSError, ValueError) as error:  # a name that the system refuses
-        raise DataError(f"Cannot open {os.fspath(path)!r}", expected="a folder", found=str(error)) from error
+        raise DataError(f"Cannot open {os.fspath(path)!r}", expected="a folder", found=reason_of(error)) from error
     if is_list(root):
         return list_parts(root)
     if not is_folder:

@@ -22,7 +22,7 @@ from efficientformer.export.deployable import deployable, quantised_target
 from efficientformer.export.qdq import Quantiser, store_weights_half, store_weights_int8
 from efficientformer.runtime.engines import Engine, damaged_engines, installed_engines, open_engine
 from efficientformer.runtime.timing import Timing, environment, time_together
-from efficientformer.spec.errors import EngineError, ExportError, UsageError
+from efficientformer.spec.errors import EngineError, ExportError, UsageError, reason_of
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.progress import Progress
@@ -358,7 +358,7 @@ def _checked_folder(folder: Path) -> Path:
         place = folder if folder.exists() else folder.parent
         tempfile.TemporaryFile(dir=place).close()  # now, not when the work is done
     except OSError as error:
-        raise UsageError(f"Cannot write to {folder}", found=str(error)) from error
+        raise UsageError(f"Cannot write to {folder}", found=reason_of(error)) from error
     return folder
 
 
@@ -374,7 +374,7 @@ def _put(target: Path, report: QuantisationReport, output: Path) -> None:
             _copy(folder / name, output / name)
     except OSError as error:
         raise ExportError(
-            f"Cannot write to {output}", found=str(error), hint="Make room there and try again"
+            f"Cannot write to {output}", found=reason_of(error), hint="Make room there and try again"
         ) from error
 
 

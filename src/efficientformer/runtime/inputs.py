@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from efficientformer.runtime.image import SUFFIXES, WILDCARDS, read_file, read_stream
-from efficientformer.spec.errors import ImageError
+from efficientformer.spec.errors import ImageError, reason_of
 
 STDIN = "-"
 READERS = 8  # inputs that are read at a time: waiting for a server takes no core
@@ -143,7 +143,7 @@ def _failed(name: str, expected: str, found: str) -> Input:
 
 def _unreadable(folder: Path, problem: OSError) -> Input:
     """Return an input for a folder that could not be listed."""
-    return _failed(str(folder), "a readable folder", problem.strerror or str(problem))
+    return _failed(str(folder), "a readable folder", reason_of(problem))
 
 
 def _named(path: Path, name: str, outside: Path | None) -> Iterator[Input]:

@@ -14,7 +14,7 @@ from efficientformer.runtime.engines import ENGINES, PRECISIONS
 from efficientformer.slimming.objective import Efficiency, Latency, Objective
 from efficientformer.slimming.space import Space
 from efficientformer.spec.arch import ArchSpec, AttentionSpec, load_json
-from efficientformer.spec.errors import SpecError, UsageError, nearest
+from efficientformer.spec.errors import SpecError, UsageError, nearest, reason_of
 from efficientformer.spec.fields import as_list, check_choice, check_int, check_keys, check_number
 from efficientformer.spec.habits import ENGINE_WORDS
 from efficientformer.spec.variants import v1_spec
@@ -219,9 +219,7 @@ class Plan:
             text = (folder / PLAN).read_bytes()
         except OSError as error:
             hint = "Start a run: efficientformer slim --data DIR --target-latency 2.0ms --output FOLDER"
-            raise UsageError(
-                f"{folder} holds no slimming run", found=error.strerror or str(error), hint=hint
-            ) from error
+            raise UsageError(f"{folder} holds no slimming run", found=reason_of(error), hint=hint) from error
         fields = check_keys("the plan", load_json(f"the plan {folder / PLAN}", text), cls)
         for name in ("supernet", "final"):
             fields[name] = Recipe.from_dict(fields[name])
@@ -241,7 +239,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"Cannot write the run folder {folder}", found=error.strerror or str(error)) from error
+        raise UsageError(f"Cannot write the run folder {folder}", found=reason_of(error)) from error
 
 
 def small_start() -> ArchSpec:

@@ -41,7 +41,7 @@ from efficientformer.slimming.space import Space
 from efficientformer.slimming.start import decide, start_network
 from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.slimming.watch import SearchWatch
-from efficientformer.spec.errors import EfficientFormerError, TrainingError, UsageError
+from efficientformer.spec.errors import EfficientFormerError, TrainingError, UsageError, reason_of
 from efficientformer.training.allocator import freed_memory_kept
 from efficientformer.training.lock import LOCK, alone_in
 from efficientformer.training.memory import memory_named
@@ -335,7 +335,7 @@ def _check_empty(folder: Path, but: set[str]) -> None:
         return
     except OSError as error:
         hint = "Choose another --output"
-        raise UsageError(f"{folder} is no folder for a run", found=error.strerror or str(error), hint=hint) from error
+        raise UsageError(f"{folder} is no folder for a run", found=reason_of(error), hint=hint) from error
     if others:
         hint = "Choose another --output: nothing is overwritten"
         raise UsageError(f"{folder} is not empty", found=", ".join(others[:5]), hint=hint)

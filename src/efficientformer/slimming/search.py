@@ -24,7 +24,7 @@ from efficientformer.slimming.objective import Cost, Latency, Objective
 from efficientformer.slimming.space import Candidate, Space
 from efficientformer.spec.arch import ArchSpec, load_json
 from efficientformer.spec.count import count
-from efficientformer.spec.errors import SpecError, UsageError
+from efficientformer.spec.errors import SpecError, UsageError, reason_of
 from efficientformer.spec.fields import as_list, check_int, check_keys, check_number
 from efficientformer.weights.files import write_json
 
@@ -141,7 +141,7 @@ def read_json(path: Path) -> object:
         text = path.read_bytes()
     except OSError as error:
         hint = "Put the file back, or remove what is there, and resume"
-        raise UsageError(f"Cannot read {path}", found=error.strerror or str(error), hint=hint) from error
+        raise UsageError(f"Cannot read {path}", found=reason_of(error), hint=hint) from error
     return load_json(str(path), text)
 
 

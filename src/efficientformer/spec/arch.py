@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientformer.spec import geometry
-from efficientformer.spec.errors import InputSizeError, SpecError, UsageError
+from efficientformer.spec.errors import InputSizeError, SpecError, UsageError, reason_of
 from efficientformer.spec.fields import as_list, as_pair, check_bool, check_choice, check_int, check_keys, check_number
 from efficientformer.spec.geometry import NUM_STAGES, Grid
 
@@ -280,7 +280,7 @@ def read_spec(path: Path) -> ArchSpec:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise UsageError(f"Cannot read the spec {path}", found=error.strerror or str(error)) from error
+        raise UsageError(f"Cannot read the spec {path}", found=reason_of(error)) from error
     try:
         return ArchSpec.from_json(text)
     except SpecError as error:

@@ -119,3 +119,8 @@ def require(extra: str, purpose: str, *libraries: str) -> None:
             import_module(library)
     except ImportError as error:
         raise missing_extra(extra, purpose, error) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error says; of the system's own, without its number and the file, which messages name anyway."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

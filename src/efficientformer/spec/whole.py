@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from efficientformer.spec.errors import UsageError
+from efficientformer.spec.errors import UsageError, reason_of
 
 
 @contextmanager
@@ -54,4 +54,4 @@ def named_by(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         hint = "Choose a file in a writable folder"
-        raise UsageError(f"Cannot write {path}", found=error.strerror or str(error), hint=hint) from error
+        raise UsageError(f"Cannot write {path}", found=reason_of(error), hint=hint) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from efficientformer.runtime.lock import try_lock
-from efficientformer.spec.errors import UsageError
+from efficientformer.spec.errors import UsageError, reason_of
 
 LOCK = "run.lock"
 
@@ -51,4 +51,4 @@ def _opened(path: Path) -> TextIO:
     try:
         return path.open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
-        raise UsageError(f"Cannot write the run folder {path.parent}", found=error.strerror or str(error)) from error
+        raise UsageError(f"Cannot write the run folder {path.parent}", found=reason_of(error)) from error

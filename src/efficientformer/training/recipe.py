@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientformer.spec.arch import ArchSpec, load_json
-from efficientformer.spec.errors import SpecError, UsageError
+from efficientformer.spec.errors import SpecError, UsageError, reason_of
 from efficientformer.spec.fields import check_choice, check_keys, check_number
 from efficientformer.spec.habits import SETTINGS
 
@@ -319,7 +319,7 @@ def load_recipe(path: str | Path) -> Recipe:
         data = file.read_bytes()[: MAX_RECIPE_BYTES + 1]
     except OSError as error:
         hint = "Recipes are .py or .json files; recipes/ holds those of the papers"
-        raise UsageError(f"Cannot read the recipe {file}", found=error.strerror or str(error), hint=hint) from error
+        raise UsageError(f"Cannot read the recipe {file}", found=reason_of(error), hint=hint) from error
     if len(data) > MAX_RECIPE_BYTES:
         raise UsageError(f"{file} is too large for a recipe", expected=f"at most {MAX_RECIPE_BYTES} bytes")
     try:

@@ -26,7 +26,14 @@ from efficientformer.evaluation.result import Evaluation
 from efficientformer.evaluation.torch_predictor import TorchPredictor
 from efficientformer.models.network import EfficientFormer
 from efficientformer.reporting.page import require_libraries
-from efficientformer.spec.errors import EfficientFormerError, EngineError, TrainingError, UsageError, missing_extra
+from efficientformer.spec.errors import (
+    EfficientFormerError,
+    EngineError,
+    TrainingError,
+    UsageError,
+    missing_extra,
+    reason_of,
+)
 from efficientformer.spec.manifest import Manifest
 from efficientformer.training.allocator import freed_memory_kept
 from efficientformer.training.lock import alone_in
@@ -207,7 +214,9 @@ def _train(run: Run, prepared: Prepared, path: Path) -> Outcome:
         write_report(run.folder, recipe, evaluation, run.progress)
     except OSError as error:
         hint = f"The weights are complete. Once that is mended: {run.folder.resume_command}"
-        raise TrainingError(f"The report of {folder} could not be written", found=str(error), hint=hint) from error
+        raise TrainingError(
+            f"The report of {folder} could not be written", found=reason_of(error), hint=hint
+        ) from error
     run.watch.note(
         f"Best epoch {run.progress.best_epoch}: top-1 {evaluation.top1:.2f} %, loss {evaluation.loss:.4f}. "
         f"Report: {folder / 'report.html'}"

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from efficientformer.spec.errors import CheckpointError, TrainingError, UsageError
+from efficientformer.spec.errors import CheckpointError, TrainingError, UsageError, reason_of
 from efficientformer.spec.fields import check_choice, check_count, check_int, check_keys
 from efficientformer.training.lock import LOCK
 from efficientformer.training.recipe import Recipe, load_recipe
@@ -126,7 +126,7 @@ class RunFolder:
             (self.path / "recipe.json").write_text(recipe.to_json() + "\n")
             (self.path / "data.json").write_text(json.dumps(data, indent=2) + "\n")
         except OSError as error:
-            raise UsageError(f"Cannot write the run folder {self.path}", found=error.strerror or str(error)) from error
+            raise UsageError(f"Cannot write the run folder {self.path}", found=reason_of(error)) from error
 
     @property
     def resume_command(self) -> str:
@@ -177,7 +177,7 @@ class RunFolder:
         try:
             data = json.loads((self.path / "data.json").read_text())
         except (OSError, ValueError) as error:
-            raise UsageError(f"{self.path} is no run folder", found=str(error)) from error
+            raise UsageError(f"{self.path} is no run folder", found=reason_of(error)) from error
         wanted = {"path": str, "digest": str, "manifest": str, "train": int, "notes": list}
         if not isinstance(data, dict) or not all(isinstance(data.get(key), kind) for key, kind in wanted.items()):
             raise UsageError(f"{self.path / 'data.json'} is damaged", expected=f"an object with {', '.join(wanted)}")
@@ -260,7 +260,7 @@ class RunFolder:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
             raise TrainingError(
-                f"The metrics of step {values.get('step')} could not be written", found=str(error)
+                f"The metrics of step {values.get('step')} could not be written", found=reason_of(error)
             ) from error
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from efficientformer.data.align import match_classes
 from efficientformer.data.loader import Batch
 from efficientformer.models.fold import fold
-from efficientformer.spec.errors import SpecError, TrainingError, UsageError, missing_extra
+from efficientformer.spec.errors import SpecError, TrainingError, UsageError, missing_extra, reason_of
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.training.recipe import Recipe
@@ -106,7 +106,7 @@ class CachedTeacher:
             self._claim(folder / "teacher.json", note)
             self._logits = _memory_map(folder / "logits.f16", np.dtype(np.float16), shape)
         except OSError as error:
-            raise TrainingError(f"Cannot keep the teacher's logits in {folder}", found=str(error)) from error
+            raise TrainingError(f"Cannot keep the teacher's logits in {folder}", found=reason_of(error)) from error
 
     @staticmethod
     def _claim(path: Path, note: dict[str, Any]) -> None:

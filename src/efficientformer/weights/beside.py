@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from efficientformer.spec.arch import ArchSpec, load_json
-from efficientformer.spec.errors import CheckpointError, SpecError
+from efficientformer.spec.errors import CheckpointError, SpecError, reason_of
 from efficientformer.spec.fields import as_list, as_pair, check_bool, check_number
 from efficientformer.spec.labels import label_names, synsets
 from efficientformer.spec.manifest import Manifest
@@ -153,7 +153,7 @@ def _read(path: Path) -> dict[str, Any] | None:
             raise SpecError(f"{path.name} is too large", expected=f"at most {MAX_BYTES >> 20} MB")
         content = load_json(path.name, path.read_bytes())
     except OSError as error:
-        raise SpecError(f"{path.name} cannot be read", found=error.strerror or str(error)) from error
+        raise SpecError(f"{path.name} cannot be read", found=reason_of(error)) from error
     return content if isinstance(content, dict) else None
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from efficientformer.spec.arch import ArchSpec
-from efficientformer.spec.errors import CheckpointError, EfficientFormerError, UsageError
+from efficientformer.spec.errors import CheckpointError, EfficientFormerError, UsageError, reason_of
 from efficientformer.spec.manifest import METADATA_KEY, Manifest
 from efficientformer.weights.files import atomic_write, read_weights
 from efficientformer.weights.formats.detect import LAYOUTS, detect_layout, get_layout
@@ -222,4 +222,4 @@ def _naming(path: Path) -> Iterator[None]:
             f"{path.name}: {error.problem}", expected=error.expected, found=error.found, hint=error.hint
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path.name}: The file cannot be read", found=error.strerror or str(error)) from error
+        raise CheckpointError(f"{path.name}: The file cannot be read", found=reason_of(error)) from error

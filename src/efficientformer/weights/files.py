@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from efficientformer.spec.errors import CheckpointError
+from efficientformer.spec.errors import CheckpointError, reason_of
 from efficientformer.spec.manifest import METADATA_KEY
 from efficientformer.spec.whole import whole_file
 from efficientformer.weights.kinds import kind_of
@@ -139,7 +139,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         with whole_file(path) as temporary, temporary.open("wb") as file:
             yield file
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        raise CheckpointError(f"Cannot write {path}", found=str(error)) from error
+        raise CheckpointError(f"Cannot write {path}", found=reason_of(error)) from error
 
 
 def write_json(path: Path, data: object, *, indent: int = 1) -> None:

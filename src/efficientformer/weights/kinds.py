@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from efficientformer.spec.errors import CheckpointError
+from efficientformer.spec.errors import CheckpointError, reason_of
 from efficientformer.spec.zoo import FOREIGN_SUFFIXES, ONNX_ONLY
 
 _DEPLOYED = "Weights for torch are in .safetensors or .pth files; an .onnx file is for `efficientformer predict`"
@@ -61,4 +61,4 @@ def check_kind(path: Path) -> None:
     except CheckpointError as error:
         raise error.at(path.name) from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read", found=error.strerror or str(error)) from error
+        raise CheckpointError(f"{path} cannot be read", found=reason_of(error)) from error
