@@ -58,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
             _, owner, name, _, _, *file = path.split("/")
             found = hub.files.get(f"{owner}/{name}", {}).get("/".join(file))
             if file[-1:] in hub.broken:
-                self.send_error(500)
+                self.send_error(403)  # which the hub's library does not try again for seconds
                 return
         self.send_response(404 if found is None else 200)
         if found is None:
