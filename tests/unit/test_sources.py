@@ -9,6 +9,7 @@ from PIL import Image
 
 from efficientformer.data.align import align
 from efficientformer.data.listing import ListedSource, Names
+from efficientformer.data.lists import MOST
 from efficientformer.data.source import Subset
 from efficientformer.data.sources import find_parts, open_source, open_splits, split_indices
 from efficientformer.spec.errors import DataError, ImageError, MissingExtraError, UsageError
@@ -483,6 +484,8 @@ def test_tables_in_a_folder_are_its_parts(tmp_path):
     assert list(find_parts(tmp_path)) == ["train"]
     assert len(open_splits(tmp_path, 0.5).val) == 2
     (tmp_path / "Validation.csv").write_text("file,label\ntrain/1.png,c1\n")
+    assert list(find_parts(tmp_path)) == ["train", "val"]
+    put(tmp_path, *(f"{number}.txt" for number in range(MOST)))  # such as a caption beside each picture
     assert list(find_parts(tmp_path)) == ["train", "val"]
     put(tmp_path, "train/c0/1.png", "train/c1/1.png")
     for number in range(4):

@@ -24,6 +24,7 @@ LABEL = ("label", "class", "class_name", "category", "target", "labels")
 SPLIT = ("split", "subset", "part", "partition")
 
 METADATA = "metadata.csv"  # what Hugging Face's image folders call a list
+MOST = 16  # files in a folder that are looked into
 _DELIMITERS = (",", ";", "\t")
 _WORDS = 80  # letters of a line in a message
 
@@ -144,12 +145,11 @@ def find_lists(folder: Folder) -> dict[str, Opener]:
 
     Hugging Face's ``metadata.csv`` in the folder of each part makes it one, too.
     """
+    lists = [name for name in folder.files if name.lower().endswith(SUFFIXES)]
+    if len(lists) > MOST:  # a text beside every picture is none
+        lists = [name for name in lists if is_part_name(Path(name).stem)]
     within = [f"{name}/{METADATA}" for name in folder.folders if is_part_name(name)]
-    found = {
-        name: row
-        for name in (*folder.files, *within)
-        if name.lower().endswith(SUFFIXES) and (row := peek(folder.path / name)) is not None
-    }
+    found = {name: row for name in (*lists, *within) if (row := peek(folder.path / name)) is not None}
     named = {(Path(name).parent.name or Path(name).stem).lower(): name for name in found}
     parts = {part: next((named[each] for each in words if each in named), "") for part, words in PARTS.items()}
     alone = parts["train"] if not (parts["val"] or parts["test"]) else ""

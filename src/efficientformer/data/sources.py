@@ -333,8 +333,10 @@ def _refuse_sets_as_classes(folder: Folder) -> None:
 
 def _refuse_parts_as_classes(folder: Folder) -> None:
     """Raise DataError if the folders hold pictures and none is named as a class: a list may say these."""
+    if any(not is_no_class(name) and first_picture(folder.path, name) for name in folder.folders):
+        return
     filled = [name for name in folder.folders if first_picture(folder.path, name)]
-    if filled and all(is_no_class(name) for name in filled):
+    if filled:
         lists = [name for name in folder.files if name.lower().endswith(SUFFIXES)]
         raise DataError(
             f"No folder in {str(folder.path)!r} is named as a class",
