@@ -280,7 +280,7 @@ def _predictor(
 ) -> Engine:
     """Open a network in torch, or as an exported file; which of the two is settled here and nowhere else."""
     check_choice("engine", engine, EVALUATION_ENGINES, ENGINE_WORDS)
-    exported = str(checkpoint or file_of(model, offline=offline)).endswith(".onnx")
+    exported = str(file_of(str(checkpoint or model), offline=offline)).endswith(".onnx")
     quantised = precision == "int8"  # a file that ``quantize`` made, whatever names the network
     if engine == "torch" or (engine == "auto" and not exported and not quantised and find_spec("torch") is not None):
         return _in_torch(model, checkpoint, precision, device, offline, progress)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientformer import Classifier, get_model, save_model
+from efficientformer import Classifier, evaluate_model, get_model, save_model
 from efficientformer.export.deployable import embedded_file, ready_file
 from efficientformer.slimming.start import decide, make_plan, start_network, with_start
 from efficientformer.spec.errors import DownloadError, UnknownModelError, UsageError
@@ -197,6 +197,11 @@ def test_they_serve_as_weights_too(hub, tmp_path):
     assert get_model(EMBEDDED, pretrained="hf-hub:me/ten").manifest.labels[3] == "cat"
     for engine in ("torch", "onnxruntime"):
         assert Classifier(EMBEDDED, checkpoint="hf-hub:me/ten", engine=engine)(DATA).label == right
+    hub.files["me/light"] = {"model.onnx": embedded_file().read_bytes()}
+    Image.fromarray(DATA).save(tmp_path / "1.png")
+    (tmp_path / "data.csv").write_text("file,label\n1.png,cat\n")
+    found = evaluate_model("", tmp_path / "data.csv", checkpoint="hf-hub:me/light")
+    assert (found.images, "torch" in found.engine) == (1, False)
 
 
 def test_a_name_and_two_weights_are_refused_before_anything_is_fetched(hub, tmp_path):

@@ -74,8 +74,13 @@ def deployable(
 def ready_file(model: str = "", *, checkpoint: str | Path | None = None, offline: bool | None = None) -> Path | None:
     """Return the float file that ``deployable`` finds of a network; None if it would have to build one.
 
+    Args:
+        model: As for ``deployable``.
+        checkpoint: As for ``deployable``.
+        offline: As for ``deployable``.
+
     Raises:
-        As ``quantised_file``.
+        As ``quantised_file``; DownloadError if what lies elsewhere cannot be fetched.
     """
     model, checkpoint = _told_apart(model, checkpoint, offline)
     if checkpoint is not None:
