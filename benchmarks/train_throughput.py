@@ -16,6 +16,7 @@ import itertools
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -32,7 +33,8 @@ from timm.utils.model_ema import ModelEmaV3
 
 from efficientformer import Recipe
 from efficientformer.benchmarking.subject import Runs, Subject, serve
-from efficientformer.training.run import _accelerator, _assemble
+from efficientformer.training.processes import make_accelerator
+from efficientformer.training.run import _assemble
 from efficientformer.training.setup import prepare
 from efficientformer.training.state import RunFolder
 
@@ -53,7 +55,7 @@ class Ours:
             opt=options.opt, workers=WORKERS,
         )  # fmt: skip
         prepared = prepare(recipe, options.data, 0, 1)
-        self._run = _assemble(prepared, RunFolder(options.scratch), _accelerator(recipe, "auto"), lambda: False)
+        self._run = _assemble(prepared, RunFolder(options.scratch), make_accelerator(recipe, "auto"), threading.Event())
         self._batches = self._run.loader.batches(0, 10**9)
         self._kept = next(self._batches)
 

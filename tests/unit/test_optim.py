@@ -20,8 +20,8 @@ from efficientformer.training.optim import (
     parameter_groups,
     set_learning_rate,
 )  # fmt: skip
+from efficientformer.training.processes import mixed_precision
 from efficientformer.training.recipe import Recipe
-from efficientformer.training.run import mixed_precision
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "no_weight_decay.json"
 V1 = v1_spec((8, 8, 16, 16), (1, 1, 1, 2), 1, input_size=32, num_classes=3)

@@ -20,8 +20,8 @@ from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import v1_spec
 from efficientformer.spec.zoo import is_remote, resolve
 from efficientformer.training.optim import build_optimizer, freeze
+from efficientformer.training.processes import mixed_precision
 from efficientformer.training.recipe import Recipe
-from efficientformer.training.run import mixed_precision
 from efficientformer.training.setup import augmentation_of, decide_crop, fit_batch
 from efficientformer.training.teacher import TIMM, TIMM_FOLDER, check_weights
 

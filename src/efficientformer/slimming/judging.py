@@ -25,8 +25,8 @@ from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.slimming.supernet import Supernet, load_supernet
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.manifest import Manifest
+from efficientformer.training.processes import mixed_precision
 from efficientformer.training.recipe import load_recipe
-from efficientformer.training.run import mixed_precision
 from efficientformer.training.setup import Prepared, build_task, prepare
 from efficientformer.training.state import RunFolder
 from efficientformer.training.task import AUTOCAST

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import multiprocessing
 import os
-import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,29 +14,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from efficientformer.data.listing import counted
-from efficientformer.data.source import ImageSource
 from efficientformer.data.sources import LAYOUTS
-from efficientformer.evaluation.distributed import Team, world_size
-from efficientformer.evaluation.evaluate import evaluate
 from efficientformer.evaluation.result import Evaluation
-from efficientformer.evaluation.torch_predictor import TorchPredictor
-from efficientformer.models.network import EfficientFormer
 from efficientformer.reporting.page import require_libraries
 from efficientformer.spec.errors import (
     EfficientFormerError,
-    EngineError,
     TrainingError,
     UsageError,
-    missing_extra,
     reason_of,
 )
 from efficientformer.spec.manifest import Manifest
 from efficientformer.training.allocator import freed_memory_kept
 from efficientformer.training.lock import alone_in
 from efficientformer.training.loop import OnMetrics, Run, Shell
+from efficientformer.training.measure import evaluate_epoch, measure_best
 from efficientformer.training.memory import memory_named
 from efficientformer.training.norms import synchronise_norms
 from efficientformer.training.optim import build_optimizer, hold_still
+from efficientformer.training.processes import launch_of, make_accelerator, process_group, signals
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.report import write_report
 from efficientformer.training.setup import PlainNetwork, Prepared, build_task, prepare
@@ -51,8 +42,6 @@ from efficientformer.training.watch import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-EVAL_BATCH = 256  # at most
 
 
 @dataclass(frozen=True)
@@ -113,7 +102,7 @@ def train(
     _check_call(recipe, data, output, resume, device)
     subject = subject or PlainNetwork()
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    with _process_group(), _signals() as stop, freed_memory_kept() if on_cpu else nullcontext():
+    with process_group(), signals() as stop, freed_memory_kept() if on_cpu else nullcontext():
         return _go(recipe, data, output, resume, workers, on_metrics, device, quiet, subject, stop)
 
 
@@ -138,7 +127,7 @@ def _go(
         note, recipe, path = {}, recipe or Recipe(), Path(str(data)).absolute()
     if workers is not None:
         recipe = recipe.with_changes(workers=workers)
-    accelerator = _accelerator(recipe, device)
+    accelerator = make_accelerator(recipe, device)
     # noted: a resumed run goes on in the precision it began in, whatever the hardware it goes on with
     recipe = recipe.with_changes(precision=accelerator.mixed_precision.replace("no", "fp32"))
     manifest = None if resumed is None or resumed.fresh else Manifest.from_json(note["manifest"])
@@ -149,7 +138,7 @@ def _go(
             raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
         run = _assemble(prepared, resumed or _new_folder(output, prepared, path, accelerator), accelerator, stop)
         run.on_metrics = on_metrics
-    with _taken_up(run, prepared, path, _launch(accelerator, device), new=resumed is None, quiet=quiet), _named(run):
+    with _taken_up(run, prepared, path, launch_of(accelerator, device), new=resumed is None, quiet=quiet), _named(run):
         return _train(run, prepared, path)
 
 
@@ -207,7 +196,7 @@ def _train(run: Run, prepared: Prepared, path: Path) -> Outcome:
     if not finished:
         run.watch.note(f"Stopped after step {run.progress.step}. Go on: {run.folder.resume_command}")
         return Outcome(folder, False, run.progress.step, None)
-    evaluation = _measure_best(run, prepared, path)
+    evaluation = measure_best(run, prepared, path)
     if not run.accelerator.is_main_process:
         return Outcome(folder, True, run.progress.step, None)
     try:
@@ -308,7 +297,7 @@ def _take_up(run: Run, prepared: Prepared, path: Path, launch: Launch, *, new: b
             folder.rewind_metrics(run.progress.step)
     total, first = run.recipe.epochs * run.steps_per_epoch, run.progress.step
     run.watch = Watch(folder.path if is_main else None, total, first, run.recipe.batch_size, quiet=quiet)
-    run.evaluate = lambda network: _evaluate(run, network, prepared)
+    run.evaluate = lambda network: evaluate_epoch(run, network, prepared)
     if not new and folder.fresh:
         run.watch.note("There is no checkpoint yet: the run begins again")
     if not new and folder.launch != launch:
@@ -316,61 +305,6 @@ def _take_up(run: Run, prepared: Prepared, path: Path, launch: Launch, *, new: b
         run.watch.note(f"warning: begun as {folder.launch}, the run goes on as {launch}: {differ}")
     for note in prepared.notes if new else ():
         run.watch.note(note)
-
-
-def _evaluate(run: Run, network: EfficientFormer, prepared: Prepared) -> dict[str, float | None]:
-    """Measure a network on the validation pictures, all processes together; keep it if it is the best so far."""
-    accelerator, progress = run.accelerator, run.progress
-    if accelerator.num_processes > 1:
-        for buffer in network.buffers():  # each process has its own BatchNorm statistics; the first one's are saved
-            torch.distributed.broadcast(buffer, 0)
-    predictor = TorchPredictor(network, prepared.manifest, str(accelerator.device))
-    try:
-        merged = _measure(run, predictor, prepared.val, keep_worst=0)
-    except EngineError as error:
-        what = "answers with no numbers" if error.__cause__ is None else "cannot be measured"
-        raise TrainingError(
-            f"The network {what} after step {progress.step - 1}", found=error.found, hint=run.advice
-        ) from error
-    if progress.best_epoch < 0:
-        run.watch.left_out("validation", [(each.name, each.reason) for each in merged.skipped])
-    epoch = progress.step // run.steps_per_epoch
-    figures = {"val_top1": merged.top1, "val_top5": merged.top5, "val_loss": merged.loss}
-    better = (merged.top1, -merged.loss) > (progress.best_top1, -progress.best_loss)
-    if better:
-        progress.best_top1, progress.best_loss = merged.top1, merged.loss
-        progress.best_epoch, progress.evaluations_since_best = epoch, 0
-    else:
-        progress.evaluations_since_best += 1
-    if accelerator.is_main_process:
-        manifest = _measured_manifest(prepared.manifest, merged, epoch)
-        for name in ("last", "best") if better else ("last",):
-            with run.folder.naming(progress.step):
-                prepared.subject.save(run.folder.weights(name), network, manifest)
-    return figures
-
-
-def _measured_manifest(manifest: Manifest, evaluation: Evaluation, epoch: int) -> Manifest:
-    metrics = {"top1": evaluation.top1, "top5": evaluation.top5, "loss": evaluation.loss, "epoch": float(epoch)}
-    return dataclasses.replace(manifest, metrics={k: round(v, 4) for k, v in metrics.items() if v is not None})
-
-
-def _measure_best(run: Run, prepared: Prepared, path: Path) -> Evaluation:
-    """Read the best weights back from their file and measure them, with the worst mistakes for the report."""
-    file = run.folder.weights("best")
-    network, manifest = prepared.subject.load(file)
-    network.to(memory_format=torch.channels_last)
-    predictor = TorchPredictor(network, manifest, str(run.accelerator.device))
-    return _measure(run, predictor, prepared.val, model=str(file), data=str(path))
-
-
-def _measure(run: Run, predictor: TorchPredictor, source: ImageSource, **options: Any) -> Evaluation:  # noqa: ANN401
-    """Measure a network, all processes together, on as many pictures at once as fit where a training step does."""
-    team = Team(run.accelerator.process_index, run.accelerator.num_processes)
-    batch = min(EVAL_BATCH, 4 * run.at_once)  # a step keeps every layer's results, measuring only the last ones
-    with memory_named("to measure the network", run.folder.resume_command):
-        share = evaluate(predictor, source, batch_size=batch, rank=team.rank, world=team.world, **options)
-    return team.merged(share)
 
 
 def _new_folder(output: str | Path | None, prepared: Prepared, data: Path, accelerator: Accelerator) -> RunFolder:
@@ -385,76 +319,3 @@ def _new_folder(output: str | Path | None, prepared: Prepared, data: Path, accel
     if accelerator.num_processes > 1:  # the first one may make it before the others look
         torch.distributed.broadcast_object_list(chosen, 0)
     return RunFolder(Path(chosen[0]), prepared.subject.resume_command)
-
-
-def _accelerator(recipe: Recipe, device: str) -> Accelerator:
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise missing_extra("train", "Training", error) from error
-    # Accelerate keeps device and precision for the life of the process; this run may want others than the one before
-    AcceleratorState._reset_state(reset_partial_state=True)
-    world = world_size()
-    on_cpu = device == "cpu" or (world > 1 and not torch.cuda.is_available())  # else each would train on its own
-    accelerator = Accelerator(mixed_precision=mixed_precision(recipe, device), cpu=on_cpu)
-    if accelerator.num_processes != world:
-        raise UsageError(
-            "The processes do not find each other",
-            expected=f"{world}, as WORLD_SIZE says",
-            found=f"{accelerator.num_processes}",
-            hint="Start them with torchrun, also under Slurm: srun ... torchrun ...",
-        )
-    return accelerator
-
-
-def _launch(accelerator: Accelerator, device: str) -> Launch:
-    world = accelerator.num_processes
-    return Launch(world, max(1, world // int(os.environ.get("LOCAL_WORLD_SIZE", world))), device)
-
-
-def mixed_precision(recipe: Recipe, device: str) -> str:
-    """Return Accelerate's name of the recipe's precision; bf16 by itself only where the hardware computes in it."""
-    on_gpu = torch.cuda.is_available() and device != "cpu"
-    if recipe.precision == "fp16" and not on_gpu:
-        raise UsageError("fp16 is for GPUs", hint="Set precision to bf16 or fp32")
-    if recipe.precision != "auto":
-        return "no" if recipe.precision == "fp32" else recipe.precision
-    if on_gpu:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return "bf16" if any(getattr(torch.cpu, name, lambda: False)() for name in names) else "no"
-
-
-@contextmanager
-def _process_group() -> Iterator[None]:
-    """Leave the process group that Accelerate makes under torchrun (nccl on GPUs, gloo on CPUs), if it made one."""
-    before = torch.distributed.is_initialized()
-    try:
-        yield
-    finally:
-        if torch.distributed.is_initialized() and not before:
-            gc.collect()  # a group that is still held keeps its threads, which can abort the process as Python ends
-            torch.distributed.destroy_process_group()
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Turn Ctrl-C and SIGTERM into a wish that is looked at between steps; a second Ctrl-C ends at once."""
-    asked = threading.Event()
-
-    def ask(number: int, _: object) -> None:
-        if asked.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-        sys.stderr.write("\nStopping after this step; Ctrl-C once more ends at once\n")
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield asked
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
