@@ -144,11 +144,13 @@ def _has_config(target: Path, to: Layout) -> bool:
 
 def _write_config(manifest: Manifest, target: Path) -> str:
     """Write what timm wants beside a network, and say so."""
-    from efficientformer.weights.beside import CONFIG, timm_config
+    from efficientformer.weights.beside import CONFIG, timm_config, untold_by_timm
     from efficientformer.weights.files import write_json
 
     config = timm_config(manifest)
     if config is None:
         return f"; no {CONFIG}, for timm can build or feed no such network"
     write_json(target.with_name(CONFIG), config)
-    return f", and {CONFIG} with how it is fed{' and its classes' if manifest.labels else ''}"
+    untold = untold_by_timm(manifest.preprocess)
+    but = f", but for {' and '.join(untold)}, which timm has not" if untold else ""
+    return f", and {CONFIG} with {'its classes and ' if manifest.labels else ''}how it is fed{but}"

@@ -103,6 +103,12 @@ def timm_config(manifest: Manifest) -> dict[str, Any] | None:
     return {"architecture": architecture} | classes | names | arguments | {"pretrained_cfg": shape | fed | classes}
 
 
+def untold_by_timm(preprocess: PreprocessSpec) -> tuple[str, ...]:
+    """Return which parts of a preprocessing no configuration of timm's says: it feeds the network otherwise in them."""
+    usual = LAYOUT_PREPROCESS["timm"]
+    return tuple(name for name in ("exif", "crop_rounding") if getattr(preprocess, name) != getattr(usual, name))
+
+
 def _crop_pct(side: int, resized: int) -> float:
     """Return the share of which timm makes this resized side, which it rounds down, in as few digits as will do."""
     shares = (round(side / (resized + 0.5), digits) for digits in range(2, 9))
