@@ -16,6 +16,7 @@ from efficientformer.spec.errors import TrainingError, UsageError
 from efficientformer.spec.zoo import EMBEDDED
 from efficientformer.training import loop
 from efficientformer.training.recipe import Recipe
+from efficientformer.training.report import model_card
 from efficientformer.training.run import train
 from efficientformer.training.setup import prepare
 from efficientformer.training.teacher import CachedTeacher, _class_order, open_teacher
@@ -220,6 +221,34 @@ def test_a_teacher_of_ones_own_from_a_folder_of_timms(data, tmp_path, monkeypatc
     assert all(np.isfinite(curve(recipe, data, tmp_path / "run")))
     kept = json.loads((tmp_path / "run" / "recipe.json").read_text())["teacher"]
     assert kept == f"timm:local-dir:{tmp_path / 'own'}"
+
+
+def test_a_network_in_memory_can_teach(data, tmp_path, teacher, cli, monkeypatch):
+    """As the same weights in a file do; a resumed run needs it again, and takes no other."""
+
+    def only_the_card(folder, *rest):
+        (folder.path / "README.md").write_text(model_card(folder, *rest))
+
+    monkeypatch.setattr("efficientformer.training.run.write_report", only_the_card)
+    recipe = ONE.with_changes(distillation="soft")
+    network = get_model(teacher).train()
+    train(recipe, data, tmp_path / "given", teacher=network)
+    given = [line["loss"] for line in losses(tmp_path / "given")]
+    assert given == pytest.approx(curve(recipe.with_changes(teacher=teacher), data, tmp_path / "named"), rel=1e-5)
+    assert network.training, "a copy was asked"
+    assert "Teacher: a network in memory with weights" in (tmp_path / "given" / "README.md").read_text()
+    with pytest.raises(UsageError, match=r"given to train\(\); expected it; found none\. .*resume=FOLDER, teacher="):
+        train(resume=tmp_path / "given")
+    with pytest.raises(UsageError, match="expected it; found one with other weights"):
+        train(resume=tmp_path / "given", teacher=torch.nn.Identity())
+    assert train(resume=tmp_path / "given", teacher=network).finished
+    assert "resume=FOLDER" in cli("train", "--resume", tmp_path / "given")[2]
+    answers = [(lambda x: x.mean((2, 3))[:, :2], r"\(2, 2\)"), (lambda x: {"logits": x}, "a dict")]
+    for answer, told in answers:
+        network.forward = answer
+        with pytest.raises(UsageError, match=rf"expected logits \(2, 3\) for 2 pictures .*found {told}"):
+            train(recipe, data, tmp_path / "none", teacher=network)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from efficientformer import get_model
+from efficientformer.models import blocks
 from efficientformer.models.attention import TokenAttention
 from efficientformer.models.layers import LayerScale, StridedDepthwise
 from efficientformer.models.network import EfficientFormer
@@ -364,3 +365,36 @@ def test_an_index_is_the_same_whatever_was_built_before():
     model = EfficientFormer(spec).train()
     model(torch.rand(2, 3, 64, 64)).sum().backward()
     assert model.stages[3].blocks[0].token_mixer.attention_biases.grad is not None
+
+
+@pytest.mark.parametrize("name", ["v2 with every part", "v1 with every part"])
+def test_layer_scales_inside_batch_norms_change_no_function_and_no_gradient(name, monkeypatch):
+    """In training a branch's last BatchNorm multiplies by its layer scale, but for fp16, which has no room for 1e-5."""
+    torch.manual_seed(0)
+    model = EfficientFormer(TINY[name], layer_scale_init=0.3).double().train()
+    images = images_for(TINY[name], 3).double()
+    scaled = []
+    monkeypatch.setattr(
+        LayerScale, "forward", lambda self, x: scaled.append(x) or x * self.gamma.reshape(-1, *[1] * 2 * self.on_map)
+    )
+
+    def passes():
+        scaled.clear()
+        model.zero_grad()
+        logits = model(images, return_heads=True)[0]
+        logits.logsumexp(1).sum().backward()
+        return logits, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, len(scaled)
+
+    inside, gradients, some = passes()
+    monkeypatch.setattr(blocks, "_LAST_NORM", {})
+    after, expected, every = passes()
+    assert some < every
+    torch.testing.assert_close(inside, after, atol=1e-12, rtol=0)
+    assert gradients.keys() == expected.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[key], atol=1e-9, rtol=1e-6, msg=key)
+    monkeypatch.undo()
+    assert blocks._in_fp16(images.half())
+    with torch.autocast("cpu", torch.float16):
+        assert blocks._in_fp16(images.float())
+    assert not blocks._in_fp16(images)

@@ -13,6 +13,7 @@ from efficientformer.reporting.page import Page, new_figure, png
 from efficientformer.spec.count import count
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.state import Progress, RunFolder
+from efficientformer.training.teacher import GIVEN
 from efficientformer.training.watch import duration
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def model_card(folder: RunFolder, recipe: Recipe, evaluation: Evaluation, progre
     labels = ", ".join(manifest.labels[:20]) + (" ..." if len(manifest.labels) > 20 else "")
     start = manifest.provenance.get("started_from")
     origin = f"weights {start[:16]}" if start else "scratch"
-    teacher = f"\n* Teacher: {recipe.teacher}, {recipe.distillation} distillation" if recipe.teacher else ""
+    named = recipe.teacher.replace(GIVEN, "a network in memory with weights ")
+    teacher = f"\n* Teacher: {named}, {recipe.distillation} distillation" if recipe.teacher else ""
     weights = shlex.quote(str(folder.path / "best.safetensors"))
     side = "x".join(map(str, manifest.spec.input_size))
     return f"""# {manifest.provenance["model"]} trained on {evaluation.data.rpartition("/")[2]}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from efficientformer.data.listing import counted
 from efficientformer.data.sources import LAYOUTS
@@ -38,6 +39,7 @@ from efficientformer.training.setup import PlainNetwork, Prepared, build_task, p
 from efficientformer.training.state import Launch, RunFolder
 from efficientformer.training.subject import Subject
 from efficientformer.training.task import AUTOCAST
+from efficientformer.training.teacher import with_given
 from efficientformer.training.watch import Watch
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def train(
     output: str | Path | None = None,
     *,
     resume: str | Path | None = None,
+    teacher: nn.Module | None = None,
     workers: int | None = None,
     on_metrics: OnMetrics | None = None,
     device: str = "auto",
@@ -81,6 +84,9 @@ def train(
         data: The data set: class folders, ImageNet, shards, idx files, CSV.
         output: The run folder; by default a new one in ``runs/``.
         resume: A run folder to go on with, by its own recipe; ``data`` may say where its pictures are now.
+        teacher: A network to learn from, in place of one that the recipe names: the student's pictures (B, C, h, w), as
+            they are normalised for it, to logits (B, K) of its classes in their order. A copy is asked; a resumed run
+            needs the same one again.
         workers: Worker processes instead of the recipe's; a resumed run keeps the new number. They change no result.
         on_metrics: Told each line of ``metrics.jsonl`` as it is written, in the first process. If it returns True the
             run saves and ends as after Ctrl-C.
@@ -103,7 +109,7 @@ def train(
     subject = subject or PlainNetwork()
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     with process_group(), signals() as stop, freed_memory_kept() if on_cpu else nullcontext():
-        return _go(recipe, data, output, resume, workers, on_metrics, device, quiet, subject, stop)
+        return _go(recipe, data, output, resume, teacher, workers, on_metrics, device, quiet, subject, stop)
 
 
 def _go(
@@ -111,6 +117,7 @@ def _go(
     data: str | Path | None,
     output: str | Path | None,
     resume: str | Path | None,
+    teacher: nn.Module | None,
     workers: int | None,
     on_metrics: OnMetrics | None,
     device: str,
@@ -125,6 +132,7 @@ def _go(
         recipe, path = resumed.recipe(), Path(note["path"] if data is None else data).absolute()
     else:
         note, recipe, path = {}, recipe or Recipe(), Path(str(data)).absolute()
+        recipe = recipe if teacher is None else with_given(recipe, teacher)
     if workers is not None:
         recipe = recipe.with_changes(workers=workers)
     accelerator = make_accelerator(recipe, device)
@@ -136,7 +144,8 @@ def _go(
         prepared = prepare(recipe, path, rank, world, manifest, subject)
         if resumed is not None and note["digest"] != prepared.digest:
             raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
-        run = _assemble(prepared, resumed or _new_folder(output, prepared, path, accelerator), accelerator, stop)
+        folder = resumed or _new_folder(output, prepared, path, accelerator)
+        run = _assemble(prepared, folder, accelerator, stop, teacher)
         run.on_metrics = on_metrics
     with _taken_up(run, prepared, path, launch_of(accelerator, device), new=resumed is None, quiet=quiet), _named(run):
         return _train(run, prepared, path)
@@ -213,7 +222,9 @@ def _train(run: Run, prepared: Prepared, path: Path) -> Outcome:
     return Outcome(folder, True, run.progress.step, evaluation)
 
 
-def _assemble(prepared: Prepared, folder: RunFolder, accelerator: Accelerator, stop: threading.Event) -> Run:
+def _assemble(
+    prepared: Prepared, folder: RunFolder, accelerator: Accelerator, stop: threading.Event, teacher: nn.Module | None
+) -> Run:
     """Put the parts of a run together."""
     from timm.utils.model_ema import ModelEmaV3
 
@@ -229,7 +240,7 @@ def _assemble(prepared: Prepared, folder: RunFolder, accelerator: Accelerator, s
     inner: Any = torch.compile(model) if recipe.compile else model
     shell, stepper = accelerator.prepare(Shell(inner), optimizer)
     dtype = AUTOCAST.get(accelerator.mixed_precision)
-    task = build_task(recipe, prepared.manifest, prepared.source, device, dtype)
+    task = build_task(recipe, prepared.manifest, prepared.source, device, dtype, teacher)
     task = prepared.subject.task(model, task, recipe.epochs * prepared.loader.plan.steps_per_epoch)
     return Run(recipe, model, shell, stepper, average, prepared.loader, task, accelerator, still, folder, stop)
 

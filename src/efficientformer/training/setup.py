@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from efficientformer.data.augment import Augmentation
 from efficientformer.data.draws import DrawPlan
@@ -379,15 +379,21 @@ def _workers(recipe: Recipe) -> int:
 
 
 def build_task(
-    recipe: Recipe, manifest: Manifest, source: ImageSource, device: torch.device, dtype: torch.dtype | None
+    recipe: Recipe,
+    manifest: Manifest,
+    source: ImageSource,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    given: nn.Module | None = None,
 ) -> Task:
-    """Build the loss the recipe asks for, with its teacher if there is one, on a device and in its precision."""
+    """Build the loss the recipe asks for, with its teacher, perhaps a given one, on a device and in its precision."""
     classes = manifest.spec.num_classes
     weights = None
     if recipe.class_weights == "balanced":
         counts = torch.from_numpy(np.bincount(source.labels, minlength=classes)).float()
         weights = balanced_weights(counts).to(device)
-    teacher = open_teacher(recipe, manifest, source.digest() if recipe.teacher_cache else "", len(source), dtype)
+    digest = source.digest() if recipe.teacher_cache else ""
+    teacher = open_teacher(recipe, manifest, digest, len(source), dtype, given)
     if teacher is None:
         return Supervised(recipe, classes, weights)
     return Distilled(recipe, classes, weights, teacher.to(device), two_heads=manifest.spec.distilled)

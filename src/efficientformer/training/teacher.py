@@ -1,10 +1,11 @@
-"""Teachers for distillation: any timm network, any checkpoint of ours, and their logits kept on disk.
+"""Teachers for distillation: any timm network, any checkpoint of ours, any network in memory; logits kept on disk.
 
 Shapes: B batch, K classes, N training pictures, V views.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from efficientformer.weights.pretrained import build, load_named
 
 TIMM = "timm:"
 TIMM_FOLDER = "timm:local-dir:"  # one that timm.models.save_for_hf wrote
+GIVEN = "given:"  # and the first digits of its weights' digest: a network given to train()
 
 
 class Teacher:
@@ -141,8 +143,18 @@ class CachedTeacher:
         return torch.from_numpy(said.astype(np.float32)).to(batch.images.device)
 
 
+def with_given(recipe: Recipe, network: nn.Module) -> Recipe:
+    """Return the recipe with a network in memory as its teacher."""
+    return recipe.with_changes(teacher=GIVEN + _digest(network)[:16])
+
+
 def open_teacher(
-    recipe: Recipe, student: Manifest, data_digest: str, pictures: int, dtype: torch.dtype | None
+    recipe: Recipe,
+    student: Manifest,
+    data_digest: str,
+    pictures: int,
+    dtype: torch.dtype | None,
+    given: nn.Module | None = None,
 ) -> Teacher | CachedTeacher | None:
     """Open the recipe's teacher.
 
@@ -152,15 +164,21 @@ def open_teacher(
         data_digest: Which training pictures these are.
         pictures: How many.
         dtype: What it computes in, by autocast; None for single precision.
+        given: The network, if the recipe's teacher is one in memory.
 
     Raises:
-        UsageError: If the teacher knows other classes, or several machines would write one cache.
+        UsageError: If the teacher knows other classes, is not the one the run began with, or several machines would
+            write one cache.
         CheckpointError, DownloadError: If its weights cannot be read or fetched.
     """
     if not recipe.teacher or recipe.distillation == "none":
         return None
-    open_one = _open_timm if recipe.teacher.startswith(TIMM) else _open_ours
-    teacher = open_one(recipe, student, dtype)
+    if recipe.teacher.startswith(GIVEN):
+        teacher = _open_given(recipe, student, dtype, given)
+    elif recipe.teacher.startswith(TIMM):
+        teacher = _open_timm(recipe, student, dtype)
+    else:
+        teacher = _open_ours(recipe, student, dtype)
     if not recipe.teacher_cache:
         return teacher
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
@@ -179,6 +197,24 @@ def check_weights(recipe: Recipe) -> None:
     if weights and not Path(weights).is_file():
         hint = "Check the path; without teacher_weights the published ones are taken, or those in the teacher's folder"
         raise UsageError("There are no such weights of the teacher", expected="a file", found=weights, hint=hint)
+
+
+def _open_given(recipe: Recipe, student: Manifest, dtype: torch.dtype | None, network: nn.Module | None) -> Teacher:
+    """Open a copy of a network in memory, which is shown the student's pictures as they are."""
+    if network is None or with_given(recipe, network) != recipe:
+        found = "none" if network is None else "one with other weights"
+        hint = "Go on from Python: train(resume=FOLDER, teacher=NETWORK)"
+        raise UsageError("This run's teacher is a network given to train()", expected="it", found=found, hint=hint)
+    spec, own = student.spec, student.preprocess
+    teacher = Teacher(copy.deepcopy(network), recipe.teacher, own, own.mean, own.std, None, dtype=dtype)
+    with torch.no_grad():  # network is where it is: on any device
+        device = next((tensor.device for tensor in network.state_dict().values()), torch.device("cpu"))
+        said: Any = teacher.network(torch.zeros(2, spec.in_chans, *spec.input_size, device=device))
+    expected = f"logits (2, {spec.num_classes}) for 2 pictures of the student"
+    if not isinstance(said, Tensor) or said.shape != (2, spec.num_classes):
+        found = str(tuple(said.shape)) if isinstance(said, Tensor) else f"a {type(said).__name__}"
+        raise UsageError("The teacher's answer does not fit", expected=expected, found=found)
+    return teacher
 
 
 def _open_ours(recipe: Recipe, student: Manifest, dtype: torch.dtype | None) -> Teacher:
@@ -241,7 +277,7 @@ def _check_classes(name: str, expected: int, found: int) -> None:
 def _digest(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for tensor in network.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
