@@ -223,7 +223,11 @@ def _train(run: Run, prepared: Prepared, path: Path) -> Outcome:
 
 
 def _assemble(
-    prepared: Prepared, folder: RunFolder, accelerator: Accelerator, stop: threading.Event, teacher: nn.Module | None
+    prepared: Prepared,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    stop: threading.Event,
+    teacher: nn.Module | None = None,
 ) -> Run:
     """Put the parts of a run together."""
     from timm.utils.model_ema import ModelEmaV3
