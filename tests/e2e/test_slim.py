@@ -33,7 +33,7 @@ from efficientformer.spec.errors import DataError, TrainingError, UsageError
 from efficientformer.spec.variants import v1_spec
 from efficientformer.training import loop
 from efficientformer.training.lock import alone_in
-from efficientformer.training.recipe import Recipe
+from efficientformer.training.recipe import Recipe, load_recipe
 from efficientformer.weights.checkpoint import load_checkpoint
 from tests.pictures import write_folders
 
@@ -247,6 +247,24 @@ def test_a_supernet_of_other_pictures_is_refused(place, finished, tmp_path):
     (copy / "slim.json").write_text(json.dumps(plan))
     with pytest.raises(UsageError, match="other pictures"):
         run.slim(resume=copy)
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_a_resumed_run_takes_another_number_of_workers_and_nothing_else(finished, tmp_path, cli):
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy, ignore=shutil.ignore_patterns("tensorboard", "result.json", "slimmed-*"))
+    for settings in (["supernet.workers=2"], ["workers=2", "lr=1"]):
+        line = ["slim", "--resume", copy, *(word for each in settings for word in ("--set", each))]
+        assert "keeps its plan" in cli(*line)[2]
+    code, _, said = cli("slim", "--resume", copy, "--set", "workers=2", "--quiet")
+    assert code == 0, said
+    plan = Plan.load(copy)
+    trained = [load_recipe(file.parent) for file in copy.glob("targets/*/train/recipe.json")]
+    assert trained
+    assert {recipe.workers for recipe in (plan.supernet, plan.final, *trained)} == {2}
+    assert_same(copy, finished[0])
+    with pytest.raises(UsageError, match="resume, and perhaps targets, data and workers"):
+        run.slim(plan, tmp_path / "new", workers=2)
 
 
 def test_a_resumed_run_keeps_to_its_pictures(finished, tmp_path):

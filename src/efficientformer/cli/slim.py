@@ -38,7 +38,9 @@ def slim(
                      "it for one part only; repeatable."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; by default runs/slim.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with; new targets are added to it.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Run folder to go on with, perhaps with --set workers=N; new targets are added.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:  # fmt: skip
     """Slim a network to a latency: supernet, search, final training. Ctrl-C saves; --resume goes on."""
@@ -47,6 +49,7 @@ def slim(
     require("train", "Slimming", "torch")
     from efficientformer.slimming.plan import PLAN, milliseconds
     from efficientformer.slimming.run import slim as run
+    from efficientformer.training.recipe import Recipe, override
 
     targets = tuple(milliseconds(text) for text in target_latency or ())
     given = {"model": model, "recipe": recipe, "epochs": epochs, "final_epochs": final_epochs, "engine": engine,
@@ -56,8 +59,11 @@ def slim(
     try:
         with _sigterm_as_ctrl_c():
             if resume is not None:
-                _refuse_changes({**given, "table": table, "output": output})
-                outcome = run(resume=resume, targets=targets, data=data, quiet=quiet)
+                workers = [setting for setting in given["settings"] if setting.partition("=")[0].strip() == "workers"]
+                others = [setting for setting in given["settings"] if setting not in workers]
+                _refuse_changes({**given, "settings": others, "table": table, "output": output})
+                number = override(Recipe(), workers).workers if workers else None
+                outcome = run(resume=resume, targets=targets, data=data, workers=number, quiet=quiet)
             elif data is None:
                 raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
             else:
@@ -113,5 +119,6 @@ def _refuse_changes(given: dict[str, Any]) -> None:
 
     changed = [name for name, value in given.items() if value and value != "auto"]
     if changed:
-        hint = "Give --resume, with --target-latency for a further target and --data if it has moved"
+        hint = ("Give --resume, with --target-latency for a further target and --data if it has moved; "
+                "--set workers=N changes no result")  # fmt: skip
         raise UsageError("A resumed run keeps its plan", found=", ".join(changed), hint=hint)

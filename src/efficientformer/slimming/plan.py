@@ -193,6 +193,11 @@ class Plan:
         """Return the plan with further targets."""
         return dataclasses.replace(self, targets=(*self.targets, *targets))
 
+    def with_workers(self, workers: int) -> Plan:
+        """Return the plan with another number of worker processes, which no result depends on."""
+        supernet, final = (each.with_changes(workers=workers) for each in (self.supernet, self.final))
+        return dataclasses.replace(self, supernet=supernet, final=final)
+
     def save(self, folder: Path) -> None:
         """Write the plan into a run folder.
 

@@ -83,6 +83,7 @@ def slim(
     targets: Iterable[float] = (),
     data: str | Path | None = None,
     table: str | Path | None = None,
+    workers: int | None = None,
     quiet: bool = True,
 ) -> SlimOutcome:
     """Slim a network until it meets latencies on a device, and train what is left.
@@ -94,12 +95,14 @@ def slim(
         targets: Further targets, in milliseconds, for a resumed run.
         data: Where a resumed run's pictures are now.
         table: A latency table measured elsewhere; by default one is measured on this machine's engine.
+        workers: Worker processes from now on, for a resumed run; they change no result.
         quiet: Say nothing on the terminal.
 
     Returns:
         The run folder and, of a finished run, the networks.
 
     Raises:
+        SpecError: If ``workers`` is no legal number.
         UsageError: If the arguments do not go together, a target cannot be reached (the range is named), or another
             process is at work in the folder.
         DataError: If the data set is missing or does not fit.
@@ -107,16 +110,16 @@ def slim(
         EngineError: If the engine cannot be used here.
         MissingExtraError: If a library is missing.
     """
-    mixed = (output or table) if plan is None else (targets or data)
+    mixed = (output or table) if plan is None else (targets or data or workers is not None)
     if (plan is None) == (resume is None) or mixed:
-        hint = "Give a plan, an output and perhaps a table; or resume, and perhaps targets and data"
+        hint = "Give a plan, an output and perhaps a table; or resume, and perhaps targets, data and workers"
         raise UsageError("A run is either new or resumed", hint=hint)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         hint = "Slim in one process; its sliced network can be trained by many: torchrun ... train --model FILE"
         raise UsageError("Slimming is no job for torchrun", hint=hint)
     with ExitStack() as held:
         if resume is not None:
-            run = _resumed(Path(resume), targets, data, held, quiet=quiet)
+            run = _resumed(Path(resume), targets, data, workers, held, quiet=quiet)
         else:
             assert plan is not None
             if output is None:
@@ -187,7 +190,8 @@ class _SlimRun:
         if (folder / STATE).exists():
             if recipe.teacher == self._teacher:
                 point_at_teacher(folder, self._teacher)  # this folder may have been moved
-            return train(data=self.plan.data, resume=folder, **options)
+            workers = None if recipe.workers < 0 else recipe.workers  # a resumed run of ours may have new ones
+            return train(data=self.plan.data, resume=folder, workers=workers, **options)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its first checkpoint
         return train(recipe, self.plan.data, folder, **options)
 
@@ -342,7 +346,13 @@ def _check_empty(folder: Path, but: set[str]) -> None:
 
 
 def _resumed(
-    folder: Path, targets: Iterable[float], data: str | Path | None, held: ExitStack, *, quiet: bool
+    folder: Path,
+    targets: Iterable[float],
+    data: str | Path | None,
+    workers: int | None,
+    held: ExitStack,
+    *,
+    quiet: bool,
 ) -> _SlimRun:
     """Go on with a run; one that was killed while its table was measured is refused as a new one is."""
     plan = Plan.load(folder)
@@ -350,6 +360,8 @@ def _resumed(
     if data is not None:
         plan = dataclasses.replace(plan, data=str(Path(data).absolute()))
     wanted = plan.with_targets(targets)
+    if workers is not None:
+        wanted = wanted.with_workers(workers)
     space = wanted.options.space(start_network(wanted))
     new = not any((folder / name).exists() for name in ("supernet", IMPORTANCES, PATH))
     if data is not None or not _all_trained(folder, wanted):
