@@ -81,6 +81,9 @@ def fit(model: nn.Module, loader: Loader, recipe: Recipe) -> tuple[nn.Module, fl
             average.set(model)
         if step >= averaged_from:
             average.update(model, step=step - averaged_from + 1)
+        if (step + 1) % per_epoch == 0:
+            done, minutes = (step + 1) // per_epoch, (time.perf_counter() - start) / 60
+            print(f"epoch {done} of {recipe.epochs}, {minutes:.1f} minutes, last loss {loss.item():.3f}", flush=True)
     return average.module, time.perf_counter() - start
 
 

@@ -1,5 +1,6 @@
 """The networks in train form: gradients everywhere, no hidden state, every option does what it says."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -197,6 +198,9 @@ def test_compiles_exports_and_runs_in_bf16_and_channels_last(spec):
     torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
     features = torch.compile(model.features, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(features(images, (1, 3)), model.features(images)[1::2], rtol=1e-4, atol=1e-5)
+    trained, eager = copy.deepcopy(model).train(), copy.deepcopy(model).train()
+    found = torch.compile(trained, fullgraph=True, backend="aot_eager")(images)
+    torch.testing.assert_close(found, eager(images), rtol=1e-4, atol=1e-5)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.testing.assert_close(program.module()(images[:1].repeat(5, 1, 1, 1))[:1], expected[:1], rtol=1e-4, atol=1e-5)
     last = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
@@ -298,8 +302,6 @@ def test_other_input_sizes_can_be_built(size):
 
 @pytest.mark.parametrize("name", ["efficientformer_l1", "efficientformer_cifar10"])
 def test_checkpointing_changes_neither_gradients_nor_statistics(name):
-    import copy
-
     spec = dataclasses.replace(VARIANTS[name], num_classes=3)
     plain = EfficientFormer(spec, layer_scale_init=0.1).train()
     saving = copy.deepcopy(plain)
