@@ -77,9 +77,9 @@ def test_archives_beside_the_folders_of_a_split_are_left_out(tmp_path, folders):
 def test_shards_and_pictures_beside_the_shards_of_a_split_are_named(tmp_path):
     for name in ("train", "val", "extra"):
         write_tar(tmp_path / f"{name}-0.tar", [("0.png", PICTURE), ("0.cls", b"0")])
-    put(tmp_path, "cats/old/1.jpg", "notes/readme.txt")
+    put(tmp_path, "cats/old/1.jpg", "notes/readme.txt", "loose.jpg")
     splits = open_splits(tmp_path)
-    assert splits.train.notes == splits.val.notes == ("left out beside train, val: 'cats', 'extra-0.tar'",)
+    assert splits.train.notes == splits.val.notes == ("left out beside train, val: 'cats', 'extra-0.tar', 'loose.jpg'",)
 
 
 @pytest.mark.parametrize("others", [("mask.png", "seg.png"), ("depth.PNG",)], ids=", ".join)

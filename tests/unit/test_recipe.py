@@ -38,6 +38,8 @@ def test_round_trip_through_json(tmp_path):
         ("epochs = open('/etc/passwd')", "is code"),
         ("epochs = [].__class__", "is code"),
         ("epochs = 3\nepochs = 4", "twice"),
+        ("opt_args = {'a': 1,\n'b': 2,\n'a': 1}", "sets 'a' of 'opt_args' twice; found again in line 3"),
+        ("opt_args = {'a': [{'b': 1, 'b': 2}]}", "sets 'b' of 'opt_args' twice; found again in line 1"),
         ("epoch = 3", "Did you mean 'epochs'"),
         ("epochs = '3'", "Illegal epochs"),
         ("epochs = True", "Illegal epochs"),
@@ -73,6 +75,12 @@ def test_a_json_recipe_sets_nothing_twice(tmp_path):
         load_recipe(path)
     with pytest.raises(SpecError, match="Illegal opt_args"):
         override(Recipe(), ['opt_args={"nesterov": true, "nesterov": false}'])
+
+
+def test_two_dicts_of_a_recipe_may_have_the_same_key(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("opt_args = {'a': {'a': 1}, 'b': [{'a': 1}, {'a': 2}]}")
+    assert load_recipe(path).opt_args == {"a": {"a": 1}, "b": [{"a": 1}, {"a": 2}]}
 
 
 def test_nothing_in_a_recipe_is_executed(tmp_path):

@@ -149,6 +149,38 @@ def test_a_class_or_a_part_is_not_guessed(tmp_path, part):
         open_splits(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [("val", ("val", "validation")), ("val", ("Val", "val")), ("train", ("train", "training"))],
+    ids=str,
+)
+def test_of_two_folders_for_a_part_none_is_taken(tmp_path, part, names):
+    put(tmp_path, "train/cat/1.jpg", "val/cat/2.jpg", *(f"{name}/cat/3.jpg" for name in names))
+    if len(list(tmp_path.iterdir())) < 3:
+        pytest.skip("this file system does not tell Val from val")
+    with pytest.raises(DataError, match=f"is the part {part!r}; expected one; found {names[0]!r}, {names[1]!r}"):
+        open_splits(tmp_path)
+
+
+def test_one_folder_for_a_part_may_go_by_two_names(tmp_path):
+    put(tmp_path, "train/cat/1.jpg", "val/cat/2.jpg")
+    (tmp_path / "validation").symlink_to("val")
+    (tmp_path / "valid").mkdir()
+    put(tmp_path, "testing/cat/3.jpg", "test/4.jpg")  # that without classes is no set
+    assert {part: len(opener()) for part, opener in find_parts(tmp_path).items()} == {"train": 1, "val": 1, "test": 1}
+
+
+def test_loose_pictures_beside_parts_are_named(tmp_path):
+    put(tmp_path, "train/cat/1.jpg", "val/cat/2.jpg", "b.jpg", "a.PNG", "readme.md", ".c.jpg")
+    splits = open_splits(tmp_path)
+    assert splits.train.notes == splits.val.notes == ("left out beside train, val: 'a.PNG', 'b.jpg'",)
+    put(tmp_path, "val.tar", "extra/3.jpg")
+    assert open_source(tmp_path, "train").notes == (
+        "left out beside train, val: 'extra'",
+        "left out beside train, val: 'val.tar', 'a.PNG', 'b.jpg'",
+    )
+
+
 def test_notes_reach_what_is_made_of_a_source(tmp_path):
     put(tmp_path, "cat/1.jpg", "cat/2.jpg", "cat/notes.txt")
     source, splits = open_source(tmp_path), open_splits(tmp_path)
@@ -491,6 +523,20 @@ def test_tables_in_a_folder_are_its_parts(tmp_path):
     for number in range(4):
         (tmp_path / f"train/{number}.png").unlink()
     assert open_source(tmp_path, "train").name(0) == "c0/1.png", "folders speak for themselves"
+
+
+def test_lists_that_are_not_used_are_named(tmp_path):
+    put(tmp_path, "1.png")
+    for name in ("train.txt", "val.txt"):
+        (tmp_path / name).write_text("1.png cat\n")
+    for name in ("train.csv", "Validation.csv", "labels.csv"):
+        (tmp_path / name).write_text("file,label\n1.png,cat\n")
+    note = "left out beside train, val: 'Validation.csv', 'labels.csv', 'train.csv'"
+    assert open_source(tmp_path, "train").notes == (note,)
+    for name in ("train.txt", "val.txt", "Validation.csv"):
+        (tmp_path / name).unlink()
+    (tmp_path / "train.csv").write_text("file,label,split\n1.png,cat,train\n")
+    assert open_source(tmp_path, "train").notes == ("left out beside train: 'labels.csv'",)
 
 
 def test_a_table_of_a_folder_may_divide_itself(tmp_path):

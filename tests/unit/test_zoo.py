@@ -1,12 +1,18 @@
 """The zoo: every name resolves, every card is complete, unknown names are helped."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from efficientformer.spec.errors import UnknownModelError
 from efficientformer.spec.labels import label_names, synsets
+from efficientformer.spec.manifest import METADATA_KEY
 from efficientformer.spec.zoo import EMBEDDED, LAYOUT_PREPROCESS, cards, list_models, resolve
+from efficientformer.weights.pretrained import find_weights
 
 
 @pytest.mark.parametrize(
@@ -136,3 +142,26 @@ def test_a_part_of_a_name_lists_all_that_have_it(cli):
     assert (code, len(out.splitlines())) == (0, 4)
     code, _, err = cli("list", "resnet")
     assert (code, "No network matches 'resnet'" in err) == (2, True)
+
+
+def test_the_accuracy_of_the_network_in_the_package_is_its_files_own(cli):
+    with safe_open(find_weights(resolve(EMBEDDED).card)[0], framework="np") as file:
+        figures = json.loads(file.metadata()[METADATA_KEY])["metrics"]
+    (row,) = [json.loads(line) for line in cli("list", "cifar10", "--json")[1].splitlines()]
+    assert (row["top1"], row["top5"]) == (figures["top1"], figures["top5"])
+    assert f"  {figures['top1']:.2f}  {figures['top5']:.2f}" in cli("list", "cifar10")[1]
+    assert json.loads(cli("info", EMBEDDED, "--json")[1])["metrics"] == figures
+    shown = f"in the package: top-1 {figures['top1']:.2f}, top-5 {figures['top5']:.2f}, measured on CIFAR-10\n"
+    assert shown in cli("info", "cifar10")[1]
+
+
+def test_the_accuracy_of_published_weights_is_that_of_the_first_source(cli):
+    (row,) = [json.loads(line) for line in cli("list", "l1", "--json")[1].splitlines()]
+    told = json.loads(cli("info", "l1", "--json")[1])
+    assert row["top1"] == told["sources"][0]["top1"] == told["metrics"]["published_top1"]
+    assert f"timm          top-1 {row['top1']:.2f}, top-5 {row['top5']:.2f}; " in cli("info", "l1")[1]
+
+
+def test_listing_the_zoo_imports_no_array_library():
+    code = "import sys, efficientformer.weights.embedded as e; e.embedded_manifest(); print('numpy' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

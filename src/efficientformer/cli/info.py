@@ -125,6 +125,7 @@ def _parts(spec: ArchSpec) -> list[dict[str, Any]]:
 
 
 def _as_dict(card: ModelCard) -> dict[str, Any]:
+    manifest = _manifest(card)
     sources = [
         {
             "name": source.name,
@@ -148,11 +149,19 @@ def _as_dict(card: ModelCard) -> dict[str, Any]:
         "published_macs_g": card.published_macs,
         "published_latency_ms": card.latency_ms,
         "note": card.note,
-        "preprocess": card.manifest(card.best_source).preprocess.to_dict(),
+        "preprocess": manifest.preprocess.to_dict(),
+        "metrics": dict(manifest.metrics),
         "sources": sources,
         "parts": _parts(card.spec),
         "spec": card.spec.to_dict(),
     }
+
+
+def _manifest(card: ModelCard) -> Manifest:
+    """Return the manifest of the weights tried first; those in the package have their own, with what was measured."""
+    from efficientformer.weights.embedded import embedded_manifest
+
+    return card.manifest(card.best_source) if card.sources else embedded_manifest()
 
 
 def _print_facts(console: Console, card: ModelCard) -> None:
@@ -238,13 +247,19 @@ def _blocks(blocks: tuple[BlockSpec, ...]) -> str:
 def _print_sources(console: Console, card: ModelCard) -> None:
     console.print()
     if not card.sources:
-        console.print("weights      in the package", markup=False)
-        console.print(f"preprocess   {card.manifest(None).preprocess.describe()}", soft_wrap=True, markup=False)
+        manifest = _manifest(card)
+        accuracy = _accuracy(manifest.metrics.get("top1"), manifest.metrics.get("top5"))
+        data = manifest.provenance.get("data", card.data_set)
+        console.print(f"weights      in the package: {accuracy}, measured on {data}", soft_wrap=True, markup=False)
+        console.print(f"preprocess   {manifest.preprocess.describe()}", soft_wrap=True, markup=False)
         return
     console.print("[bold]weights, in the order they are tried[/bold]")
     for source in card.sources:
-        accuracy = "top-1 " + (f"{source.top1:.2f}" if source.top1 else "-")
-        accuracy += f", top-5 {source.top5:.2f}" if source.top5 else ""
+        accuracy = _accuracy(source.top1, source.top5)
         console.print(f"  {source.name:<13} {accuracy}; {source.alias}", soft_wrap=True, markup=False)
         console.print(f"  {'':<13} {source.preprocess.describe()}", soft_wrap=True, markup=False)
         console.print(f"  {'':<13} {source.url}", soft_wrap=True, markup=False)
+
+
+def _accuracy(top1: float | None, top5: float | None) -> str:
+    return "top-1 " + (f"{top1:.2f}" if top1 else "-") + (f", top-5 {top5:.2f}" if top5 else "")

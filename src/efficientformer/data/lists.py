@@ -13,7 +13,7 @@ import numpy as np
 
 from efficientformer.data.folders import Folder
 from efficientformer.data.listing import SHOWN, FileSource, is_picture, some
-from efficientformer.data.parts import PARTS, WHOLE, Opener, is_no_class, is_part_name, part_of
+from efficientformer.data.parts import PARTS, WHOLE, Opener, is_no_class, is_part_name, noted, part_of
 from efficientformer.data.shards import MAX_CLASSES, find_class_names
 from efficientformer.spec.errors import DataError
 
@@ -143,7 +143,8 @@ def list_parts(path: Path) -> dict[str, Opener]:
 def find_lists(folder: Folder) -> dict[str, Opener]:
     """Return the parts in lists called train, val and test, or in the only one beside folders that are no classes.
 
-    Hugging Face's ``metadata.csv`` in the folder of each part makes it one, too.
+    Hugging Face's ``metadata.csv`` in the folder of each part makes it one, too. Of two lists for a part one is used;
+    lists that are not are named in a note.
     """
     lists = [name for name in folder.files if name.lower().endswith(SUFFIXES)]
     if len(lists) > MOST:  # a text beside every picture is none
@@ -156,8 +157,10 @@ def find_lists(folder: Folder) -> dict[str, Opener]:
     if len(found) == 1 and not parts["train"] and all(is_no_class(name) for name in folder.folders):
         alone = next(iter(found))
     if alone and (found[alone].split or alone != parts["train"]):  # it may divide itself
-        return list_parts(folder.path / alone)
-    return {part: partial(_open_list, folder.path / name) for part, name in parts.items() if name and parts["train"]}
+        return noted(list_parts(folder.path / alone), [name for name in found if name != alone])
+    used = {part: name for part, name in parts.items() if name and parts["train"]}
+    openers = {part: partial(_open_list, folder.path / name) for part, name in used.items()}
+    return noted(openers, [name for name in found if name not in used.values()])
 
 
 def _open_list(path: Path) -> FileSource:

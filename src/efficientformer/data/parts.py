@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
+from efficientformer.data.listing import some
 from efficientformer.data.source import ImageSource
 
 WHOLE = "all"  # the name of the one part of a data set that is not split
@@ -35,3 +37,17 @@ def part_of(alias: str) -> str:
 def is_no_class(name: str) -> bool:
     """Tell whether a folder is named as a pile of pictures: as no class is, unless others beside it are."""
     return _PILE.fullmatch(name) is not None
+
+
+def noted(parts: Mapping[str, Opener], beside: Sequence[str]) -> dict[str, Opener]:
+    """Return parts whose sources note what lies beside them and is left out."""
+    if not beside:
+        return dict(parts)
+    note = f"left out beside {', '.join(parts)}: {some(beside)}"
+    return {name: partial(_open_noted, opener, note) for name, opener in parts.items()}
+
+
+def _open_noted(opener: Opener, note: str) -> ImageSource:
+    source = opener()
+    source.notes += (note,)
+    return source

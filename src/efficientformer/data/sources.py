@@ -25,7 +25,7 @@ from efficientformer.data.idx import idx_parts, open_idx
 from efficientformer.data.imagenet import is_validation, open_validation
 from efficientformer.data.listing import counted, some
 from efficientformer.data.lists import SUFFIXES, find_lists, is_list, list_parts
-from efficientformer.data.parts import PARTS, WHOLE, Opener, is_no_class, is_part_name, part_of
+from efficientformer.data.parts import PARTS, WHOLE, Opener, is_no_class, is_part_name, noted, part_of
 from efficientformer.data.shards import open_shards
 from efficientformer.data.source import ImageSource, Subset
 from efficientformer.spec.errors import DataError, UsageError, reason_of
@@ -206,8 +206,8 @@ def _parts(folder: Folder) -> dict[str, Opener]:
         return {name: partial(open_idx, folder, name) for name in idx}
     shards, folders = _split_shards(folder), _split_folders(folder)
     if folders and ("train" in folders or "train" not in shards):
-        return _noted(folders, [name for name in folder.files if _SHARD.fullmatch(name)])
-    return _noted(shards, _beside_shards(folder)) if shards else {}
+        return noted(folders, [*filter(_SHARD.fullmatch, folder.files), *folder.pictures])
+    return noted(shards, _beside_shards(folder)) if shards else {}
 
 
 def _split_shards(folder: Folder) -> dict[str, Opener]:
@@ -224,7 +224,7 @@ def _beside_shards(folder: Folder) -> list[str]:
     """Return the names of what else may hold pictures where the parts are tar shards."""
     named = [name for name in folder.folders if is_part_name(name)]
     unnamed = [name for name in folder.files if name.endswith(".tar") and not _SHARD.fullmatch(name)]
-    return [*named, *_pictures_beside(folder), *unnamed]
+    return [*named, *_pictures_beside(folder), *unnamed, *folder.pictures]
 
 
 def _split_folders(folder: Folder) -> dict[str, Opener]:
@@ -233,7 +233,7 @@ def _split_folders(folder: Folder) -> dict[str, Opener]:
     A class may have such a name too: then its folder, or a folder beside it, holds pictures.
 
     Raises:
-        DataError: If that leaves it open whether they are parts or classes.
+        DataError: If that leaves it open whether they are parts or classes, or which of two folders is a part.
     """
     named = {name: list_folder(folder.path / name) for name in folder.folders if is_part_name(name)}
     if not named:
@@ -242,15 +242,27 @@ def _split_folders(folder: Folder) -> dict[str, Opener]:
     like_classes = [name for name, picture in beside.items() if picture.count("/") == 1]  # CLASS/picture.jpg
     if like_classes and not _is_split(folder, named, like_classes):
         return {}
-    inner = {name.lower(): each for name, each in named.items()}
     parts: dict[str, Opener] = {}
-    for part, aliases in PARTS.items():
-        for alias in aliases:
-            # Loose pictures in val/ beside a good train/ are a mistake: opening that part says so.
-            mistaken = alias in inner and part == "val" and "train" in parts and bool(inner[alias].pictures)
-            if part not in parts and alias in inner and (mistaken or _can_be_set(inner[alias])):
-                parts[part] = partial(_open_whole, inner[alias])
-    return _noted(parts, list(beside))
+    for part in PARTS:
+        # Loose pictures in val/ beside a good train/ are a mistake: opening that part says so.
+        mistaken = part == "val" and "train" in parts
+        called = [each for name, each in named.items() if part_of(name.lower()) == part]
+        sets = [each for each in called if _can_be_set(each) or (mistaken and each.pictures)]
+        if len({each.path.resolve() for each in sets}) > 1:  # a link to the other is the same
+            raise _too_many(folder, part, sets)
+        if sets:
+            parts[part] = partial(_open_whole, sets[0])
+    return noted(parts, list(beside))
+
+
+def _too_many(folder: Folder, part: str, sets: Sequence[Folder]) -> DataError:
+    """Build the error for a part that several folders are named as, such as val and validation."""
+    return DataError(
+        f"More than one folder in {str(folder.path)!r} is the part {part!r}",
+        expected="one",
+        found=some(each.path.name for each in sets),
+        hint="Put their pictures into one, or move the others elsewhere",
+    )
 
 
 def _pictures_beside(folder: Folder) -> dict[str, str]:
@@ -277,20 +289,6 @@ def _is_split(folder: Folder, named: Mapping[str, Folder], beside: Sequence[str]
             hint="Move one of them elsewhere, or rename it if it is a class",
         )
     return bool(sets)
-
-
-def _noted(parts: Mapping[str, Opener], beside: Sequence[str]) -> dict[str, Opener]:
-    """Return parts whose sources note what lies beside them and is left out."""
-    if not beside:
-        return dict(parts)
-    note = f"left out beside {', '.join(parts)}: {some(beside)}"
-    return {name: partial(_open_noted, opener, note) for name, opener in parts.items()}
-
-
-def _open_noted(opener: Opener, note: str) -> ImageSource:
-    source = opener()
-    source.notes += (note,)
-    return source
 
 
 def _can_be_set(folder: Folder) -> bool:

@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import stat
+import struct
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile
 
 from efficientformer.runtime.preprocess import least_size
-from efficientformer.spec.errors import ImageError
+from efficientformer.spec.errors import ImageError, reason_of
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.preprocess import PreprocessSpec
 
@@ -48,6 +49,10 @@ FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
     "PPM": ("PpmImagePlugin", (".ppm", ".pgm", ".pbm", ".pnm")),
 }
 SUFFIXES = frozenset(suffix for _, suffixes in FORMATS.values() for suffix in suffixes)
+
+# What Pillow's plugins raise in words; and what Python itself raises in them, whose text tells a user nothing.
+_IN_WORDS = (OSError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+_STUMBLES = (LookupError, struct.error, RecursionError, NotImplementedError)
 
 # How to undo EXIF orientation 2, 3, ... 8; 1 is upright.
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
@@ -105,7 +110,7 @@ def decode(
     except ImageError:
         raise
     except Exception as error:  # Pillow's plugins let anything out, from struct.error to RecursionError
-        expected, found = "a complete, undamaged picture", f"{type(error).__name__}: {error}"
+        expected, found = "a complete, undamaged picture", _damage(error)
         hint = "Fetch it again, or save it anew as JPEG or PNG"
         raise ImageError(f"Cannot decode {name}", expected=expected, found=found, hint=hint) from error
 
@@ -128,7 +133,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         with Path(path).open("rb") as file:
             return file.read(info.st_size)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        reason, hint = getattr(error, "strerror", None) or str(error), ""
+        reason, hint = reason_of(error), ""
         if is_address(path):
             reason, hint = "an address", how_to_gather(path)
         elif isinstance(error, FileNotFoundError) and WILDCARDS.search(os.fspath(path)):
@@ -160,7 +165,7 @@ def read_stream(stream: IO[bytes], name: str) -> bytes:
             if len(data) > MAX_BYTES:
                 raise _too_many_bytes(name)
     except (OSError, TypeError, ValueError) as error:  # ValueError: a closed file, or undecodable text
-        found = f"{type(error).__name__}: {error}"
+        found = "one that gives no bytes" if isinstance(error, TypeError) else reason_of(error)
         raise ImageError(f"Cannot read {name}", expected="a file opened in binary mode", found=found) from error
     return bytes(data)
 
@@ -286,6 +291,15 @@ def _open(data: Encoded, name: str) -> Image.Image:
             return factory(BytesIO(data), "")
     hint = "Save it as JPEG or PNG"
     raise ImageError(f"Cannot decode {name}", expected=f"one of {', '.join(FORMATS)}", found=found, hint=hint)
+
+
+def _damage(error: Exception) -> str:
+    """Say what is wrong with a picture: in Pillow's words where there are any, never in Python's."""
+    if isinstance(error, MemoryError):
+        return "too little memory for it"
+    stumbled = any(isinstance(each, _STUMBLES) for each in (error, *error.args))  # Pillow wraps some: SyntaxError(v)
+    said = reason_of(error) if isinstance(error, _IN_WORDS) and not stumbled else ""
+    return said or "contents that end too early or make no sense"
 
 
 def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:

@@ -373,11 +373,26 @@ def _assignments(data: bytes) -> dict[str, Any]:
             raise SpecError(f"Line {statement.lineno} of the recipe is code", expected=expected)
         if target.id in values:
             raise SpecError(f"The recipe sets {target.id!r} twice", found=f"again in line {statement.lineno}")
+        _refuse_keys_given_twice(target.id, statement.value)
         try:
             values[target.id] = ast.literal_eval(statement.value)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise SpecError(f"Line {statement.lineno} of the recipe is code", expected=expected) from None
     return values
+
+
+def _refuse_keys_given_twice(setting: str, value: ast.expr) -> None:
+    """Raise SpecError if a dict anywhere in a value has a key twice; Python's own parser takes the last one."""
+    for each in ast.walk(value):
+        keys = each.keys if isinstance(each, ast.Dict) else []
+        seen: set[object] = set()
+        for key in keys:
+            if not isinstance(key, ast.Constant):
+                continue
+            if key.value in seen:
+                problem = f"The recipe sets {key.value!r} of {setting!r} twice"
+                raise SpecError(problem, found=f"again in line {key.lineno}")
+            seen.add(key.value)
 
 
 def _typed(name: str, value: object, kind: Any) -> Any:  # noqa: ANN401 (whatever the field holds)

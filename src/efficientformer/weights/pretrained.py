@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from efficientformer.models.network import EfficientFormer
@@ -21,6 +20,7 @@ from efficientformer.spec.zoo import EMBEDDED, LAYOUT_PREPROCESS, ModelCard, Wei
 from efficientformer.weights.beside import known_labels, read_beside
 from efficientformer.weights.checkpoint import Checkpoint, WeightsWarning, load_checkpoint
 from efficientformer.weights.download import fetch
+from efficientformer.weights.embedded import embedded_weights
 from efficientformer.weights.loading import load_into
 from efficientformer.weights.progress import Progress
 from efficientformer.weights.remote import fetch_remote
@@ -73,7 +73,7 @@ def find_weights(
         DownloadError: If no source delivers.
     """
     if card.name == EMBEDDED:
-        return Path(str(files("efficientformer") / "assets" / f"{EMBEDDED}.safetensors")), None
+        return embedded_weights(), None
     sources = card.sources if source is None else (source,)
     path = fetch(card.name, sources, offline=offline, progress=progress)
     return path, card.source(path.parent.name)  # the cache keeps each source in a folder of its name
