@@ -49,7 +49,6 @@ def slim(
     require("train", "Slimming", "torch")
     from efficientformer.slimming.plan import PLAN, milliseconds
     from efficientformer.slimming.run import slim as run
-    from efficientformer.training.recipe import Recipe, override
 
     targets = tuple(milliseconds(text) for text in target_latency or ())
     given = {"model": model, "recipe": recipe, "epochs": epochs, "final_epochs": final_epochs, "engine": engine,
@@ -59,11 +58,9 @@ def slim(
     try:
         with _sigterm_as_ctrl_c():
             if resume is not None:
-                workers = [setting for setting in given["settings"] if setting.partition("=")[0].strip() == "workers"]
-                others = [setting for setting in given["settings"] if setting not in workers]
-                _refuse_changes({**given, "settings": others, "table": table, "output": output})
-                number = override(Recipe(), workers).workers if workers else None
-                outcome = run(resume=resume, targets=targets, data=data, workers=number, quiet=quiet)
+                workers, rest = _workers(settings or [])
+                _refuse_changes({**given, "settings": rest, "table": table, "output": output})
+                outcome = run(resume=resume, targets=targets, data=data, workers=workers, quiet=quiet)
             elif data is None:
                 raise UsageError("Nothing to train on", hint="Name a data set: --data DIR")
             else:
@@ -111,6 +108,15 @@ def _plan(data: Path, targets: tuple[float, ...], given: dict[str, Any]) -> Plan
 
     file = given["recipe"]
     return make_plan(data, targets, **{**given, "recipe": None if file is None else load_recipe(file)})
+
+
+def _workers(settings: list[str]) -> tuple[int | None, list[str]]:
+    """Return the number of workers that settings ask for, None for none, and the other settings."""
+    from efficientformer.training.recipe import Recipe, override
+
+    others = [setting for setting in settings if setting.partition("=")[0].strip() != "workers"]
+    asked = [setting for setting in settings if setting not in others]
+    return (override(Recipe(), asked).workers if asked else None), others
 
 
 def _refuse_changes(given: dict[str, Any]) -> None:
