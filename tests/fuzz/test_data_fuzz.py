@@ -1,4 +1,4 @@
-"""Hostile idx and tar files: either a source comes out whose every picture can be asked for, or a DataError."""
+"""Hostile idx, CIFAR and tar files: either a source comes out whose every picture can be asked for, or a DataError."""
 
 import gzip
 import io
@@ -11,6 +11,7 @@ import pytest
 
 from efficientformer.data.sources import open_source
 from efficientformer.spec.errors import DataError, ImageError
+from tests.unit.test_packed_sources import cifar
 
 CASES = int(os.environ.get("FUZZ_CASES", "600"))
 
@@ -58,10 +59,10 @@ def mutate(data, rng):
     return bytes(data)
 
 
-def use(folder):
+def use(folder, part=None):
     """Open a data set and ask for every picture; return how it ended."""
     try:
-        source = open_source(folder)
+        source = open_source(folder, part)
     except DataError as error:
         assert str(error)
         return "refused"
@@ -93,6 +94,16 @@ def test_mutated_files(tmp_path, kind):
         ends.append(use(tmp_path))
     assert {"refused", "read"} <= set(ends)  # else the mutations are too weak, or too strong
     assert "unreadable" not in ends
+
+
+@pytest.mark.parametrize("file", ["train", "train.bin"])
+def test_mutated_cifar_files(tmp_path, file):
+    folder = cifar(tmp_path, "cifar-100-binary" if file.endswith("bin") else "cifar-100-python")[0]
+    good, rng, ends = (folder / file).read_bytes(), random.Random(file), []
+    for _ in range(CASES // 3):
+        (folder / file).write_bytes(mutate(good, rng))
+        ends.append(use(folder, "train"))
+    assert set(ends) == {"refused", "read"}
 
 
 def test_the_seeds_are_good(tmp_path):

@@ -1,4 +1,4 @@
-"""Data sets packed into files: tar shards and idx."""
+"""Data sets packed into files: tar shards, idx and CIFAR's."""
 
 import gzip
 import io
@@ -278,3 +278,126 @@ def test_a_class_without_pictures_in_training_shards_is_an_error(tmp_path):
     put(tmp_path, "val/dog/1.jpg")
     with pytest.raises(DataError, match="found 'dog'"):
         open_splits(tmp_path)
+
+
+# --- CIFAR
+
+
+def python_2(value):
+    """A value as Python 2's protocol 2 wrote it: bytes as its strings, arrays by what NumPy called."""
+    if isinstance(value, dict):
+        return b"}(" + b"".join(python_2(each) for pair in value.items() for each in pair) + b"u"
+    if isinstance(value, list):
+        return b"](" + b"".join(map(python_2, value)) + b"e"
+    if isinstance(value, int):
+        return b"J" + struct.pack("<i", value)
+    if isinstance(value, bytes):
+        return b"T" + struct.pack("<I", len(value)) + value
+    kind = (
+        b"cnumpy\ndtype\n(" + python_2(b"u1") + b"K\x00K\x01tR(K\x03" + python_2(b"|") + b"NNNJ\xff\xff\xff\xffK\x00tb"
+    )
+    empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85" + python_2(b"b") + b"tR"
+    shape = b"".join(map(python_2, value.shape))
+    order = b"\x88" + python_2(value.tobytes("F")) if len(value) % 2 else b"\x89" + python_2(value.tobytes())
+    return empty + b"(K\x01(" + shape + b"t" + kind + order + b"tb"
+
+
+def write_cifar(folder, name, number, seed=0):
+    """One file of either version with pictures by chance, their labels counting up; returns the pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    planes = np.random.default_rng(seed).integers(0, 256, (number, 3, 32, 32), np.uint8)
+    rows, labels = planes.reshape(number, 3072), [each % 3 for each in range(number)]
+    if name.endswith(".bin"):
+        before = b"\7" if name in ("train.bin", "test.bin") else b""  # CIFAR-100's coarse label
+        data = b"".join(before + bytes([label]) + row.tobytes() for label, row in zip(labels, rows, strict=True))
+    else:
+        key = b"fine_labels" if name in ("train", "test") else b"labels"
+        said = {b"batch_label": name.encode(), key: labels, b"data": rows, b"coarse_labels": [0] * number}
+        data = b"\x80\x02" + python_2(said) + b"."
+    (folder / name).write_bytes(data)
+    return planes.transpose(0, 2, 3, 1)
+
+
+CIFAR = {
+    "cifar-10-batches-py": ([f"data_batch_{n}" for n in range(1, 6)], "test_batch", "batches.meta", b"label_names"),
+    "cifar-100-python": (["train"], "test", "meta", b"fine_label_names"),
+    "cifar-10-batches-bin": ([f"data_batch_{n}.bin" for n in range(1, 6)], "test_batch.bin", "batches.meta.txt", None),
+    "cifar-100-binary": (["train.bin"], "test.bin", "fine_label_names.txt", None),
+}
+
+
+def cifar(root, name):
+    """A whole data set below ``root`` as its archive unpacks; returns its folder and the pictures of both parts."""
+    batches, test, meta, key = CIFAR[name]
+    train = np.concatenate([write_cifar(root / name, each, 3, seed) for seed, each in enumerate(batches)])
+    held_out = write_cifar(root / name, test, 2, seed=9)
+    names = [b"bird", b"cat", b"dog"]
+    (root / name / meta).write_bytes(
+        b"\x80\x02" + python_2({key: names}) + b"." if key else b"\n".join(names) + b"\n\n"
+    )
+    return root / name, train, held_out
+
+
+@pytest.mark.parametrize("name", CIFAR)
+@pytest.mark.parametrize("named", ["folder", "root"])
+def test_cifar_as_it_is_published(tmp_path, name, named):
+    folder, train, held_out = cifar(tmp_path, name)
+    splits = open_splits(folder if named == "folder" else tmp_path)
+    for source, pictures in ((splits.train, train), (splits.val, held_out)):
+        assert source.classes == ("bird", "cat", "dog")
+        assert source.labels.tolist() == ([0, 1, 2] * (len(pictures) // 3) or [0, 1])
+        assert np.array_equal([np.asarray(source.read(i)) for i in range(len(source))], pictures)
+    assert splits.own
+    assert splits.train.name(1) == "train/000001"
+    assert pickle.loads(pickle.dumps(splits.val)).labels.tolist() == [0, 1]
+
+
+class Attack:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('ran')",))
+
+
+DAMAGE = [
+    ("cifar-10-batches-py", "data_batch_3", None, "'train' .* is not whole; expected 5 files; found no 'data_batch_3'"),
+    ("cifar-10-batches-py", "data_batch_3", pickle.dumps(Attack(), 2), "found __builtin__.exec, which is not read"),
+    ("cifar-10-batches-py", "data_batch_3", b"\x80\x02}(", "a file of CIFAR's Python version"),
+    ("cifar-10-batches-py", "data_batch_3", b"\x80\x02}r\xff\xff\xff\x7f.", "found a claim of 2,147,483,647 values"),
+    ("cifar-10-batches-py", "data_batch_3", b"\x80\x02K\x01.", "expected a dict; found a int"),
+    ("cifar-10-batches-py", "batches.meta", b"\x80\x02}.", "list of names under 'label_names'"),
+    (
+        "cifar-100-python",
+        "train",
+        b"\x80\x02" + python_2({b"data": [1], b"fine_labels": [1]}) + b".",
+        "array .N, 3072. of",
+    ),
+    ("cifar-10-batches-bin", "data_batch_2.bin", b"12", "pictures of 3,073 bytes with their label; found 2 bytes"),
+    ("cifar-10-batches-bin", "data_batch_2.bin", bytes([3]) + bytes(3072), "labels of 3 classes; found label 3"),
+    ("cifar-10-batches-bin", "batches.meta.txt", b"cat\ncat\n", "each once; found 'cat', 'cat'"),
+    ("cifar-100-binary", "train.bin", b"", "expected pictures; found none"),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "data", "match"), DAMAGE)
+def test_damaged_or_hostile_cifar_files_are_refused(tmp_path, name, file, data, match):
+    folder = cifar(tmp_path, name)[0]
+    (folder / file).unlink()
+    if data is not None:
+        (folder / file).write_bytes(data)
+    with pytest.raises(DataError, match=match):
+        open_source(folder, "train")
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "match"),
+    [
+        (np.zeros((2, 3072), np.uint8), [0], "2 pictures and 1 labels"),
+        (np.zeros((2, 3071), np.uint8), [0, 1], "array .N, 3072. of bytes"),
+        (np.zeros((1, 3072), np.uint8), [-1], "a list of labels under 'labels'"),
+        (np.zeros((1, 3072), np.uint8), [b"cat"], "a list of labels under 'labels'"),
+    ],
+)
+def test_what_a_cifar_pickle_claims_is_checked(tmp_path, rows, labels, match):
+    folder = cifar(tmp_path, "cifar-10-batches-py")[0]
+    (folder / "data_batch_1").write_bytes(b"\x80\x02" + python_2({b"data": rows, b"labels": labels}) + b".")
+    with pytest.raises(DataError, match=match):
+        open_source(folder, "train")

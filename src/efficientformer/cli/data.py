@@ -23,7 +23,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at a data set before it 
 
 @data_app.command("check")
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The data set: folders, tar shards or idx files.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Data: class folders, tar, MNIST, CIFAR, CSV.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON with every finding.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML page with plots and pictures.")] = None,
     no_near: Annotated[bool, typer.Option("--no-near", help="Look for exact copies only.")] = False,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def slim(
-    data: Annotated[Path | None, typer.Option(help="Data set: class folders, ImageNet, tar, idx, CSV files.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Data: class folders, ImageNet, tar, MNIST, CIFAR, CSV.")] = None,
     target_latency: Annotated[
         list[str] | None, typer.Option(metavar="TIME", help="Budget for one picture, such as 2.0ms; repeatable.")
     ] = None,

@@ -15,7 +15,7 @@ def train(
     recipe: Annotated[
         Path | None, typer.Argument(help="Recipe file (.py or .json); by default one that fine-tunes.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Data set: class folders, ImageNet, tar, idx, CSV files.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Data: class folders, ImageNet, tar, MNIST, CIFAR, CSV.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder; by default runs/NAME.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to go on with, perhaps with --set workers=N.")] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="Zoo name or weights file to start from.")] = "",

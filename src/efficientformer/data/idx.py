@@ -9,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from efficientformer.data.arrays import MAX_BYTES, ArraySource, damaged
 from efficientformer.data.folders import Folder
-from efficientformer.data.listing import ListedSource
 from efficientformer.spec.errors import DataError
 
 PARTS = {"train": "train", "test": "t10k"}
-MAX_BYTES = 1 << 30  # of one file, unpacked; MNIST has 47 MB
 MAX_PICTURES = 20_000_000  # each needs a name and a label, however small it is; MNIST has 60,000
 DIGITS = tuple(map(str, range(10)))
 FASHION = (
@@ -35,33 +33,12 @@ FASHION = (
 _IMAGES, _LABELS = 0x803, 0x801
 
 
-class IdxSource(ListedSource):
-    """Grey pictures in one array.
-
-    Args:
-        images: (N, H, W) uint8.
-        labels: (N,).
-        classes: Class names in order of their labels.
-        part: What the names of the pictures begin with.
-    """
-
-    def __init__(
-        self, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], classes: tuple[str, ...], part: str
-    ) -> None:
-        super().__init__((f"{part}/{index:06d}" for index in range(len(images))), labels, classes)
-        self._images = images
-
-    def read(self, index: int) -> Image.Image:
-        """Return a picture, mode L."""
-        return Image.fromarray(self._images[index])
-
-
 def idx_parts(folder: Folder) -> list[str]:
     """Return which of ``train`` and ``test`` a folder holds as idx files."""
     return [part for part, prefix in PARTS.items() if _spellings(f"{prefix}-images-idx3-ubyte") & set(folder.files)]
 
 
-def open_idx(folder: Folder, part: str) -> IdxSource:
+def open_idx(folder: Folder, part: str) -> ArraySource:
     """Open one part of a data set in idx files.
 
     Class names are Fashion-MNIST's where the folder's name says so, and digits elsewhere.
@@ -82,7 +59,7 @@ def open_idx(folder: Folder, part: str) -> IdxSource:
     classes = FASHION if "fashion" in title else DIGITS
     if labels.max() >= len(classes):  # EMNIST and its like
         classes = tuple(map(str, range(int(labels.max()) + 1)))
-    return IdxSource(images, labels.astype(np.int64), classes, part)
+    return ArraySource(images, labels.astype(np.int64), classes, part)
 
 
 def _find(folder: Folder, name: str) -> Path:
@@ -104,22 +81,18 @@ def _read(path: Path, magic: int) -> npt.NDArray[np.uint8]:
             start = file.read(header)
             fields = np.frombuffer(start[: len(start) // 4 * 4], ">u4").tolist()
             if len(fields) != header // 4 or fields[0] != magic:
-                raise _damaged(path, f"a header that begins with {magic:#010x}", f"{start[:16]!r}")
+                raise damaged(path, f"a header that begins with {magic:#010x}", f"{start[:16]!r}")
             size = int(np.prod([1, *fields[1:]], dtype=object))
             if size > MAX_BYTES:
-                raise _damaged(path, f"at most {MAX_BYTES:,} bytes", f"a header that claims {size:,}")
+                raise damaged(path, f"at most {MAX_BYTES:,} bytes", f"a header that claims {size:,}")
             if fields[1] > MAX_PICTURES:
-                raise _damaged(path, f"at most {MAX_PICTURES:,} pictures", f"a header that claims {fields[1]:,}")
+                raise damaged(path, f"at most {MAX_PICTURES:,} pictures", f"a header that claims {fields[1]:,}")
             data = bytearray()
             while len(data) <= size and (block := file.read(1 << 20)):
                 data += block
     except (OSError, EOFError, zlib.error) as error:  # gzip's own errors are OSErrors
-        raise _damaged(path, "a readable idx file", os.fsdecode(str(error) or type(error).__name__)) from error
+        raise damaged(path, "a readable idx file", os.fsdecode(str(error) or type(error).__name__)) from error
     if len(data) != size:
         found = "more" if len(data) > size else f"{len(data):,}"
-        raise _damaged(path, f"{size:,} bytes, as its header says", found)
+        raise damaged(path, f"{size:,} bytes, as its header says", found)
     return np.frombuffer(bytes(data), np.uint8).reshape(fields[1:])
-
-
-def _damaged(path: Path, expected: str, found: str) -> DataError:
-    return DataError(f"Cannot use {str(path)!r}", expected=expected, found=found, hint="Download it again")

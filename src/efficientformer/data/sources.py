@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from efficientformer.data.align import Relabelled, describe_strangers, match_classes
+from efficientformer.data.cifar import cifar_parts, open_cifar
 from efficientformer.data.folders import (
     Folder,
     first_picture,
@@ -31,12 +32,15 @@ from efficientformer.data.source import ImageSource, Subset
 from efficientformer.spec.errors import DataError, UsageError, reason_of
 
 LAYOUTS = (
-    "class folders (DIR/CLASS/picture.jpg), train/ and val/ of these, tar shards, the idx files of MNIST, or lists"
+    "class folders (DIR/CLASS/picture.jpg), train/ and val/ of these, tar shards, the files of MNIST or CIFAR, or lists"
 )
 VAL_FRACTION = 0.2  # of the pictures of such a data set, set aside to measure on
 
 _FALLBACK = {"val": "test", "test": "val"}  # either serves for evaluation
-_NESTED = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "FashionMNIST/raw", "MNIST/raw", "raw")
+_NESTED = (
+    "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "FashionMNIST/raw", "MNIST/raw", "raw",
+    "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary",
+)  # fmt: skip
 _SHARD = re.compile(
     r"(?:.*[-_.])?(train|training|val|validation|valid|dev|test|testing)(?:[-_.].*|\d*)\.tar", re.IGNORECASE
 )
@@ -63,7 +67,7 @@ def open_source(path: str | os.PathLike[str], split: str | None = None) -> Image
     """Open a data set, or one part of it.
 
     The layout is found by looking: class folders (ImageNet's synsets get its class names), ImageNet as published,
-    tar shards, idx files.
+    tar shards, the files of MNIST and CIFAR, lists.
 
     Args:
         path: The folder.
@@ -204,6 +208,8 @@ def _parts(folder: Folder) -> dict[str, Opener]:
     idx = idx_parts(folder)
     if idx:
         return {name: partial(open_idx, folder, name) for name in idx}
+    if cifar := cifar_parts(folder):
+        return {name: partial(open_cifar, folder, name) for name in cifar}
     shards, folders = _split_shards(folder), _split_folders(folder)
     if folders and ("train" in folders or "train" not in shards):
         return noted(folders, [*filter(_SHARD.fullmatch, folder.files), *folder.pictures])

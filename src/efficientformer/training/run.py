@@ -81,7 +81,7 @@ def train(
 
     Args:
         recipe: How to train; the default one fine-tunes a published network.
-        data: The data set: class folders, ImageNet, shards, idx files, CSV.
+        data: The data set: class folders, ImageNet, shards, MNIST, CIFAR, CSV.
         output: The run folder; by default a new one in ``runs/``.
         resume: A run folder to go on with, by its own recipe; ``data`` may say where its pictures are now.
         teacher: A network to learn from, in place of one that the recipe names: the student's pictures (B, C, h, w), as
