@@ -1,6 +1,6 @@
 """Puts a trained network into the package: checkpoint, exported file and int8 file, each compared or measured.
 
-python tools/embed.py runs/both --data originals        # trained as recipes/cifar10.py says
+python tools/embed.py runs/cutmix --data cifar10        # trained as recipes/cifar10.py says
 efficientformer test efficientformer_cifar10 --data cifar10
 """
 
@@ -23,7 +23,7 @@ from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from efficientformer.weights.pretrained import build
 
 ASSETS = Path(str(files("efficientformer") / "assets"))
-RECIPE = "recipes/cifar10.py, cifar10_cutmix.py, cifar10_both.py"
+RECIPE = "recipes/cifar10.py, then recipes/cifar10_cutmix.py"
 DATA = "CIFAR-10"
 
 
