@@ -73,8 +73,9 @@ def _scaled(branch: nn.Module, scale: nn.Module, x: Tensor) -> Tensor:
     norm = _LAST_NORM.get(type(branch))
     if norm is None or not branch.training or not isinstance(scale, LayerScale) or _in_fp16(x):
         return scale(branch(x))
-    own = {name: branch.get_parameter(name) for name in (f"{norm}.weight", f"{norm}.bias")}
-    return functional_call(branch, {name: factor * scale.gamma for name, factor in own.items()}, (x,))
+    last = branch.get_submodule(norm)  # whose factors are no parameters where a supernet lends its own
+    factors = {f"{norm}.{name}": getattr(last, name) * scale.gamma for name in ("weight", "bias")}
+    return functional_call(branch, factors, (x,))
 
 
 def _in_fp16(x: Tensor) -> bool:
