@@ -259,6 +259,33 @@ def test_what_cannot_be_done_is_refused(engine, precision, error, text):
         open_engine(FILE, engine, precision=precision)
 
 
+def test_an_int8_network_whose_remainder_openvino_cannot_run_in_half_precision_runs_it_in_single():
+    """As on processors with AMX; where single precision fails too, or the file is not quantised, that is an error."""
+
+    def engine(file, compiling):
+        opened = open_engine(file, "openvino", threads=1)
+        opened.options["INFERENCE_PRECISION_HINT"] = "bf16"
+        opened._core = Mock(compile_model=Mock(side_effect=compiling(opened._core.compile_model)))
+        return opened
+
+    def half_fails(real):
+        def compile_model(model, device, options):
+            if options["INFERENCE_PRECISION_HINT"] != "f32":
+                raise RuntimeError("No suitable implementations")
+            return real(model, device, options)
+
+        return compile_model
+
+    quantised = FILE.with_name(f"{FILE.stem}-int8.onnx")
+    found = engine(quantised, half_fails).run(pictures(2))
+    in_single = open_engine(quantised, "openvino", threads=1)
+    in_single.options["INFERENCE_PRECISION_HINT"] = "f32"
+    np.testing.assert_allclose(found, in_single.run(pictures(2)), atol=1e-4)
+    for file, compiling in ((FILE, half_fails), (quantised, lambda _: Mock(side_effect=RuntimeError("broken")))):
+        with pytest.raises(EngineError, match="cannot run a batch of shape"):
+            engine(file, compiling).run(pictures(2))
+
+
 def test_a_quantised_file_runs_in_int8_only(reference):
     manifest = type("M", (), {"provenance": {"precision": "int8", "weight_bits": "7"}})()
     assert settle_precision("auto", manifest, ("bf16", "fp32"), "X") == "int8"

@@ -19,6 +19,7 @@ from efficientformer.runtime.manifests import parse_manifest
 from efficientformer.spec.errors import EngineError
 from efficientformer.spec.manifest import METADATA_KEY
 
+_PRECISION = "INFERENCE_PRECISION_HINT"
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 # OpenVINO's Python binding sets up its tables when an array first passes through it. Two threads that do so at once can
 # wait for each other for ever, one holding Python's lock and the other that of the table.
@@ -37,7 +38,8 @@ class OpenVinoEngine(OpenFile):
 
     Args:
         path: The file.
-        precision: ``auto`` takes the fastest this processor computes in; a quantised file runs its float remainder so.
+        precision: ``auto`` takes the fastest this processor computes in; a quantised file runs its float remainder so,
+            or in single precision where OpenVINO cannot.
         threads: Threads in all; None takes the cores this process may use.
         streams: Callers at a time; threads are shared among them.
 
@@ -75,7 +77,7 @@ class OpenVinoEngine(OpenFile):
         found: list[list[object]] = [[_side(side) for side in list(port.partial_shape)[1:]] for port in ports]
         check_ports(path, self.manifest, found, is_float=self._model.input(0).element_type == openvino.Type.f32)
         self.options = {
-            "INFERENCE_PRECISION_HINT": _HINTS[self.precision if self.precision in _HINTS else available[0]],
+            _PRECISION: _HINTS[self.precision if self.precision in _HINTS else available[0]],
             "INFERENCE_NUM_THREADS": self._cores,
             "NUM_STREAMS": streams,
             # pinned threads of two processes, or of two networks in one, would sit on the same cores
@@ -142,7 +144,14 @@ class OpenVinoEngine(OpenFile):
     def _compile(self, size: int) -> queue.SimpleQueue[Any]:
         spec = self.manifest.spec
         self._model.reshape([size, spec.in_chans, *spec.input_size])
-        compiled = self._core.compile_model(self._model, "CPU", self.options)
+        try:
+            compiled = self._core.compile_model(self._model, "CPU", self.options)
+        except RuntimeError:
+            if self.precision != "int8" or self.options[_PRECISION] == _HINTS["fp32"]:
+                raise
+            # OpenVINO 2026.4 has no int8 convolution with a bf16 remainder for processors with AMX
+            self.options[_PRECISION] = _HINTS["fp32"]
+            compiled = self._core.compile_model(self._model, "CPU", self.options)
         requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(self.streams):
             requests.put(compiled.create_infer_request())
