@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -156,6 +157,15 @@ def test_a_network_without_numbers_is_no_choice_and_gives_no_labels(tmp_path):
     for use in (lambda: choose(model), lambda: classify(PHOTO), lambda: list(classify.predict([PHOTO]))):
         with pytest.raises(EngineError, match="The network gives no numbers"):
             use()
+
+
+def test_numbers_in_half_precision_alone_are_none():
+    """OpenVINO's fp16 makes 65504 out of NaN."""
+    single, half = (Mock(precision=precision) for precision in ("fp32", "fp16"))
+    nothing, numbers = np.full((1, 10), np.nan), np.full((1, 10), 65504.0)
+    with pytest.raises(EngineError, match="The network gives no numbers"):
+        module._that_agree([(single, nothing), (half, numbers)])
+    assert module._that_agree([(half, nothing), (half, numbers)]) == [half], "where no other precision was asked for"
 
 
 def test_a_choice_is_remembered_for_this_file_and_question(monkeypatch, tmp_path):
