@@ -44,7 +44,8 @@ def random_state(
 
 def _variances(shape: torch.Size, generator: torch.Generator, low: float) -> Tensor:
     """Log-uniform from ``low`` to 1.5."""
-    return torch.exp(torch.empty(shape).uniform_(math.log(low), math.log(1.5), generator=generator))
+    logarithms = torch.empty(shape).uniform_(math.log(low), math.log(1.5), generator=generator)
+    return torch.exp(logarithms.double()).float()  # in single precision MKL rounds by processor
 
 
 def _values(name: str, shape: torch.Size, state: dict[str, Tensor], generator: torch.Generator) -> Tensor:
@@ -60,7 +61,7 @@ def _values(name: str, shape: torch.Size, state: dict[str, Tensor], generator: t
     variance = state.get(
         f"{layer.removesuffix('conv')}norm.running_var" if layer.endswith("conv") else f"{layer}.running_var"
     )
-    spread = torch.ones(1) if variance is None else variance.sqrt()
+    spread = torch.ones(1) if variance is None else variance.double().sqrt().float()  # as above
     if leaf == "running_mean":
         return 0.1 * spread * noise
     if len(shape) == 1:
