@@ -127,6 +127,9 @@ def _binary_names(path: Path) -> tuple[str, ...]:
     return _checked(path, [line.strip() for line in text.splitlines() if line.strip()])
 
 
+_ARRAY_NAMES = ("_reconstruct", "ndarray", "dtype")
+
+
 class _Array:
     """Stands for what NumPy's pickles call, and keeps what it is told: nothing of NumPy's is run."""
 
@@ -150,9 +153,6 @@ class _Reader(pickle.Unpickler):
         if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in _ARRAY_NAMES:
             return _Array
         raise pickle.UnpicklingError(f"{module}.{name}, which is not read")
-
-
-_ARRAY_NAMES = ("_reconstruct", "ndarray", "dtype")
 
 
 def _check_claims(data: bytes) -> None:
