@@ -19,7 +19,7 @@ from efficientformer.training.recipe import Recipe
 from efficientformer.training.report import model_card
 from efficientformer.training.run import train
 from efficientformer.training.setup import prepare
-from efficientformer.training.teacher import CachedTeacher, _class_order, open_teacher
+from efficientformer.training.teacher import CachedTeacher, _class_order, open_teacher, with_given
 from efficientformer.weights.beside import class_names
 from efficientformer.weights.checkpoint import save_native
 from efficientformer.weights.pretrained import load_named
@@ -243,11 +243,19 @@ def test_a_network_in_memory_can_teach(data, tmp_path, teacher, cli, monkeypatch
         train(resume=tmp_path / "given", teacher=torch.nn.Identity())
     assert train(resume=tmp_path / "given", teacher=network).finished
     assert "resume=FOLDER" in cli("train", "--resume", tmp_path / "given")[2]
+    with pytest.raises(UsageError, match=r"keeps its recipe; found that the teacher is .*best.safetensors"):
+        train(resume=tmp_path / "named", teacher=network)
+    unread = recipe.with_changes(teacher=teacher, teacher_weights="unread.pth")
+    assert with_given(unread, network) == with_given(recipe, network)
     answers = [(lambda x: x.mean((2, 3))[:, :2], r"\(2, 2\)"), (lambda x: {"logits": x}, "a dict")]
     for answer, told in answers:
         network.forward = answer
         with pytest.raises(UsageError, match=rf"expected logits \(2, 3\) for 2 pictures .*found {told}"):
             train(recipe, data, tmp_path / "none", teacher=network)
+    with pytest.raises(UsageError, match=r"The teacher cannot be asked; .*found mat1 and mat2"):
+        train(recipe, data, tmp_path / "none", teacher=torch.nn.Linear(5, 3))
+    with pytest.raises(UsageError, match=r"expected a torch module; found 'timm:x'.*with_changes"):
+        train(recipe, data, tmp_path / "none", teacher="timm:x")
     assert not (tmp_path / "none").exists()
 
 

@@ -112,10 +112,10 @@ def _plan(data: Path, targets: tuple[float, ...], given: dict[str, Any]) -> Plan
 
 def _workers(settings: list[str]) -> tuple[int | None, list[str]]:
     """Return the number of workers that settings ask for, None for none, and the other settings."""
-    from efficientformer.training.recipe import Recipe, override
+    from efficientformer.training.recipe import Recipe, override, sets_workers
 
-    others = [setting for setting in settings if setting.partition("=")[0].strip() != "workers"]
-    asked = [setting for setting in settings if setting not in others]
+    asked = [setting for setting in settings if sets_workers(setting)]
+    others = [setting for setting in settings if not sets_workers(setting)]
     return (override(Recipe(), asked).workers if asked else None), others
 
 

@@ -34,9 +34,11 @@ def train(
     from efficientformer.spec.errors import UsageError, require
 
     require("train", "Training", "torch")
+    from efficientformer.training.recipe import sets_workers
+
     given = {"model": model or None, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
     changes = {name: value for name, value in given.items() if value is not None}
-    others = [setting for setting in settings or () if setting.partition("=")[0].strip() != "workers"]
+    others = [setting for setting in settings or () if not sets_workers(setting)]
     if resume is not None and (recipe is not None or output is not None or changes or others):
         hint = "Give --resume, and --data if it has moved; --set workers=N changes no result"
         raise UsageError("A resumed run keeps its recipe and folder", hint=hint)

@@ -328,6 +328,11 @@ def load_recipe(path: str | Path) -> Recipe:
         raise error.at(file) from error
 
 
+def sets_workers(setting: str) -> bool:
+    """Return whether a ``name=value`` text is the number of workers, which alone may be another in a resumed run."""
+    return setting.partition("=")[0].strip() == "workers"
+
+
 def override(recipe: Recipe, settings: Iterable[str], **changes: Any) -> Recipe:  # noqa: ANN401 (fields, checked)
     """Return a recipe with fields set from ``name=value`` texts, all at once with other changes.
 

@@ -105,7 +105,7 @@ def train(
         MissingExtraError: If a library of the train extra is missing.
     """
     require_libraries()
-    _check_call(recipe, data, output, resume, device)
+    _check_call(recipe, data, output, resume, teacher, device)
     subject = subject or PlainNetwork()
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     with process_group(), signals() as stop, freed_memory_kept() if on_cpu else nullcontext():
@@ -156,12 +156,13 @@ def _check_call(
     data: str | Path | None,
     output: str | Path | None,
     resume: str | Path | None,
+    teacher: nn.Module | None,
     device: str,
 ) -> None:
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         hint = 'Put it below: if __name__ == "__main__":'
         raise UsageError("train() is called again while a worker process imports your script", hint=hint)
-    _check_kinds(recipe, data)
+    _check_kinds(recipe, data, teacher)
     if device not in ("auto", "cpu"):
         hint = "auto takes the GPUs there are; CUDA_VISIBLE_DEVICES=0 chooses among them, torchrun spreads over several"
         raise UsageError("Illegal device", expected="auto or cpu", found=repr(device), hint=hint)
@@ -172,7 +173,7 @@ def _check_call(
         raise UsageError("A resumed run keeps its recipe and folder", hint=hint)
 
 
-def _check_kinds(recipe: object, data: object) -> None:
+def _check_kinds(recipe: object, data: object, teacher: object) -> None:
     """Raise UsageError for what other libraries' functions take first: a network's name, a data set in memory."""
     if not isinstance(recipe, Recipe | None):
         hint = f"Recipe(model={str(recipe)!r}) makes one of a network, load_recipe(FILE) reads one"
@@ -182,6 +183,9 @@ def _check_kinds(recipe: object, data: object) -> None:
     if not isinstance(data, str | os.PathLike | None):
         expected, hint = f"the path of a folder with {LAYOUTS}", "Give the folder that it reads"
         raise UsageError("This is no data set", expected=expected, found=_kind(data), hint=hint)
+    if not isinstance(teacher, nn.Module | None):
+        hint = "A teacher that has a name, or lies in a file, is the recipe's: recipe.with_changes(teacher=NAME)"
+        raise UsageError("This is no teacher", expected="a torch module", found=_kind(teacher), hint=hint)
 
 
 def _kind(value: object) -> str:

@@ -144,8 +144,8 @@ class CachedTeacher:
 
 
 def with_given(recipe: Recipe, network: nn.Module) -> Recipe:
-    """Return the recipe with a network in memory as its teacher."""
-    return recipe.with_changes(teacher=GIVEN + _digest(network)[:16])
+    """Return the recipe with a network in memory as its teacher, in place of one that it names."""
+    return recipe.with_changes(teacher=GIVEN + _digest(network)[:16], teacher_weights="")
 
 
 def open_teacher(
@@ -171,6 +171,9 @@ def open_teacher(
             write one cache.
         CheckpointError, DownloadError: If its weights cannot be read or fetched.
     """
+    if given is not None and not recipe.teacher.startswith(GIVEN):
+        found = f"that the teacher is {recipe.teacher}" if recipe.teacher else "that it has no teacher"
+        raise UsageError("A resumed run keeps its recipe", found=found, hint="Leave the teacher out")
     if not recipe.teacher or recipe.distillation == "none":
         return None
     if recipe.teacher.startswith(GIVEN):
@@ -207,10 +210,14 @@ def _open_given(recipe: Recipe, student: Manifest, dtype: torch.dtype | None, ne
         raise UsageError("This run's teacher is a network given to train()", expected="it", found=found, hint=hint)
     spec, own = student.spec, student.preprocess
     teacher = Teacher(copy.deepcopy(network), recipe.teacher, own, own.mean, own.std, None, dtype=dtype)
-    with torch.no_grad():  # network is where it is: on any device
-        device = next((tensor.device for tensor in network.state_dict().values()), torch.device("cpu"))
-        said: Any = teacher.network(torch.zeros(2, spec.in_chans, *spec.input_size, device=device))
-    expected = f"logits (2, {spec.num_classes}) for 2 pictures of the student"
+    device = next((tensor.device for tensor in network.state_dict().values()), torch.device("cpu"))
+    pictures = torch.zeros(2, spec.in_chans, *spec.input_size, device=device)
+    expected = f"logits (2, {spec.num_classes}) for 2 pictures of the student, {tuple(pictures.shape)}"
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            said: Any = teacher.network(pictures)
+    except Exception as error:  # somebody else's code
+        raise UsageError("The teacher cannot be asked", expected=expected, found=str(error)[:300]) from error
     if not isinstance(said, Tensor) or said.shape != (2, spec.num_classes):
         found = str(tuple(said.shape)) if isinstance(said, Tensor) else f"a {type(said).__name__}"
         raise UsageError("The teacher's answer does not fit", expected=expected, found=found)
