@@ -6,7 +6,8 @@ For each engine and precision: draw the sample a table of the space is made of (
 stride 1 or 2) and further networks at random, time all of them in turns, fit the table to the sample only, and compare
 its predictions with the other networks' latencies: mean and worst error, rank correlation, and how many fell within
 the table's error bars. In turns, because what is tested is the table and not whether the machine was as busy later as
-before. Writes the figures and a plot.
+before. Each of the other networks is opened twice: how far its two copies are apart is what no prediction can know, as
+they differ by nothing but where their memory lies. Writes the figures and a plot.
 """
 
 from __future__ import annotations
@@ -66,6 +67,15 @@ def judge(table: LatencyTable, specs: list[ArchSpec], measured: list[float]) -> 
     }
 
 
+def copies(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """Compare the latencies of two copies of each network."""
+    apart = 100 * np.abs(second / first - 1)
+    return {
+        "copies_apart_mean_percent": round(float(apart.mean()), 2),
+        "copies_apart_worst_percent": round(float(apart.max()), 2),
+    }
+
+
 def draw(name: str, figures: dict[str, Any], path: Path) -> None:
     """Plot predicted against measured latency."""
     figure = new_figure(4.5, 4.5)
@@ -97,7 +107,8 @@ def main() -> None:
             continue
         start = time.perf_counter()
         sample_specs = design(space, options.sample)
-        specs = [*sample_specs, *unseen(space, options.sample, options.networks)]
+        others = unseen(space, options.sample, options.networks)
+        specs = [*sample_specs, *others, *others]
         with opened(specs, engine, precision, options.threads) as engines:
             timings = time_engines(engines, max_spread=options.max_spread)
             count = len(sample_specs)
@@ -106,7 +117,8 @@ def main() -> None:
         seconds = time.perf_counter() - start
         if options.tables is not None:
             table.save(options.tables / f"{engine}-{precision}.json")
-        figures = judge(table, specs[count:], measured[count:])
+        first, second = np.split(np.array(measured[count:]), 2)
+        figures = judge(table, others, first.tolist()) | copies(first, second)
         figures |= {"seconds": round(seconds, 1), "table_networks": table.networks, "spread": table.spread}
         short = {name: value for name, value in figures.items() if not isinstance(value, list)}
         print(f"{engine} {precision}: {short}", flush=True)

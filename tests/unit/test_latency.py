@@ -298,6 +298,25 @@ def test_the_fit_finds_the_costs_that_made_the_latencies():
     assert np.mean(inside) > 0.85
 
 
+def test_the_fit_knows_that_channels_are_computed_in_blocks():
+    """As in OpenVINO with AMX: 48 channels of a block cost what 64 do, and 16 what 32 do."""
+    specs = [sample(TableSpace(), random.Random(seed)) for seed in range(180)]
+
+    def padded(channels):
+        return math.ceil(channels / 32) / 2
+
+    def cost(part):
+        if part.is_block:
+            return part.expansion * part.width / 64 * padded(part.width)
+        if part.kind == "stem":
+            return part.width / 128 * padded(part.width)
+        return part.dim / 64 * padded(part.width) if part.kind.startswith("embedding") else 0.0
+
+    truth = [0.1 + 0.1 * sum(map(cost, parts_of(spec))) for spec in specs]
+    fit = fit_parts(specs, truth, all_parts(TableSpace()))
+    assert np.abs(fit.errors).mean() < 0.01
+
+
 @pytest.mark.parametrize("noise", [0.01, 0.03])
 def test_error_bars_of_a_small_space_are_as_wide_as_its_errors(noise):
     """Few widths and depths: no part is known well by itself, and every network is."""

@@ -1,12 +1,13 @@
 """From latencies of whole networks to the marginal costs of their parts.
 
 A part's cost is a smooth function of its channels: a constant, linear and quadratic terms with a bend at the median
-width, all with factors that are not negative, for each kind of part and each map size. What every network has once (the
-call of the engine, the constants of embeddings and head) cannot be told apart, and stands in the base. The one thing
-that does not add up by parts is the cache: weights that no longer fit in it must be read from slower memory in every
-run. So the network's weights have a cost of their own, which grows as steeply as measured between each power of two and
-the next: steeply where a cache overflows, and less so once it is of no use any more. The factors are fitted to relative
-errors, so that small networks count as much as large ones, and refitted with less weight on networks that stand out.
+width; and a rest, as engines compute channels in blocks, and one that is half empty takes as long as a full one. All
+have factors that are not negative, for each kind of part and each map size. What every network has once (the call of
+the engine, the constants of embeddings and head) cannot be told apart, and stands in the base. The one thing that does
+not add up by parts is the cache: weights that no longer fit in it must be read from slower memory in every run. So the
+network's weights have a cost of their own, which grows as steeply as measured between each power of two and the next:
+steeply where a cache overflows, and less so once it is of no use any more. The factors are fitted to relative errors,
+so that small networks count as much as large ones, and refitted with less weight on networks that stand out.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ Term = tuple[object, ...]
 Value = tuple[float, float]
 
 UNIT = 64.0  # channels are counted in this unit, so that terms are of a like size
+BLOCK = 32  # channels that engines compute together: two vectors of AVX-512, or a tile of bf16 values with AMX
 RIDGE = 1e-2  # pull towards zero of terms the sample hardly shows, relative to the weight of all networks
 HUBER = 2.0  # networks further off than this many robust standard deviations lose weight
 FOLDS = 8
@@ -150,12 +152,15 @@ def _terms(part: Part, knots: Sequence[float]) -> dict[Term, float]:
     if part.is_block:
         terms = {"1": 1.0, "width": width, "width2": width * width, "hidden2": part.expansion * width * width}
         terms |= {f"bend {knot:g}": max(0.0, width - knot / UNIT) for knot in knots}
+        terms["rest"] = part.expansion * width * _rest(part.width)
     elif part.kind.startswith("first "):
         terms = {"width": width}
     elif part.kind == "head":
         terms = {"dim": dim, "dim width": dim * width}
     elif part.kind == "stem":
+        half = part.width // 2  # what its first convolution puts out
         terms = {BASE: 1.0, "width2": width * width}
+        terms["rest"] = half / UNIT * _rest(part.width) + _rest(half) * width
     else:  # the width it puts out is the dim of the next embedding or of the head: together one linear term
         terms = {"dim": dim, "dim width": dim * width}
         for knot in knots:  # engines do less in a second with few channels
@@ -163,7 +168,13 @@ def _terms(part: Part, knots: Sequence[float]) -> dict[Term, float]:
                 f"dim to {knot:g}": min(dim, knot / UNIT) * width,
                 f"width to {knot:g}": dim * min(width, knot / UNIT),
             }
+        terms["rest"] = dim * _rest(part.width) + _rest(part.dim) * width
     return {(*group, name): value for name, value in terms.items()}
+
+
+def _rest(channels: int) -> float:
+    """Return how many channels are missing to whole blocks."""
+    return -channels % BLOCK / UNIT
 
 
 def _robust(matrix: Array, latency: Array) -> tuple[Array, Array]:
