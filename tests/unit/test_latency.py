@@ -46,6 +46,13 @@ def made_up(space=SPACE, **changes):
     return LatencyTable(**(fields | changes))
 
 
+def fitted(space, fit):
+    """Return the table of a fit."""
+    costs = {part.key: Cost(*cost) for part, cost in fit.parts.items()}
+    weights = {bend: Cost(*cost) for bend, cost in fit.weights.items()}
+    return made_up(space, base=Cost(*fit.base), costs=costs, weights=weights, spread=fit.spread, smallest=fit.smallest)
+
+
 def test_keys_name_every_part_and_are_read_back():
     keys = [part.key for part in parts_of(SPEC)]
     assert keys == [
@@ -139,6 +146,33 @@ def test_a_prediction_adds_up():
     assert found.error_ms > 2 * 0.02 * found.ms
 
 
+def test_parts_cost_more_in_a_larger_network():
+    millions = weights_of(SPEC) / 1e6
+    block = Part.parse("mb3d 24 x4 at 2x2").key
+    grows = made_up().costs | {block: dataclasses.replace(made_up().costs[block], growth_ms=0.5)}
+
+    def added(smallest):
+        return made_up(costs=grows, smallest=smallest).predict(SPEC).ms - made_up().predict(SPEC).ms
+
+    assert added(millions / 8) == pytest.approx(3 * 0.5)
+    assert added(2 * millions) == added(0) == 0
+
+
+def test_the_fit_finds_that_parts_cost_more_in_a_larger_network():
+    specs = design(TableSpace(), 180)
+    smallest = min(map(weights_of, specs))
+
+    def truth(spec):
+        doublings = math.log2(weights_of(spec) / smallest)
+        blocks = [part for part in parts_of(spec) if part.is_block]
+        return 0.1 + sum((part.width / 64) ** 2 * (0.2 + 0.1 * doublings) for part in blocks)
+
+    fit = fit_parts(specs, list(map(truth, specs)), all_parts(TableSpace()))
+    unseen = [sample(TableSpace(), random.Random(seed)) for seed in range(100, 140)]
+    table = fitted(TableSpace(), fit)
+    assert np.mean([abs(table.predict(spec).ms / truth(spec) - 1) for spec in unseen]) < 0.02
+
+
 def test_the_second_head_is_not_counted():
     assert weights_of(SPEC) == weights_of(dataclasses.replace(SPEC, distilled=False))
 
@@ -188,7 +222,8 @@ def test_files_are_read_back_and_nothing_half_written(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"schema": 3}, {"costs": {}}, {"costs": {"mb4d 8 x4 at 4x4": [1]}}, {"costs": {"nonsense": [1, 1]}},
+        {"schema": 4}, {"smallest": -1}, {"base": [1, 0, 1]}, {"costs": {"mb4d 8 x4 at 4x4": [1, 0, -1]}},
+        {"costs": {}}, {"costs": {"mb4d 8 x4 at 4x4": [1]}}, {"costs": {"nonsense": [1, 1]}},
         {"costs": {"mb4d 8 x4 at 4x4": [-1.0, 0]}}, {"costs": [1]}, {"base": "x"}, {"engine": "tflite"}, {"extra": 1},
         {"spread": float("nan")}, {"weights": [[1, 2]]}, {"input_sizes": [[0, 1]]}, {"threads": True},
         {"environment": 3}, {"attention": {}, "family": "v3"},
@@ -206,6 +241,15 @@ def test_a_table_of_an_older_version_is_to_be_measured_again(tmp_path):
     path.write_text(json.dumps(made_up().to_dict() | {"schema": 1}))
     with pytest.raises(SpecError, match=r"older version(?s:.)*Measure it again"):
         LatencyTable.load(path)
+
+
+def test_a_table_of_before_parts_grew_is_read(tmp_path):
+    older = made_up().to_dict() | {"schema": 2}
+    del older["smallest"]
+    older["costs"] = {key: row[:2] for key, row in older["costs"].items()}
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(older))
+    assert LatencyTable.load(path) == made_up()
 
 
 def test_weights_cost_what_they_do_between_one_threshold_and_the_next():
@@ -284,13 +328,7 @@ def test_the_fit_finds_the_costs_that_made_the_latencies():
     measured[3] *= 1.5  # a disturbed network
     fit = fit_parts(specs, measured, all_parts(TableSpace()))
     assert 0.005 < fit.spread < 0.025
-    table = made_up(
-        TableSpace(),
-        base=Cost(*fit.base),
-        costs={part.key: Cost(*cost) for part, cost in fit.parts.items()},
-        weights={bend: Cost(*cost) for bend, cost in fit.weights.items()},
-        spread=fit.spread,
-    )
+    table = fitted(TableSpace(), fit)
     unseen = [sample(TableSpace(), random.Random(seed)) for seed in range(100, 140)]
     errors = np.array([table.predict(spec).ms / truth(spec) - 1 for spec in unseen])
     assert np.abs(errors).mean() < 0.02
@@ -330,9 +368,7 @@ def test_error_bars_of_a_small_space_are_as_wide_as_its_errors(noise):
     specs = design(space, 160)
     measured = [truth(spec) * (1 + noise * rng.standard_normal()) for spec in specs]
     fit = fit_parts(specs, measured, all_parts(space))
-    costs = {part.key: Cost(*cost) for part, cost in fit.parts.items()}
-    weights = {bend: Cost(*cost) for bend, cost in fit.weights.items()}
-    table = made_up(space, base=Cost(*fit.base), costs=costs, weights=weights, spread=fit.spread)
+    table = fitted(space, fit)
     predictions = {spec: table.predict(spec) for spec in (sample(space, random.Random(seed)) for seed in range(60))}
     again = {spec: truth(spec) * (1 + noise * rng.standard_normal()) for spec in predictions}
     inside = [abs(found.ms - again[spec]) <= found.error_ms for spec, found in predictions.items()]

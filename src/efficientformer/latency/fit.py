@@ -3,11 +3,13 @@
 A part's cost is a smooth function of its channels: a constant, linear and quadratic terms with a bend at the median
 width; and a rest, as engines compute channels in blocks, and one that is half empty takes as long as a full one. All
 have factors that are not negative, for each kind of part and each map size. What every network has once (the call of
-the engine, the constants of embeddings and head) cannot be told apart, and stands in the base. The one thing that does
-not add up by parts is the cache: weights that no longer fit in it must be read from slower memory in every run. So the
-network's weights have a cost of their own, which grows as steeply as measured between each power of two and the next:
-steeply where a cache overflows, and less so once it is of no use any more. The factors are fitted to relative errors,
-so that small networks count as much as large ones, and refitted with less weight on networks that stand out.
+the engine, the constants of embeddings and head) cannot be told apart, and stands in the base. What does not add up by
+parts is the cache: weights that no longer fit in it must be read from slower memory in every run. So the network's
+weights have a cost of their own, which grows as steeply as measured between each power of two and the next: steeply
+where a cache overflows, and less so once it is of no use any more. And every block and embedding, whose activations
+the weights of others drive out of the cache, costs more with each doubling of the network's weights. The factors are
+fitted to relative errors, so that small networks count as much as large ones, and refitted with less weight on networks
+that stand out.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from efficientformer.latency.parts import Part, parts_of, steps, weights_of
+from efficientformer.latency.parts import Part, doublings, parts_of, steps, weights_of
 from efficientformer.spec.arch import ArchSpec
 
 Array = npt.NDArray[np.float64]
@@ -33,7 +35,7 @@ RIDGE = 1e-2  # pull towards zero of terms the sample hardly shows, relative to 
 HUBER = 2.0  # networks further off than this many robust standard deviations lose weight
 FOLDS = 8
 MILLION = 1e6
-BASE = "base"
+BASE, GROWTH = "base", "growth"
 FEWEST_BEYOND = 8  # networks with more weights than the last power of two at which their cost bends
 
 
@@ -43,14 +45,17 @@ class Fit:
 
     Attributes:
         base: What every network costs.
-        parts: Cost of every part asked for; its errors are such that the bars of whole networks are right.
+        parts: Cost of every part asked for, and what each doubling of the network's weights adds to it, in
+            milliseconds; its errors are such that the bars of whole networks are right.
+        smallest: Weights from which doublings count, in millions: those of the smallest network.
         weights: Threshold in millions of weights, and what each million between it and the next one costs.
         spread: Relative standard error of the prediction of a network the fit has not seen (cross-validation).
         errors: Relative error of each network when it was left out, (networks,).
     """
 
     base: Value
-    parts: dict[Part, Value]
+    parts: dict[Part, tuple[float, float, float]]
+    smallest: float
     weights: dict[float, Value]
     spread: float
     errors: Array
@@ -69,7 +74,8 @@ def fit_parts(specs: Sequence[ArchSpec], ms: Sequence[float], wanted: Sequence[P
     sizes = [weights_of(spec) / MILLION for spec in specs]
     knots = _knots({part.width for parts in networks for part in parts if part.is_block})
     bends = _bends(sizes)
-    rows = [_row(parts, size, knots, bends) for parts, size in zip(networks, sizes, strict=True)]
+    grown = [doublings(size, min(sizes)) for size in sizes]
+    rows = [_row(*network, knots, bends) for network in zip(networks, sizes, grown, strict=True)]
     columns = {term: index for index, term in enumerate(dict.fromkeys(term for row in rows for term in row))}
     matrix = np.stack([_vector(row, columns) for row in rows])
     errors = _cross_validate(matrix, latency)
@@ -84,16 +90,19 @@ def fit_parts(specs: Sequence[ArchSpec], ms: Sequence[float], wanted: Sequence[P
     for part in wanted:
         terms = _terms(part, knots)
         if all(term in columns for term in terms):  # else no measured network has its kind on its map
-            ms_, error = cost(terms)
-            parts[part] = (max(0.0, ms_ - base[0]) if part.kind == "stem" else ms_, error)
+            _, error = cost(_in_network(terms, float(np.median(grown))))
+            ms_, _ = cost(_in_network(terms, 0))
+            growth = cost(_in_network(terms, 1))[0] - ms_
+            parts[part] = (max(0.0, ms_ - base[0]) if part.kind == "stem" else ms_, error, growth)
     weights = {bend: cost({("weights", bend): 1.0}) for bend in bends}
     spread = _scale(errors)
     own = [_error_of(counts, parts) / value for counts, value in zip(networks, latency.tolist(), strict=True)]
     factor = _factor(np.array(own), errors, spread)
-    return Fit(base, {part: (ms_, factor * error) for part, (ms_, error) in parts.items()}, weights, spread, errors)
+    parts = {part: (ms_, factor * error, growth) for part, (ms_, error, growth) in parts.items()}
+    return Fit(base, parts, min(sizes), weights, spread, errors)
 
 
-def _error_of(counts: Mapping[Part, int], parts: Mapping[Part, Value]) -> float:
+def _error_of(counts: Mapping[Part, int], parts: Mapping[Part, tuple[float, float, float]]) -> float:
     """Return the error of a network's cost if those of its parts were independent, in milliseconds."""
     return math.sqrt(sum((count * parts[part][1]) ** 2 for part, count in counts.items() if part in parts))
 
@@ -114,13 +123,20 @@ def _factor(own: Array, errors: Array, spread: float) -> float:
     return float(min(1.0, np.quantile(needed, 0.95)))
 
 
-def _row(parts: Mapping[Part, int], size: float, knots: Sequence[float], bends: Sequence[float]) -> dict[Term, float]:
-    """Return the terms of a network and their values; ``size`` is in millions of weights."""
+def _row(
+    parts: Mapping[Part, int], size: float, grown: float, knots: Sequence[float], bends: Sequence[float]
+) -> dict[Term, float]:
+    """Return the terms of a network and their values; ``size`` is in millions of weights, ``grown`` its doublings."""
     row: dict[Term, float] = {("weights", bend): share for bend, share in zip(bends, steps(size, bends), strict=True)}
     for part, count in parts.items():
-        for term, value in _terms(part, knots).items():
+        for term, value in _in_network(_terms(part, knots), grown).items():
             row[term] = row.get(term, 0.0) + count * value
     return row
+
+
+def _in_network(terms: Mapping[Term, float], grown: float) -> dict[Term, float]:
+    """Return the terms of a part in a network that is so many doublings larger than the smallest."""
+    return {term: grown * value if term[-1] == GROWTH else value for term, value in terms.items()}
 
 
 def _vector(terms: Mapping[Term, float], columns: Mapping[Term, int]) -> Array:
@@ -150,7 +166,8 @@ def _terms(part: Part, knots: Sequence[float]) -> dict[Term, float]:
     group = (part.kind, part.source, part.grid, part.stride)
     dim, width = part.dim / UNIT, part.width / UNIT
     if part.is_block:
-        terms = {"1": 1.0, "width": width, "width2": width * width, "hidden2": part.expansion * width * width}
+        hidden2 = part.expansion * width * width
+        terms = {"1": 1.0, "width": width, "width2": width * width, "hidden2": hidden2, GROWTH: hidden2}
         terms |= {f"bend {knot:g}": max(0.0, width - knot / UNIT) for knot in knots}
         terms["rest"] = part.expansion * width * _rest(part.width)
     elif part.kind.startswith("first "):
@@ -162,7 +179,7 @@ def _terms(part: Part, knots: Sequence[float]) -> dict[Term, float]:
         terms = {BASE: 1.0, "width2": width * width}
         terms["rest"] = half / UNIT * _rest(part.width) + _rest(half) * width
     else:  # the width it puts out is the dim of the next embedding or of the head: together one linear term
-        terms = {"dim": dim, "dim width": dim * width}
+        terms = {"dim": dim, "dim width": dim * width, GROWTH: dim * width}
         for knot in knots:  # engines do less in a second with few channels
             terms |= {
                 f"dim to {knot:g}": min(dim, knot / UNIT) * width,

@@ -198,6 +198,7 @@ def table_of(
         networks=len(specs),
         environment={**environment(engine.key), "engine": engine.name},
         input_sizes=space.input_sizes,
+        smallest=fit.smallest,
     )
 
 

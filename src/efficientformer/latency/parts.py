@@ -120,3 +120,8 @@ def steps(size: float, bends: Sequence[float]) -> list[float]:
     """Return how much of ``size`` lies between each of the ascending ``bends`` and the next; the last has no end."""
     ends = (*bends, math.inf)[1:]
     return [max(0.0, min(size, end) - bend) for bend, end in zip(bends, ends, strict=True)]
+
+
+def doublings(size: float, smallest: float) -> float:
+    """Return how often ``smallest`` is to be doubled to get ``size``; 0 if ``size`` is smaller, or ``smallest`` 0."""
+    return max(0.0, math.log2(size) - math.log2(smallest)) if smallest else 0.0

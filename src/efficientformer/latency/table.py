@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from efficientformer.latency.parts import Part, parts_of, steps, weights_of
+from efficientformer.latency.parts import Part, doublings, parts_of, steps, weights_of
 from efficientformer.runtime.engines import ENGINE_KEYS, ENGINE_PRECISIONS
 from efficientformer.runtime.records import printable
 from efficientformer.spec.arch import BLOCK_KINDS, ArchSpec, AttentionSpec, load_json
@@ -25,7 +25,8 @@ from efficientformer.spec.fields import check_choice, check_int, check_keys, che
 from efficientformer.spec.variants import VARIANTS
 from efficientformer.spec.whole import named_by, whole_file
 
-SCHEMA = 2  # 1 had other costs of weights, and no parts for first blocks
+SCHEMA = 3  # 1 had other costs of weights, and no parts for first blocks; 2 had no growth
+READ_SCHEMAS = (2, SCHEMA)
 MAX_PARTS = 200_000
 MAX_MS = 1e6
 _LIKES = ("efficientformer_l1", "efficientformerv2_s0")
@@ -39,14 +40,18 @@ class Cost:
     Attributes:
         ms: Marginal latency in milliseconds.
         error_ms: Its standard error.
+        growth_ms: What each doubling of the network's weights adds to it, as they drive its activations out of the
+            cache.
     """
 
     ms: float
     error_ms: float
+    growth_ms: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("part's latency in ms", self.ms, 0, MAX_MS)
         check_number("part's error in ms", self.error_ms, 0, MAX_MS)
+        check_number("part's growth in ms", self.growth_ms, 0, MAX_MS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +86,10 @@ class Share:
 class LatencyTable:
     """Latencies of the parts of a space of networks, on one engine of one machine.
 
-    A network's latency is ``base`` plus the cost of each of its parts plus what its weights cost in all, which grows
-    once they outgrow a cache. What was measured are whole networks; the costs were fitted to them, so a part costs what
-    it adds to a network, not what it takes alone. All latencies are of one picture, medians of many runs.
+    A network's latency is ``base`` plus the cost of each of its parts, more in a larger network, plus what its weights
+    cost in all, which grows once they outgrow a cache. What was measured are whole networks; the costs were fitted to
+    them, so a part costs what it adds to a network, not what it takes alone. All latencies are of one picture, medians
+    of many runs.
 
     Attributes:
         engine: The engine, as in ``runtime.engines.ENGINE_KEYS``.
@@ -98,6 +104,7 @@ class LatencyTable:
         networks: How many networks were measured.
         environment: Where it was measured: ``runtime.timing.environment`` and the engine's name.
         input_sizes: The input sizes (height, width) of those networks.
+        smallest: Weights of the smallest of them in millions, from which doublings count; 0 for no growth.
 
     Raises:
         SpecError: If a value is illegal.
@@ -115,6 +122,7 @@ class LatencyTable:
     networks: int
     environment: Mapping[str, Any] = field(default_factory=dict)
     input_sizes: tuple[tuple[int, int], ...] = ()
+    smallest: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("engine of a latency table", self.engine, ENGINE_KEYS)
@@ -124,6 +132,7 @@ class LatencyTable:
         check_choice("family of a latency table", self.family, tuple(BLOCK_KINDS))
         check_number("spread of a latency table", self.spread, 0, 10)
         check_int("networks of a latency table", self.networks, 0, 1_000_000)
+        check_number("smallest network of a latency table in millions of weights", self.smallest, 0, 1e6)
         if not isinstance(self.attention, AttentionSpec) or not isinstance(self.base, Cost):
             raise SpecError("Illegal latency table", expected="an AttentionSpec and a base Cost")
         if not isinstance(self.costs, Mapping) or not 0 < len(self.costs) <= MAX_PARTS:
@@ -192,10 +201,11 @@ class LatencyTable:
         return tuple(self._shares(spec, self._costs(spec, interpolate)))
 
     def _shares(self, spec: ArchSpec, costs: list[tuple[Part, int, Cost]]) -> Iterator[Share]:
+        size = weights_of(spec) / 1e6
+        grown = doublings(size, self.smallest)
         yield Share("base", 1, self.base.ms)
-        yield from (Share(part.key, count, count * cost.ms) for part, count, cost in costs)
-        millions = steps(weights_of(spec) / 1e6, tuple(self.weights))
-        priced = zip(millions, self.weights.values(), strict=True)
+        yield from (Share(part.key, n, n * (cost.ms + grown * cost.growth_ms)) for part, n, cost in costs)
+        priced = zip(steps(size, tuple(self.weights)), self.weights.values(), strict=True)
         yield Share("weights", 1, sum(share * cost.ms for share, cost in priced))
 
     def _costs(self, spec: ArchSpec, interpolate: bool) -> list[tuple[Part, int, Cost]]:
@@ -246,7 +256,8 @@ class LatencyTable:
         share = (wanted - below) / (above - below)
         # engines work in steps, so the truth may be either end's
         error = max(low.error_ms, high.error_ms) + abs(high.ms - low.ms) / 2
-        return Cost((1 - share) * low.ms + share * high.ms, error)
+        growth = (1 - share) * low.growth_ms + share * high.growth_ms
+        return Cost((1 - share) * low.ms + share * high.ms, error, growth)
 
     @cached_property
     def _channels(self) -> tuple[int, ...]:
@@ -281,11 +292,12 @@ class LatencyTable:
             "attention": dataclasses.asdict(self.attention),
             "input_sizes": [list(size) for size in self.input_sizes],
             "networks": self.networks,
+            "smallest": self.smallest,
             "spread": self.spread,
             "environment": dict(self.environment),
             "base": _as_pair(self.base),
             "weights": [[threshold, *_as_pair(cost)] for threshold, cost in self.weights.items()],
-            "costs": {key: _as_pair(cost) for key, cost in self.costs.items()},
+            "costs": {key: [*_as_pair(cost), round(cost.growth_ms, 7)] for key, cost in self.costs.items()},
         }
 
     @classmethod
@@ -298,15 +310,15 @@ class LatencyTable:
         if isinstance(data, dict):
             data = dict(data)
             if data.get("schema") == 1:
-                raise SpecError("The latency table is of an older version", expected="schema 2", found="schema 1",
-                                hint="Measure it again: efficientformer latency-table --output FILE.json")  # fmt: skip
-            check_choice("latency table schema", data.pop("schema", None), (SCHEMA,))
+                raise SpecError("The latency table is of an older version", expected=f"schema {SCHEMA}",
+                                found="schema 1", hint=f"Measure it again: {table_command()}")  # fmt: skip
+            check_choice("latency table schema", data.pop("schema", None), READ_SCHEMAS)
         fields = check_keys("the latency table", data, cls)
         fields["attention"] = AttentionSpec(**check_keys("attention", fields["attention"], AttentionSpec))
         if not isinstance(fields["costs"], dict) or not isinstance(fields.get("environment", {}), dict):
             raise SpecError("Illegal latency table", expected="JSON objects for costs and environment")
-        fields["base"] = _as_cost("base", fields["base"])
-        fields["costs"] = {key: _as_cost(key, pair) for key, pair in fields["costs"].items()}
+        fields["base"] = _as_cost("base", fields["base"], (2,))
+        fields["costs"] = {key: _as_cost(key, row, (2, 3)) for key, row in fields["costs"].items()}
         fields["weights"] = _as_weights(fields["weights"])
         fields["input_sizes"] = _as_sizes(fields.get("input_sizes", []))
         return cls(**fields)
@@ -330,7 +342,7 @@ class LatencyTable:
         try:
             text = Path(path).read_bytes()
         except OSError as error:
-            hint = "Measure one: efficientformer latency-table --output FILE.json"
+            hint = f"Measure one: {table_command()}"
             raise UsageError(f"Cannot read the latency table {path}", found=str(error), hint=hint) from error
         return cls.from_dict(load_json(f"the latency table {path}", text))
 
@@ -348,18 +360,18 @@ def _kind(spec: ArchSpec) -> tuple[object, ...]:
 
 def table_command(**options: object) -> str:
     """Return the command that measures a table, from its options; those that are None are left out."""
-    given = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None)
-    return f"efficientformer latency-table {given} --output FILE.json"
+    given = [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None]
+    return " ".join(("efficientformer latency-table", *given, "--output FILE.json"))
 
 
 def _as_pair(cost: Cost) -> list[float]:
     return [round(cost.ms, 7), round(cost.error_ms, 7)]
 
 
-def _as_cost(key: str, pair: object) -> Cost:
-    if not isinstance(pair, list) or len(pair) != 2:
-        raise SpecError(f"Illegal cost of {key!r}", expected="[ms, error_ms]", found=repr(pair)[:80])
-    return Cost(pair[0], pair[1])
+def _as_cost(key: str, row: object, lengths: tuple[int, ...]) -> Cost:
+    if not isinstance(row, list) or len(row) not in lengths:
+        raise SpecError(f"Illegal cost of {key!r}", expected="[ms, error_ms, growth_ms]", found=repr(row)[:80])
+    return Cost(*row)
 
 
 def _as_weights(rows: object) -> dict[float, Cost]:
