@@ -116,7 +116,7 @@ def test_pictures_beside_parts_are_no_class(tmp_path):
     put(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", "val/cat/3.jpg", "samples/4.jpg", "test/5.jpg")
     splits = open_splits(tmp_path)
     assert splits.train.classes == splits.val.classes == ("cat", "dog")
-    assert all("left out beside train, val: 'samples'" in part.notes for part in (splits.train, splits.val))
+    assert all("left out beside train, val: 'samples', 'test'" in part.notes for part in (splits.train, splits.val))
 
 
 @pytest.mark.parametrize("parts", [("train",), ("train", "val")], ids=", ".join)
@@ -125,7 +125,7 @@ def test_pictures_deeper_beside_parts_are_named(tmp_path, parts):
     put(tmp_path, "cats/old/1.jpg", "extra/a/b/2.png", "notes/a/readme.txt", "test/3.jpg")
     put(tmp_path, ".git/a/4.jpg", "__MACOSX/train/cat/._1.jpg")
     for source in (open_splits(tmp_path).val, open_source(tmp_path, "train")):
-        assert source.notes == (f"left out beside {', '.join(parts)}: 'cats', 'extra'",)
+        assert source.notes == (f"left out beside {', '.join(parts)}: 'cats', 'extra', 'test'",)
         assert source.classes == ("cat", "dog")
 
 

@@ -258,7 +258,10 @@ def _split_folders(folder: Folder) -> dict[str, Opener]:
             raise _too_many(folder, part, sets)
         if sets:
             parts[part] = partial(_open_whole, sets[0])
-    return noted(parts, list(beside))
+        for each in sets:
+            del named[each.path.name]
+    unlabelled = [name for name, each in named.items() if each.pictures]  # a test part, as contests have it
+    return noted(parts, [*beside, *unlabelled])
 
 
 def _too_many(folder: Folder, part: str, sets: Sequence[Folder]) -> DataError:

@@ -6,10 +6,10 @@ have factors that are not negative, for each kind of part and each map size. Wha
 the engine, the constants of embeddings and head) cannot be told apart, and stands in the base. What does not add up by
 parts is the cache: weights that no longer fit in it must be read from slower memory in every run. So the network's
 weights have a cost of their own, which grows as steeply as measured between each power of two and the next: steeply
-where a cache overflows, and less so once it is of no use any more. And every block and embedding, whose activations
-the weights of others drive out of the cache, costs more with each doubling of the network's weights. The factors are
-fitted to relative errors, so that small networks count as much as large ones, and refitted with less weight on networks
-that stand out.
+where a cache overflows, and less so once it is of no use any more. And every block and embedding costs more with each
+doubling of the network's weights, which presumably drive its activations out of the cache. The factors are fitted to
+relative errors, so that small networks count as much as large ones, and refitted with less weight on networks that
+stand out.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def fit_parts(specs: Sequence[ArchSpec], ms: Sequence[float], wanted: Sequence[P
         if all(term in columns for term in terms):  # else no measured network has its kind on its map
             _, error = cost(_in_network(terms, float(np.median(grown))))
             ms_, _ = cost(_in_network(terms, 0))
-            growth = cost(_in_network(terms, 1))[0] - ms_
+            growth, _ = cost({term: value for term, value in terms.items() if term[-1] == GROWTH})
             parts[part] = (max(0.0, ms_ - base[0]) if part.kind == "stem" else ms_, error, growth)
     weights = {bend: cost({("weights", bend): 1.0}) for bend in bends}
     spread = _scale(errors)

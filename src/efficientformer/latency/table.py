@@ -40,8 +40,7 @@ class Cost:
     Attributes:
         ms: Marginal latency in milliseconds.
         error_ms: Its standard error.
-        growth_ms: What each doubling of the network's weights adds to it, as they drive its activations out of the
-            cache.
+        growth_ms: What each doubling of the network's weights adds to it.
     """
 
     ms: float
