@@ -14,7 +14,7 @@ from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import DownloadError, UsageError, require
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
-from efficientformer.spec.zoo import EMBEDDED, Resolved, name_of, resolve
+from efficientformer.spec.zoo import EMBEDDED, Resolved, name_of, names_weights, resolve
 
 if TYPE_CHECKING:
     from efficientformer.data.transform import Transform
@@ -42,7 +42,7 @@ def get_model(
 
     Args:
         model: A zoo name or alias, an ArchSpec, or a weights file of any layout (which is then loaded), also as
-            ``hf-hub:OWNER/NAME`` or an address.
+            ``hf-hub:OWNER/NAME`` or an address, whose weights are loaded as well.
         pretrained: True for the published weights; a path for those of a checkpoint of any layout.
         input_size: Side in pixels, or (height, width), if other than the weights'; attention-bias tables are resampled
             for it, with a warning.
@@ -73,7 +73,8 @@ def get_model(
 
     if not isinstance(model, ArchSpec):
         model = file_of(name_of(model), offline=offline) or name_of(model)
-    pretrained = False if pretrained is None else pretrained
+    if not pretrained:
+        pretrained = isinstance(model, str) and names_weights(model)
     if isinstance(model, str) and not isinstance(pretrained, bool):
         check_weights(model, pretrained)
     overrides = Overrides(input_size, num_classes, in_chans, distilled)

@@ -207,6 +207,31 @@ def test_a_full_disk_is_one_error_line(photo, format_):
     assert ended.stderr == "error: Cannot write the output: No space left on device\n"
 
 
+def test_a_library_that_is_missing_is_said_before_any_picture(cli, photo, tmp_path, monkeypatch):
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    code, _, err = cli("predict", photo, "-o", tmp_path / "labels.parquet")
+    assert code == 1, err
+    assert "Writing Parquet needs the extra" in err
+    assert not list(tmp_path.glob("labels.parquet*"))
+
+
+def test_weights_may_be_at_an_address(cli, photo):
+    address = "https://example.org/l1.pth"
+    code, _, err = cli("predict", photo, "--model", "l1", "--checkpoint", address, "--offline")
+    assert code == 1
+    assert f"put a file there by hand, save any of these under the name given:\n  {address}\n" in err
+
+
+def test_a_file_that_may_not_be_read_is_one_error_line(cli, photo, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "/closed/labels.json")
+
+    monkeypatch.setattr("efficientformer.cli.results.output_file", refuse)
+    code, _, err = cli("predict", photo, "-o", "/closed/labels.json")
+    assert (code, err) == (1, "error: Cannot access /closed/labels.json: Permission denied\n")
+
+
 def test_an_output_that_is_no_file_is_spared(cli, photo, tmp_path):
     pipe, link = tmp_path / "pipe.json", tmp_path / "link.json"
     os.mkfifo(pipe)

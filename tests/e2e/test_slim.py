@@ -476,6 +476,26 @@ def test_a_table_of_a_refused_run_is_used_by_one_that_asks_for_the_same(place, t
     assert len(measured) == 3
 
 
+def test_a_table_that_was_not_taken_is_not_taken_by_a_resumed_run_either(place, tmp_path, monkeypatch):
+    def measure(plan, *_, **__):
+        if stopped:
+            raise KeyboardInterrupt
+        return dataclasses.replace(LatencyTable.load(place / "phone.json"), threads=plan.threads)
+
+    stopped = False
+    monkeypatch.setattr(device, "measure_table", measure)
+    monkeypatch.setattr(run._SlimRun, "go", lambda self: run.SlimOutcome(self.folder, True, ()))
+    plan, folder = planned(place, tmp_path / "run")
+    with pytest.raises(UsageError, match="cannot be reached"):
+        run.slim(dataclasses.replace(plan, targets=(0.01,), threads=1), folder)
+    stopped = True
+    with pytest.raises(KeyboardInterrupt):
+        run.slim(plan, folder)
+    stopped = False
+    assert run.slim(resume=folder).finished
+    assert LatencyTable.load(folder / "table.json").threads is None
+
+
 def test_a_run_goes_on_without_the_file_that_it_started_from(place, tmp_path, monkeypatch):
     from efficientformer.slimming.start import make_plan
     from efficientformer.training.setup import build_network

@@ -16,7 +16,7 @@ from efficientformer.runtime import choice as module
 from efficientformer.runtime.choice import choose
 from efficientformer.runtime.engines.openvino import OpenVinoEngine
 from efficientformer.runtime.timing import Timing
-from efficientformer.spec.errors import EngineError, UsageError
+from efficientformer.spec.errors import EngineError, PrecisionError, UsageError
 from tests.unit.test_engines import break_openvino, without_plugin
 
 FILE = embedded_file()
@@ -226,6 +226,15 @@ def test_classifier_chooses_and_says_why():
 def test_what_classifier_refuses(options, text):
     with pytest.raises(UsageError, match=text):
         Classifier(**options)
+
+
+def test_a_file_that_nothing_opens_is_not_said_to_lack_a_precision(monkeypatch):
+    def refuse(*_, precision, **__):
+        raise PrecisionError("not quantised") if precision == "int8" else EngineError("damaged")
+
+    monkeypatch.setattr(module, "open_engine", refuse)
+    with pytest.raises(EngineError, match="damaged"):
+        choose(FILE)
 
 
 def test_no_engine_at_all_is_said(monkeypatch):

@@ -157,6 +157,13 @@ def test_what_is_here_serves_without_the_hub(hub, monkeypatch):
     assert len(hub.log) == asked
 
 
+@pytest.mark.parametrize("model", ["hf-hub:timm/efficientformerv2_s0.snap_dist_in1k", "HF-hub:me/pets"])
+def test_a_repository_is_never_built_with_random_weights(hub, model):
+    """Also if it is one of those that the zoo knows, whose plain name means the architecture alone."""
+    with pytest.raises(DownloadError):
+        get_model(model, offline=True)
+
+
 def test_what_is_not_here_is_told(hub, monkeypatch):
     with pytest.raises(DownloadError, match="not here, and the hub cannot be asked; found offline=True"):
         Classifier(PETS, offline=True)

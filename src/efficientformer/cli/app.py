@@ -117,10 +117,12 @@ def main() -> None:
         _drop_output()
         sys.exit(1)
     except OSError as error:
-        if error.errno not in FULL:
+        refused = isinstance(error, PermissionError) and error.filename is not None
+        if not refused and error.errno not in FULL:
             raise
         _drop_output()
-        _print_error(f"Cannot write {error.filename or 'the output'}: {error.strerror}")
+        what = "access" if refused else "write"
+        _print_error(f"Cannot {what} {error.filename or 'the output'}: {error.strerror}")
         sys.exit(1)
 
 

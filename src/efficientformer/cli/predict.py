@@ -51,7 +51,7 @@ def predict(
         list[str], typer.Argument(metavar="INPUT...", help="Files, folders, globs, URLs; - reads a picture from stdin.")
     ],
     model: Annotated[str, typer.Option("--model", "-m", help="Zoo name, weights file or exported file.")] = "",
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Classes per picture.")] = 3,
     format_: Annotated[
         Format | None, typer.Option("--format", "-f", help="By default that of the output's ending, or a table.")
@@ -89,7 +89,7 @@ def predict(
     listed = partial(_gather, inputs, annotate, offline)
     asked: Record = {
         "inputs": inputs, "folder": _folder_of(inputs), "annotate": annotate and str(annotate.resolve()),
-        "model": model, "checkpoint": checkpoint and str(checkpoint), "top_k": top_k, "threads": threads,
+        "model": model, "checkpoint": checkpoint, "top_k": top_k, "threads": threads,
         "decode": decode.value,
     }  # fmt: skip
     engine, precision = _begun_with(target, asked, engine, precision)
@@ -102,8 +102,8 @@ def predict(
     }  # fmt: skip
 
     def classify(already: int) -> Iterator[Result]:
-        pictures = _fetched(islice(listed(), already, None), inputs)
-        with _progress(listed, already, quiet) as tick:
+        coming = islice(listed(), already, None)
+        with _fetched(coming, inputs) as pictures, _progress(listed, already, quiet) as tick:
             for result in _classify(classifier, pictures, decode.value, threads):
                 told = _annotated(result, annotate) if annotate is not None else result
                 if told.error:
@@ -153,7 +153,7 @@ def _on_cluster(
     output: str,
     format_: str,
     model: str,
-    checkpoint: Path | None,
+    checkpoint: str | None,
     top_k: int,
     decode: Decode,
     engine: str,
@@ -234,7 +234,7 @@ def _to_file(
 def _load(
     listed: Gather,
     model: str,
-    checkpoint: Path | None,
+    checkpoint: str | None,
     engine: str,
     precision: str,
     threads: int | None,
@@ -268,7 +268,7 @@ def _load(
     return classifier
 
 
-def _note(model: str, checkpoint: Path | None, engine: str, precision: str, offline: bool) -> None:
+def _note(model: str, checkpoint: str | None, engine: str, precision: str, offline: bool) -> None:
     """Say on standard error what is used where no network is named, or that one is built for many seconds, once."""
     from importlib.util import find_spec
 
@@ -300,19 +300,23 @@ def _gather(inputs: list[str], annotate: Path | None, offline: bool) -> Iterator
     return gather(inputs, stdin=stdin, outside=annotate, keep=annotate is not None, offline=reason)
 
 
-def _fetched(pictures: Iterator[Input], inputs: list[str]) -> Iterator[Input]:
-    """Yield the pictures; if URLs are among the inputs, a few of them are being fetched before their turn."""
+@contextlib.contextmanager
+def _fetched(pictures: Iterator[Input], inputs: list[str]) -> Iterator[Iterator[Input]]:
+    """Give the pictures; if URLs are among the inputs, a few of them are being fetched before their turn.
+
+    What was drawn can be read for as long as the context lasts.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     from efficientformer.runtime.inputs import READERS, is_url, read_ahead
     from efficientformer.runtime.pipeline import THREADS
 
     if not any(map(is_url, inputs)):
-        yield from pictures
+        yield pictures
         return
     readers = ThreadPoolExecutor(READERS, thread_name_prefix=THREADS)
     try:
-        yield from read_ahead(pictures, readers)
+        yield read_ahead(pictures, readers)
     finally:
         readers.shutdown(wait=False, cancel_futures=True)  # a server that is slow holds nobody up
 
@@ -328,7 +332,7 @@ def _annotated(result: Result, folder: Path) -> Result:
         return replace(result, prediction=None, error=str(error))
 
 
-def _digest(model: str, checkpoint: Path | None, engine: str, precision: str) -> str:
+def _digest(model: str, checkpoint: str | None, engine: str, precision: str) -> str:
     """Return the SHA-256 of the file that runs: what a manifest says can be true of other weights too."""
     from efficientformer.api import TORCH_ENGINES
     from efficientformer.export.deployable import deployable, file_of
@@ -336,7 +340,7 @@ def _digest(model: str, checkpoint: Path | None, engine: str, precision: str) ->
 
     if engine not in TORCH_ENGINES:
         path = deployable(model, checkpoint=checkpoint, precision=precision, offline=True)  # there already
-    elif not (path := checkpoint or Path(file_of(model) or model)).is_file():
+    elif not (path := Path(file_of(checkpoint or model) or model)).is_file():
         return ""  # a zoo name in torch, whose manifest holds the digest of its weights
     return sha256_of(path)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def profile(
     model: Annotated[str, typer.Argument(help="Zoo name, weights file, exported file, or spec in JSON.")] = "",
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Random weights for a zoo name: nothing is downloaded.")
     ] = False,
@@ -97,7 +97,7 @@ def profile(
         typer.echo(f"Wrote {path}", err=True)
 
 
-def _untrained(model: str, checkpoint: Path | None, random_weights: bool) -> ArchSpec | None:
+def _untrained(model: str, checkpoint: str | None, random_weights: bool) -> ArchSpec | None:
     """Return the architecture to profile with random weights; None if the network has weights of its own."""
     from efficientformer.spec.arch import read_spec
     from efficientformer.spec.zoo import resolve
@@ -109,7 +109,7 @@ def _untrained(model: str, checkpoint: Path | None, random_weights: bool) -> Arc
     return resolve(model).card.spec if random_weights else None
 
 
-def _spec_of(model: str, checkpoint: Path | None, offline: bool) -> ArchSpec:
+def _spec_of(model: str, checkpoint: str | None, offline: bool) -> ArchSpec:
     """Return the architecture of a zoo network, of a spec, or of a file; weights are not fetched for it."""
     from efficientformer.export.deployable import deployable, file_of
     from efficientformer.runtime.engines import open_engine

@@ -17,7 +17,7 @@ def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Zoo name, weights file or exported file.")],
     data: Annotated[Path, typer.Option(help="Folder with pictures; folders named after classes give labels.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the file and its report.")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
     max_drop: Annotated[float, typer.Option(help="Points of top-1 that may be lost.")] = 0.5,
     pictures: Annotated[int, typer.Option(min=4, help="Pictures to calibrate on, at most.")] = 300,
     holdout: Annotated[int, typer.Option(min=4, help="Other pictures to measure on, at most.")] = 500,

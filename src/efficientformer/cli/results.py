@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from efficientformer.runtime.records import Record, arrow_row, arrow_schema, printable, record, storable
-from efficientformer.spec.errors import UsageError, missing_extra, reason_of
+from efficientformer.spec.errors import UsageError, reason_of, require
 
 if TYPE_CHECKING:
     from efficientformer.cli.annotate import Copy
@@ -182,16 +182,15 @@ class TableWriter(Writer):
 
 
 class ParquetWriter(Writer):
-    """Columns of the records' fields; ``top_k`` is a list of structs, ``error`` is null for classified pictures."""
+    """Columns of the records' fields; ``top_k`` is a list of structs, ``error`` is null for classified pictures.
+
+    It is for files only, and needs the extra; ``choose_format`` looks after both.
+    """
 
     def __init__(self, path: Path | None, top_k: int) -> None:
-        try:
-            import pyarrow as arrow
-            from pyarrow import parquet
-        except ImportError as error:
-            raise missing_extra("parquet", "Writing Parquet", error) from error
-        if path is None:
-            raise UsageError("Parquet is not for a terminal", hint="Name a file: --output labels.parquet")
+        import pyarrow as arrow
+        from pyarrow import parquet
+
         self._schema = arrow_schema()
         self._table, self._rows = arrow.Table, list[Record]()
         self._parquet = parquet.ParquetWriter(path, self._schema)
@@ -224,14 +223,17 @@ def choose_format(wanted: str, output: Path | None) -> str:
 
     Raises:
         UsageError: If Parquet is to go to the terminal, or the ending says nothing.
+        MissingExtraError: If the library for Parquet is not installed.
     """
     named = SUFFIXES.get(output.suffix.lower(), "") if output else "table"
     chosen = named if (wanted, named) == ("json", "array") else wanted or named
     if not chosen:
         expected, hint = f"a name in {', '.join(SUFFIXES)}", "Or say which with --format"
         raise UsageError(f"The name {output} says no format", expected=expected, hint=hint)
-    if chosen == "parquet" and output is None:
-        raise UsageError("Parquet is not for a terminal", hint="Name a file: --output labels.parquet")
+    if chosen == "parquet":
+        if output is None:
+            raise UsageError("Parquet is not for a terminal", hint="Name a file: --output labels.parquet")
+        require("parquet", "Writing Parquet", "pyarrow.parquet")
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import threading
@@ -54,7 +55,7 @@ def slim(
     given = {"model": model, "recipe": recipe, "epochs": epochs, "final_epochs": final_epochs, "engine": engine,
              "precision": precision, "threads": threads, "settings": settings or ()}  # fmt: skip
     folder = resume or output or Path("runs/slim")
-    others = resume is None and (folder / PLAN).is_file()  # a run that this command is about to refuse
+    others = resume is None and os.path.isfile(folder / PLAN)  # noqa: PTH113 (as in run.py)
     try:
         with _sigterm_as_ctrl_c():
             if resume is not None:

@@ -35,8 +35,10 @@ def test(
         ),
     ],
     data: Annotated[Path, typer.Option(help="The data set: a folder of class folders, tar shards, ...")],
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
-    split: Annotated[str | None, typer.Option(help="train, val or test; by default val or test.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Weights to use instead of the zoo's; any layout.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test; by default the first there is of val, test and train.")
+    ] = None,
     engine: Annotated[str, typer.Option(help=f"Engine: auto, torch, {', '.join(ENGINE_KEYS)}.")] = "auto",
     precision: Annotated[
         str, typer.Option(help="fp32, bf16, fp16 or int8; auto is fp32, or int8 of a quantised file.")
@@ -85,13 +87,13 @@ def test(
         raise typer.Exit(1)
 
 
-def _arguments(model: list[str], checkpoint: Path | None) -> tuple[str, Path | None]:
+def _arguments(model: list[str], checkpoint: str | None) -> tuple[str, str | None]:
     """Return the network and its weights, which may stand second as in ``tools/test.py CONFIG CHECKPOINT``."""
     if len(model) > 2:
         raise UsageError("Too many arguments", expected="MODEL [CHECKPOINT]", found=" ".join(model))
     if len(model) == 2 and checkpoint is not None:
         raise UsageError("Two checkpoints", found=f"{model[1]} and {checkpoint}", hint="Leave one out")
-    return model[0], Path(model[1]) if len(model) == 2 else checkpoint
+    return model[0], model[1] if len(model) == 2 else checkpoint
 
 
 def _check_targets(output: Path | None, report: Path | None) -> None:

@@ -232,11 +232,11 @@ def _is_file(name: str) -> bool:
 
 
 def _existing(file: Path) -> Path:
-    if not file.is_file():
+    if not os.path.isfile(file):  # noqa: PTH113 (as above)
         raise CheckpointError(
             f"There is no weights file {file}",
             expected="a weights file (.safetensors, .pth, .bin) or an exported file (.onnx)",
-            found="a folder" if file.is_dir() else "nothing of that name",
+            found="a folder" if os.path.isdir(file) else "nothing of that name that can be read",  # noqa: PTH112
         )
     return file
 

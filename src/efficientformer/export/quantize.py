@@ -351,9 +351,9 @@ def _checked_folder(folder: Path) -> Path:
     """Return an output folder that is new, empty, or holds an earlier quantisation."""
     folder = folder.absolute()
     ours = {MODEL_FILE, REPORT_FILE, PAGE_FILE}
-    if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - ours):
-        raise UsageError(f"{folder} holds something else", expected="a new folder, or an earlier quantisation's")
     try:
+        if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - ours):
+            raise UsageError(f"{folder} holds something else", expected="a new folder, or an earlier quantisation's")
         folder.parent.mkdir(parents=True, exist_ok=True)
         place = folder if folder.exists() else folder.parent
         tempfile.TemporaryFile(dir=place).close()  # now, not when the work is done

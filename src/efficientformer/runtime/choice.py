@@ -88,12 +88,17 @@ def _measure(path: Path, precision: str, threads: int | None) -> tuple[Choice, b
     """Return the choice, and whether an engine that failed had no part in it."""
     candidates, refused = _candidates(path, precision, threads)
     if not candidates:
-        raise refused[-1][1] if refused else no_engine()
+        raise _telling([error for _, error in refused]) if refused else no_engine()
     best, reason, failed = _fastest(candidates)
     failed = [*(engine for engine, error in refused if not isinstance(error, PrecisionError)), *failed]
     damaged = damaged_engines()
     reason += _left_out("because it fails", failed) + _left_out("because the import fails", damaged)
     return Choice(best.key, best.precision, reason), bool(failed or damaged)
+
+
+def _telling(errors: list[EngineError]) -> EngineError:
+    """Return the error to show: that a precision is not to be had says nothing of the file if there are others."""
+    return next((error for error in errors if not isinstance(error, PrecisionError)), errors[-1])
 
 
 def _fastest(candidates: list[Engine]) -> tuple[Engine, str, list[str]]:

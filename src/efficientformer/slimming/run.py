@@ -306,7 +306,7 @@ class _SlimRun:
 
 def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, quiet: bool) -> _SlimRun:
     """Start a run: everything that can be refused is refused before anything is trained."""
-    if (folder / PLAN).exists():
+    if os.path.isfile(folder / PLAN):  # noqa: PTH113 (no error for a folder that is closed to us: that comes next)
         hint = f"Go on with: efficientformer slim --resume {shlex.quote(str(folder))}; or choose another --output"
         raise UsageError(f"{folder} holds a run already", hint=hint)
     kept = folder / TABLE  # of a run that was refused after it had measured one
@@ -322,6 +322,8 @@ def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, qui
     # not a run, if it is refused: the folder can be used again, and its own table too
     with _removing_if_refused(folder / PLAN, *(() if table is None else (kept,))):
         if table is None:
+            if not found:
+                kept.unlink(missing_ok=True)  # of another engine: a run resumed before there is a new one took it
             plan.save(folder)  # a run that is killed while it measures can be resumed; a given table is quickly kept
         latencies = device.open_table(plan, space, folder, table, quiet=quiet, anew=not found)
         plan.save(folder)

@@ -228,7 +228,12 @@ def is_name(name: str) -> bool:
 
 def is_remote(model: str) -> bool:
     """Tell whether a model's name is an address or a repository of the hub, other than the zoo's."""
-    return model.lower().startswith(("hf-hub:", "hf_hub:", "http://", "https://")) and not is_name(model)
+    return names_weights(model) and not is_name(model)
+
+
+def names_weights(model: str) -> bool:
+    """Tell whether a model's name is that of weights somewhere: an address, or any repository of the hub."""
+    return model.lower().startswith(("hf-hub:", "hf_hub:", "http://", "https://"))
 
 
 def networks_in(folder: str) -> list[Path]:

@@ -86,7 +86,8 @@ class Recipe:
         distill_temperature: Temperature of soft distillation.
         teacher_cache: Folder where the teacher's logits are kept, so that it sees every view once; needs ``views``
             and no mixing.
-        precision: ``bf16``, ``fp16``, ``fp32``, or ``auto``: bf16 where the hardware computes in it.
+        precision: ``bf16``, ``fp16``, ``fp32``, or ``auto``: bf16 where the hardware computes in it, else fp16 on a GPU
+            and fp32 on a CPU, which cannot train in fp16.
         channels_last: Keep maps with channels last.
         compile: Compile the network with torch.compile.
         grad_checkpointing: Recompute blocks in the backward pass to save memory.
