@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from efficientformer.benchmarking.benchmark import _entries, _for_picture, benchmark
+from efficientformer.benchmarking.networks import open_networks
 from efficientformer.benchmarking.subject import RefusedError, Subject
 from efficientformer.benchmarking.worker import prepare
 from efficientformer.export.deployable import quantised_file
@@ -190,6 +191,12 @@ def test_processes_are_told_to_stay_offline(monkeypatch):
     for job in jobs:
         with pytest.raises(DownloadError, match="offline"):
             prepare({**job, "model": "efficientformer_l1"})
+
+
+def test_offline_holds_for_repositories_too(monkeypatch, tmp_path):
+    monkeypatch.delenv("EFFICIENTFORMER_OFFLINE")
+    with pytest.raises(DownloadError, match="offline=True"):
+        open_networks(["hf-hub:me/none"], tmp_path, random_weights=False, offline=True, progress=None)
 
 
 def test_int8_is_of_the_file_that_was_quantised(cli):

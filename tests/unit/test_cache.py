@@ -68,6 +68,17 @@ def test_the_root_follows_the_environment(variables, expected, monkeypatch):
     assert cache_root() == Path(expected)
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def homeless(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("EFFICIENTFORMER_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(CacheError, match="Set EFFICIENTFORMER_HOME to a folder"):
+        cache_root()
+
+
 def test_a_file_lies_under_model_and_source(tmp_path):
     assert Cache(tmp_path).path("l1", Source()) == tmp_path / "weights/l1/timm/model.safetensors"
 

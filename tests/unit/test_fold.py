@@ -41,6 +41,13 @@ def test_folded_network_is_the_same_function(name):
     assert sum(p.numel() for p in deployed.parameters()) < sum(p.numel() for p in model.parameters())
 
 
+def test_another_default_device_changes_nothing():
+    model = randomised(TINY["one head"])
+    with torch.device("meta"):  # as with torch.set_default_device("cuda")
+        deployed = fold(model)
+    assert next(deployed.parameters()).device.type == "cpu"
+
+
 def test_training_mode_and_dtype_survive():
     model = randomised(TINY["one head"]).train().to(torch.bfloat16)
     deployed = fold(model)

@@ -203,6 +203,9 @@ def test_widths_between_are_an_error_unless_asked_for():
     ends = [table.costs[part.widened(dim=dim).key].ms for dim in (8, 16)]
     assert table._lookup(part, True).ms == pytest.approx(sum(ends) / 2)
     assert table.predict(odd, interpolate=True).error_ms > table.predict(SPEC).error_ms
+    grown = dataclasses.replace(table.costs["embedding conv 16-16 at 4x4"], growth_ms=1.0)
+    grows = made_up(costs=table.costs | {"embedding conv 16-16 at 4x4": grown}, smallest=weights_of(odd) / 16e6)
+    assert grows.predict(odd, interpolate=True).error_ms > table.predict(odd, interpolate=True).error_ms + 3.9
     wide = dataclasses.replace(SPEC, stages=(*SPEC.stages[:3], dataclasses.replace(SPEC.stages[3], width=32)))
     with pytest.raises(UsageError, match="16-32"):
         table.predict(wide, interpolate=True)

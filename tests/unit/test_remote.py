@@ -250,6 +250,22 @@ def test_verbs_take_them(hub, cli, tmp_path):
     assert (code, "only networks of the zoo" in err.lower()) == (2, True)
 
 
+@pytest.mark.parametrize("name", ["my%20net.pth", "_best.pth", "net(1).pth", "%E7%B6%B2.pth"])
+def test_an_address_may_have_a_name_that_the_cache_does_not_take(hub, name):
+    hub.files["me/web"] = {name: hub.files["me/pets"]["pytorch_model.bin"]}
+    assert get_model(f"{hub.url}/me/web/resolve/main/{name}").stem.conv1.conv.weight.shape[1] == 3
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_not_a_file_in_it(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(30, "Read-only file system")
+
+    save_model(get_model(EMBEDDED), tmp_path / "mine.safetensors")
+    monkeypatch.setattr("efficientformer.export.deployable.tempfile.TemporaryFile", refuse)
+    with pytest.raises(DownloadError, match=r"Cannot write to the cache folder(?s:.)*EFFICIENTFORMER_HOME"):
+        Classifier(tmp_path / "mine.safetensors")
+
+
 def test_a_run_notes_the_commit_it_starts_from(hub, monkeypatch):
     hub.files["me/web"] = {"start.pth": hub.files["me/pets"]["pytorch_model.bin"]}
     address = f"{hub.url}/me/web/resolve/main/start.pth"

@@ -72,7 +72,7 @@ def open_networks(
     found = []
     for model, name in zip(models, names, strict=True):
         label = name if names.count(name) == 1 else model
-        file = file_of(model)
+        file = file_of(model, offline=offline)
         if random_weights and file is None:
             found.append(_with_random_weights(model, label, scratch))
             continue

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -312,7 +313,9 @@ def _export(checkpoint: Checkpoint, manifest: Manifest, target: Path) -> None:
     from efficientformer.export.onnx import export_onnx
     from efficientformer.weights.pretrained import build
 
-    with writing_to(target.parent):
+    with writing_to(target.parent):  # and not to a file, which nobody has named
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=target.parent).close()
         export_onnx(build(manifest.spec, checkpoint), manifest, target)
 
 

@@ -58,7 +58,7 @@ def _to_proto(model: EfficientFormer) -> Any:  # noqa: ANN401 (an onnx.ModelProt
     # torch's exporter needs it, and its own error does not say which extra brings it
     require("torch", "Building a deployable file", "onnxscript")
     deployed = fold(model)
-    example = torch.zeros(2, model.spec.in_chans, *model.spec.input_size)
+    example = torch.zeros(2, model.spec.in_chans, *model.spec.input_size, device="cpu")
     batch = torch.export.Dim("batch")
     # the exporter tells of its progress, and of what its own libraries will no longer do
     with quiet(), warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):

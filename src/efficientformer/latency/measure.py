@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -228,6 +228,8 @@ def opened(
         for index, spec in enumerate(specs):
             file = write_untrained(spec, Path(folder) / f"{index}.onnx", precision)
             engines.append(open_engine(file, engine, precision=precision, threads=threads))
+            with suppress(OSError):  # hundreds of large ones would fill a small disk; some systems keep what is open
+                file.unlink()
             if progress is not None:
                 progress("opening networks", index + 1, len(specs))
         yield engines

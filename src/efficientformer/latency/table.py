@@ -218,7 +218,8 @@ class LatencyTable:
                 hint=f"Measure it: {self._command(spec)}",
             )
         counted = Counter(parts_of(spec)).items()
-        found = [(part, count, self._lookup(part, interpolate)) for part, count in counted]
+        grown = doublings(weights_of(spec) / 1e6, self.smallest)
+        found = [(part, count, self._lookup(part, interpolate, grown)) for part, count in counted]
         return [(part, count, cost) for part, count, cost in found if cost is not None]
 
     def _check_kind(self, spec: ArchSpec) -> None:
@@ -232,29 +233,33 @@ class LatencyTable:
                     hint=f"Measure one: {self._command(spec)}",
                 )
 
-    def _lookup(self, part: Part, interpolate: bool) -> Cost | None:
+    def _lookup(self, part: Part, interpolate: bool, grown: float = 0.0) -> Cost | None:
         cost = self.costs.get(part.key)
         if cost is not None or not interpolate:
             return cost
         if part.kind != "head" and part.width not in self._channels:
-            return self._between(part, "width")
+            return self._between(part, "width", grown)
         if part.kind != "stem" and part.dim and part.dim not in self._channels:
-            return self._between(part, "dim")
+            return self._between(part, "dim", grown)
         return None
 
-    def _between(self, part: Part, name: str) -> Cost | None:
-        """Return the cost on the line between the nearest measured channels below and above, or None."""
+    def _between(self, part: Part, name: str, grown: float) -> Cost | None:
+        """Return the cost on the line between the nearest measured channels below and above, or None.
+
+        Its error is that in a network of so many doublings.
+        """
         wanted: int = getattr(part, name)
         below = max((channels for channels in self._channels if channels < wanted), default=0)
         above = min((channels for channels in self._channels if channels > wanted), default=0)
         if not below or not above:
             return None
-        low, high = (self._lookup(part.widened(**{name: channels}), True) for channels in (below, above))
+        low, high = (self._lookup(part.widened(**{name: channels}), True, grown) for channels in (below, above))
         if low is None or high is None:
             return None
         share = (wanted - below) / (above - below)
         # engines work in steps, so the truth may be either end's
-        error = max(low.error_ms, high.error_ms) + abs(high.ms - low.ms) / 2
+        apart = abs(high.ms - low.ms + grown * (high.growth_ms - low.growth_ms))
+        error = max(low.error_ms, high.error_ms) + apart / 2
         growth = (1 - share) * low.growth_ms + share * high.growth_ms
         return Cost((1 - share) * low.ms + share * high.ms, error, growth)
 

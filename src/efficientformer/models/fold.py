@@ -179,7 +179,7 @@ def _fold_head(net: EfficientFormer) -> tuple[nn.Module, nn.Linear]:
 
 def _check_equal(reference: EfficientFormer, deployed: DeployedEfficientFormer, device: torch.device) -> None:
     spec = reference.spec
-    images = torch.rand(2, spec.in_chans, *spec.input_size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, spec.in_chans, *spec.input_size, generator=torch.Generator().manual_seed(0), device="cpu")
     images = (images * 4 - 2).to(device, torch.float64)
     expected, found = reference(images), deployed(images)
     difference = float((expected - found).abs().max())

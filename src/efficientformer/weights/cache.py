@@ -41,11 +41,19 @@ class CacheError(DownloadError):
 
 
 def cache_root() -> Path:
-    """Return the cache folder: $EFFICIENTFORMER_HOME, else $XDG_CACHE_HOME/efficientformer, else ~/.cache/..."""
-    if home := os.environ.get(HOME_VARIABLE):
-        return Path(home).expanduser()
+    """Return the cache folder: $EFFICIENTFORMER_HOME, else $XDG_CACHE_HOME/efficientformer, else ~/.cache/...
+
+    Raises:
+        CacheError: If none is named, and the user, as in some containers, has no home.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "efficientformer"
+    try:
+        if home := os.environ.get(HOME_VARIABLE):
+            return Path(home).expanduser()
+        return (Path(base) if base else Path.home() / ".cache") / "efficientformer"
+    except RuntimeError as error:
+        raise CacheError("There is no place for the cache", found=str(error),
+                         hint=f"Set {HOME_VARIABLE} to a folder") from error  # fmt: skip
 
 
 @contextmanager

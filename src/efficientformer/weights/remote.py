@@ -74,6 +74,7 @@ def _from_address(url: str, offline: bool | None, progress: Progress | None) -> 
     file = PurePosixPath(unquote(urlsplit(url).path)).name
     if not file.lower().endswith(FILE_SUFFIXES):
         raise UsageError("This address is of no network", expected=f"a file ({', '.join(FILE_SUFFIXES)})", found=url)
+    file = re.sub(r"^[^A-Za-z0-9]|[^A-Za-z0-9._+-]", "x", file)  # a name the cache takes; the digest tells them apart
     place = f"{file.partition('.')[0]}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     source = WeightsSource("web", url, file, "", PreprocessSpec(), url)
     return fetch(place, (source,), offline=offline, progress=progress)
