@@ -1,7 +1,10 @@
 """Fine-tuning from the weights of a network, and distillation from a teacher."""
 
+import errno
 import json
+import os
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from efficientformer.training.recipe import Recipe
 from efficientformer.training.report import model_card
 from efficientformer.training.run import train
 from efficientformer.training.setup import prepare
-from efficientformer.training.teacher import CachedTeacher, _class_order, open_teacher, with_given
+from efficientformer.training.teacher import CachedTeacher, _class_order, _memory_map, open_teacher, with_given
 from efficientformer.weights.beside import class_names
 from efficientformer.weights.checkpoint import save_native
 from efficientformer.weights.pretrained import load_named
@@ -188,6 +191,16 @@ def test_a_cached_teacher_is_asked_once_for_each_view_and_changes_nothing(data, 
     assert not asked
     with pytest.raises(TrainingError, match="another teacher, data set, augmentation"):
         train(cached.with_changes(padding=1), data, tmp_path / "third")
+
+
+@pytest.mark.parametrize(("number", "stands"), [(errno.EBADF, True), (errno.EOPNOTSUPP, True), (errno.ENOSPC, False)])
+def test_a_file_system_that_reserves_nothing_holds_logits_all_the_same(tmp_path, monkeypatch, number, stands):
+    def refuse(*_):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with nullcontext() if stands else pytest.raises(OSError, match="refused"):
+        assert _memory_map(tmp_path / "logits", np.dtype("f2"), (3, 4)).shape == (3, 4)
 
 
 @pytest.mark.usefixtures("no_training_report")

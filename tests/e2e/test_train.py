@@ -21,8 +21,9 @@ from efficientformer.data.loader import WorkerLoader
 from efficientformer.evaluation.torch_predictor import TorchPredictor
 from efficientformer.spec.errors import DataError, EfficientFormerError, TrainingError, UsageError
 from efficientformer.spec.variants import v1_spec, v2_spec
-from efficientformer.training import loop
+from efficientformer.training import loop, run
 from efficientformer.training.lock import alone_in
+from efficientformer.training.processes import signals
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.report import model_card
 from efficientformer.training.run import train
@@ -635,6 +636,62 @@ def test_a_run_without_progress_stops_early_and_is_resumed_without_a_further_ste
     assert (again.finished, again.step) == (True, first.step)
     assert same(weights(first.folder), before)
     assert f"epochs: {again.step // 4} (stopped early, of 30)" in (first.folder / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_a_run_keeps_to_the_cores_it_may_use_and_gives_torch_its_threads_back(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("efficientformer.evaluation.torch_predictor.available_cores", lambda: 1)
+    used, before = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train(SHORT, data, tmp_path / "run", on_metrics=lambda _: used.append(torch.get_num_threads()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(used) == {1}
+
+
+def test_each_process_of_a_machine_has_workers(data, monkeypatch):
+    monkeypatch.setattr("efficientformer.training.setup.available_cores", lambda: 100)
+    for processes, workers in ((1, 16), (4, 64), (8, 100)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert prepare(TINY.with_changes(workers=-1), data, 0, 1).recipe.workers == workers
+
+
+@pytest.mark.usefixtures("no_training_report")
+def test_what_a_killed_run_had_half_written_is_no_hindrance_and_goes(data, tmp_path):
+    left = [".state.pt.0123abcd.partial", ".best.safetensors.0123abcd.partial"]
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "first" / left[0]).touch()
+    (tmp_path / "second" / ".mine.partial").touch()
+    train(SHORT, data, tmp_path / "first", on_metrics=lambda _: True)
+    with pytest.raises(UsageError, match=r"not empty.*\.mine\.partial"):
+        train(SHORT, data, tmp_path / "second")
+    (tmp_path / "first" / left[1]).touch()
+    train(resume=tmp_path / "first")
+    assert not list((tmp_path / "first").glob(".*.partial"))
+
+
+def test_runs_that_begin_at_once_get_a_folder_each(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [run._made(Path("runs"), "net-data") for _ in range(3)] == [
+        str(Path("runs") / name) for name in ("net-data", "net-data-2", "net-data-3")
+    ]
+    monkeypatch.setattr(run, "build_optimizer", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(SHORT, data)
+    assert len(list(Path("runs").iterdir())) == 3, "one that nothing came of is gone"
+
+
+def test_a_handler_that_python_did_not_set_is_left_alone(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: assert_handler(handler))
+    with signals():
+        pass
+
+
+def assert_handler(handler):
+    assert handler is not None  # what signal.signal would raise TypeError for
 
 
 def test_nothing_of_somebody_else_is_overwritten(data, tmp_path):

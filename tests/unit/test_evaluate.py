@@ -477,3 +477,13 @@ def test_numbers_that_are_taken_for_the_networks_order_are_told_of(tmp_path):
         each for each in evaluate_model("", tmp_path / "data.txt", engine="onnxruntime").notes if "order" in each
     )
     assert note == "the data names no classes (classes.txt): their numbers are taken for the network's order"
+
+
+def test_processes_that_have_other_pictures_are_told_apart(monkeypatch):
+    def gather(found, mine):
+        found[:] = [mine, "other", mine]
+
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    distributed.Team(0, 1).check_same("mine")
+    with pytest.raises(DataError, match="others than in process 0 in 1"):
+        distributed.Team(0, 3).check_same("mine")

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import select
 import signal
+import threading
 import time
 
 import numpy as np
@@ -204,13 +205,34 @@ def test_the_number_of_workers_changes_nothing():
 
 
 def test_a_loader_that_is_left_early_stops_its_thread():
-    import threading
-
     loader = memory(Flat(), plan)[0]
     batches = loader.batches(0, 1000)
     next(batches)
     batches.close()
     assert not [t for t in threading.enumerate() if t.name == "batches"]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_pictures_that_never_come(monkeypatch):
+    loader, hangs = memory(Flat(), plan)[0], threading.Event()
+
+    def wait(_):
+        hangs.wait()
+        yield from ()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("efficientformer.data.loader.PATIENCE", 0.1)
+    monkeypatch.setattr(loader, "_pixels", wait)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(loader.batches(0, 1))
+        assert not hangs.is_set()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        hangs.set()
 
 
 def test_the_training_threads_random_numbers_are_left_alone():

@@ -30,6 +30,7 @@ from efficientformer.spec.errors import DataError, ImageError
 from efficientformer.spec.preprocess import PreprocessSpec
 
 AHEAD = 3  # finished batches that wait for the training step
+PATIENCE = 5.0  # seconds that a second Ctrl-C waits for the pictures in hand
 OWN_STAND_INS = 20  # pictures of its class that may stand in for an unreadable one, before those of all classes may
 MAX_UNREADABLE = 100  # of these, after which the data set is to blame
 MEMORY_BYTES = 8 << 30  # decoded pictures that `pad` may keep
@@ -111,14 +112,18 @@ class Loader(ABC):
         thread.start()
         limited.wait()
         torch.set_num_threads(threads)  # the producer's limit became the default of threads to come
+        patience = None
         try:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise _explain(item)
                 yield item
+        except KeyboardInterrupt:
+            patience = PATIENCE  # nothing comes, as from a server that hangs: the thread would not see the end either
+            raise
         finally:
             stopped.set()
-            thread.join()
+            thread.join(patience)
 
 
 class MemoryLoader(Loader):

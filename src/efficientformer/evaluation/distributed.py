@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from efficientformer.evaluation.result import Evaluation
-from efficientformer.spec.errors import UsageError, missing_extra
+from efficientformer.spec.errors import DataError, UsageError, missing_extra
 
 _NO_STEP = 0xFFFFFFF0  # Slurm numbers from here on what is no step of srun's: a batch script, an interactive shell
 
@@ -40,6 +40,30 @@ class Team:
         shares: list[Evaluation | None] = [None] * self.world
         distributed.all_gather_object(shares, share)
         return reduce(Evaluation.merge, [each for each in shares if each is not None])
+
+    def check_same(self, digest: str) -> None:
+        """Check that all processes have the same pictures: each takes its share of them by number.
+
+        Args:
+            digest: Of this process's pictures, as ``ImageSource.digest`` says.
+
+        Raises:
+            DataError: If they have not, in every one of them.
+        """
+        if self.world == 1:
+            return
+        from torch import distributed
+
+        digests: list[str | None] = [None] * self.world
+        distributed.all_gather_object(digests, digest)
+        if len(set(digests)) > 1:
+            others = [str(rank) for rank, each in enumerate(digests) if each != digests[0]]
+            raise DataError(
+                "The processes have different pictures, or labels, under the name of this data set",
+                expected="the same in each",
+                found=f"others than in process 0 in {', '.join(others[:8])}",
+                hint="Give every machine a whole copy, or all of them one folder",
+            )
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:

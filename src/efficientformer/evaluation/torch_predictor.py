@@ -116,9 +116,11 @@ def _device(wanted: str) -> torch.device:
             return torch.device("cpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        return torch.device(wanted)
+        device = torch.device(wanted)
     except RuntimeError as error:
         raise UsageError(f"Unknown device {wanted!r}", expected="auto, cpu, cuda, cuda:1, ...") from error
+    shared = wanted == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available()
+    return _device("auto") if shared else device  # each of several processes has its own
 
 
 @contextmanager

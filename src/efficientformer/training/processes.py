@@ -99,4 +99,15 @@ def signals() -> Iterator[threading.Event]:
         yield asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # as it is where a host that embeds Python set its own
+                signal.signal(number, handler)
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Give torch as many threads afterwards as it had before."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -99,7 +99,8 @@ class Recipe:
         early_stopping: Evaluations without a better top-1, or the same at a lower loss, after which training ends;
             0 never.
         save_every: Steps between checkpoints; 0 saves after every epoch only.
-        workers: Processes that read and augment pictures; -1 takes the cores there are, 16 at most.
+        workers: Processes that read and augment pictures, shared by those of a run on a machine; -1 takes the cores
+            there are, at most 16 for each of these.
         seed: Decides the order, the augmentation and the first weights.
     """
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from torch import nn
 
 from efficientformer.data.listing import counted
 from efficientformer.data.sources import LAYOUTS
+from efficientformer.evaluation.distributed import Team
 from efficientformer.evaluation.result import Evaluation
+from efficientformer.evaluation.torch_predictor import use_threads
 from efficientformer.reporting.page import require_libraries
 from efficientformer.spec.errors import (
     EfficientFormerError,
@@ -32,7 +35,7 @@ from efficientformer.training.measure import evaluate_epoch, measure_best
 from efficientformer.training.memory import memory_named
 from efficientformer.training.norms import synchronise_norms
 from efficientformer.training.optim import build_optimizer, hold_still
-from efficientformer.training.processes import launch_of, make_accelerator, process_group, signals
+from efficientformer.training.processes import launch_of, make_accelerator, process_group, signals, threads_kept
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.report import write_report
 from efficientformer.training.setup import PlainNetwork, Prepared, build_task, prepare
@@ -108,7 +111,7 @@ def train(
     _check_call(recipe, data, output, resume, teacher, device)
     subject = subject or PlainNetwork()
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    with process_group(), signals() as stop, freed_memory_kept() if on_cpu else nullcontext():
+    with process_group(), signals() as stop, freed_memory_kept() if on_cpu else nullcontext(), threads_kept():
         return _go(recipe, data, output, resume, teacher, workers, on_metrics, device, quiet, subject, stop)
 
 
@@ -136,16 +139,21 @@ def _go(
     if workers is not None:
         recipe = recipe.with_changes(workers=workers)
     accelerator = make_accelerator(recipe, device)
+    if accelerator.device.type == "cpu":
+        use_threads(None)
     # noted: a resumed run goes on in the precision it began in, whatever the hardware it goes on with
     recipe = recipe.with_changes(precision=accelerator.mixed_precision.replace("no", "fp32"))
     manifest = None if resumed is None or resumed.fresh else Manifest.from_json(note["manifest"])
     rank, world = accelerator.process_index, accelerator.num_processes
     with memory_named("for the network and the pictures"):
         prepared = prepare(recipe, path, rank, world, manifest, subject)
+        if world > 1:
+            Team(rank, world).check_same(prepared.digest)
         if resumed is not None and note["digest"] != prepared.digest:
             raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
         folder = resumed or _new_folder(output, prepared, path, accelerator)
-        run = _assemble(prepared, folder, accelerator, stop, teacher)
+        with _given_back(folder.path) if resumed is None and output is None else nullcontext():
+            run = _assemble(prepared, folder, accelerator, stop, teacher)
         run.on_metrics = on_metrics
     with _taken_up(run, prepared, path, launch_of(accelerator, device), new=resumed is None, quiet=quiet), _named(run):
         return _train(run, prepared, path)
@@ -302,6 +310,7 @@ def _take_up(run: Run, prepared: Prepared, path: Path, launch: Launch, *, new: b
             if new:
                 folder.create(run.recipe, {**prepared.describe_data(path), "launch": vars(launch)})
             else:  # an older version did not note the launch
+                folder.tidy()
                 folder.note(path=str(path), launch=folder.data().get("launch", vars(launch)))
                 folder.note_workers(run.recipe.workers)
         except EfficientFormerError as error:
@@ -327,14 +336,35 @@ def _take_up(run: Run, prepared: Prepared, path: Path, launch: Launch, *, new: b
 
 
 def _new_folder(output: str | Path | None, prepared: Prepared, data: Path, accelerator: Accelerator) -> RunFolder:
-    """Return the folder that was asked for, or one in ``runs/`` that nothing has yet: the network and the data set."""
+    """Return the folder that was asked for, or a new one in ``runs/``, named by the network and the data set.
+
+    The new one is made at once: runs that begin at the same time get one each.
+    """
     if output is not None:
         return RunFolder(Path(output), prepared.subject.resume_command)
     name = f"{Path(prepared.manifest.provenance['model']).stem}-{data.name}"
-    count = 1
-    while (folder := Path("runs") / (name if count == 1 else f"{name}-{count}")).exists():
-        count += 1
-    chosen = [str(folder)]
-    if accelerator.num_processes > 1:  # the first one may make it before the others look
+    chosen = [_made(Path("runs"), name) if accelerator.is_main_process else ""]
+    if accelerator.num_processes > 1:
         torch.distributed.broadcast_object_list(chosen, 0)
     return RunFolder(Path(chosen[0]), prepared.subject.resume_command)
+
+
+def _made(parent: Path, name: str) -> str:
+    """Make the first folder that there is not yet of ``name``, ``name-2``, ``name-3`` ...; return it."""
+    for count in itertools.count(1):
+        folder = parent / (name if count == 1 else f"{name}-{count}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return str(folder)
+
+
+@contextmanager
+def _given_back(folder: Path) -> Iterator[None]:
+    """Remove a folder that is empty still if the block fails: the next run can have its name."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it holds something, or is not there yet
+            folder.rmdir()
+        raise

@@ -212,7 +212,7 @@ def _decide(recipe: Recipe, train: ImageSource) -> Recipe:
     if recipe.model == "auto" and recipe.spec is None:
         changes["model"] = EMBEDDED if typical_side(train) <= SMALL else DEFAULT_MODEL
     if recipe.workers < 0:
-        changes["workers"] = min(16, available_cores())
+        changes["workers"] = min(16 * _local_world(), available_cores(), 256)
     return rooted(recipe).with_changes(**changes)
 
 
@@ -375,7 +375,12 @@ def augmentation_of(recipe: Recipe) -> Augmentation:
 
 def _workers(recipe: Recipe) -> int:
     """Return this process's share of the workers that a machine's processes have together."""
-    return max(1, recipe.workers // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, recipe.workers // _local_world())
+
+
+def _local_world() -> int:
+    """Return how many processes of this run are on this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def build_task(

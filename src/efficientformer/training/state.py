@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -94,6 +95,9 @@ class Launch:
         return f"torchrun {meet}--nproc-per-node {each} -m efficientformer {arguments}{cpu}"
 
 
+_HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # as whole_file names what it writes
+
+
 @dataclass
 class RunFolder:
     """A folder that holds one run.
@@ -119,14 +123,22 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             others = sorted({path.name for path in self.path.iterdir()} - BEFORE_FIRST_STEP)
+            others = [name for name in others if not _HALF_WRITTEN.fullmatch(name)]
             if others:
                 hint = "Choose another --output: nothing is overwritten"
                 raise UsageError(f"{self.path} is not empty", found=", ".join(others[:5]), hint=hint)
+            self.tidy()
             (self.path / "metrics.jsonl").write_text("")
             (self.path / "recipe.json").write_text(recipe.to_json() + "\n")
             (self.path / "data.json").write_text(json.dumps(data, indent=2) + "\n")
         except OSError as error:
             raise UsageError(f"Cannot write the run folder {self.path}", found=reason_of(error)) from error
+
+    def tidy(self) -> None:
+        """Remove what a run that was killed had half written."""
+        for path in self.path.iterdir():
+            if _HALF_WRITTEN.fullmatch(path.name):
+                path.unlink()
 
     @property
     def resume_command(self) -> str:

@@ -6,6 +6,7 @@ Shapes: B batch, K classes, N training pictures, V views.
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import os
@@ -288,11 +289,20 @@ def _digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _reserve(file: int, size: int) -> None:
+    """Have the disk hold room for a file, where its file system can: older NFS and others cannot."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):  # the last is glibc's, of files to append
+            raise
+
+
 def _memory_map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
     """Open an array on disk, zeros at first; several processes may write different rows of it."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     with path.open("ab") as file:
         if file.tell() < size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
+            _reserve(file.fileno(), size)  # a full disk is an error now, not a crash later
         file.truncate(size)
     return np.memmap(path, dtype, "r+", shape=shape)
