@@ -207,8 +207,7 @@ def evaluate_model(
         with team.first_alone():
             predictor = _predictor(name, checkpoint, engine, precision, device, offline, download_progress)
         source, notes = _for_network(predictor.manifest, data, part, source)
-        if team.world > 1:
-            team.check_same(source.digest())
+        team.check_same(source.digest)
         share = evaluate(
             predictor,
             source,

@@ -684,6 +684,17 @@ def test_runs_that_begin_at_once_get_a_folder_each(data, tmp_path, monkeypatch):
     assert len(list(Path("runs").iterdir())) == 3, "one that nothing came of is gone"
 
 
+def test_a_place_where_no_run_can_be_is_named(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").touch()
+    with pytest.raises(UsageError, match="Cannot write the run folder runs"):
+        train(SHORT, data)
+    Path("runs").unlink()
+    Path("runs").symlink_to("nowhere")
+    with pytest.raises(UsageError, match="Cannot write the run folder runs"):
+        train(SHORT, data)
+
+
 def test_a_handler_that_python_did_not_set_is_left_alone(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda number, handler: assert_handler(handler))
     with signals():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -41,11 +41,11 @@ class Team:
         distributed.all_gather_object(shares, share)
         return reduce(Evaluation.merge, [each for each in shares if each is not None])
 
-    def check_same(self, digest: str) -> None:
+    def check_same(self, digest: Callable[[], str]) -> None:
         """Check that all processes have the same pictures: each takes its share of them by number.
 
         Args:
-            digest: Of this process's pictures, as ``ImageSource.digest`` says.
+            digest: Returns that of this process's pictures; not asked of a single one.
 
         Raises:
             DataError: If they have not, in every one of them.
@@ -55,7 +55,7 @@ class Team:
         from torch import distributed
 
         digests: list[str | None] = [None] * self.world
-        distributed.all_gather_object(digests, digest)
+        distributed.all_gather_object(digests, digest())
         if len(set(digests)) > 1:
             others = [str(rank) for rank, each in enumerate(digests) if each != digests[0]]
             raise DataError(

@@ -313,7 +313,7 @@ def _export(checkpoint: Checkpoint, manifest: Manifest, target: Path) -> None:
     from efficientformer.export.onnx import export_onnx
     from efficientformer.weights.pretrained import build
 
-    with writing_to(target.parent):  # and not to a file, which nobody has named
+    with writing_to(target.parent):  # found out here: export_onnx would name a file that nobody asked for
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=target.parent).close()
         export_onnx(build(manifest.spec, checkpoint), manifest, target)

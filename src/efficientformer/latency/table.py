@@ -52,6 +52,10 @@ class Cost:
         check_number("part's error in ms", self.error_ms, 0, MAX_MS)
         check_number("part's growth in ms", self.growth_ms, 0, MAX_MS)
 
+    def after(self, grown: float) -> Cost:
+        """Return what it is in a network of so many doublings."""
+        return Cost(self.ms + grown * self.growth_ms, self.error_ms) if self.growth_ms else self
+
 
 @dataclass(frozen=True, slots=True)
 class LatencyPrediction:
@@ -200,15 +204,14 @@ class LatencyTable:
         return tuple(self._shares(spec, self._costs(spec, interpolate)))
 
     def _shares(self, spec: ArchSpec, costs: list[tuple[Part, int, Cost]]) -> Iterator[Share]:
-        size = weights_of(spec) / 1e6
-        grown = doublings(size, self.smallest)
         yield Share("base", 1, self.base.ms)
-        yield from (Share(part.key, n, n * (cost.ms + grown * cost.growth_ms)) for part, n, cost in costs)
-        priced = zip(steps(size, tuple(self.weights)), self.weights.values(), strict=True)
+        yield from (Share(part.key, count, count * cost.ms) for part, count, cost in costs)
+        millions = steps(weights_of(spec) / 1e6, tuple(self.weights))
+        priced = zip(millions, self.weights.values(), strict=True)
         yield Share("weights", 1, sum(share * cost.ms for share, cost in priced))
 
     def _costs(self, spec: ArchSpec, interpolate: bool) -> list[tuple[Part, int, Cost]]:
-        """Return each part of a network, how often it has it, and the cost of one; UsageError if one is missing."""
+        """Return each part of a network, how often it has it, and what one costs there; UsageError if one is missing."""
         self._check_kind(spec)
         if missing := self.missing(spec, interpolate=interpolate):
             raise UsageError(
@@ -234,9 +237,12 @@ class LatencyTable:
                 )
 
     def _lookup(self, part: Part, interpolate: bool, grown: float = 0.0) -> Cost | None:
+        """Return the cost of a part in a network of so many doublings, or None."""
         cost = self.costs.get(part.key)
-        if cost is not None or not interpolate:
-            return cost
+        if cost is not None:
+            return cost.after(grown)
+        if not interpolate:
+            return None
         if part.kind != "head" and part.width not in self._channels:
             return self._between(part, "width", grown)
         if part.kind != "stem" and part.dim and part.dim not in self._channels:
@@ -244,10 +250,7 @@ class LatencyTable:
         return None
 
     def _between(self, part: Part, name: str, grown: float) -> Cost | None:
-        """Return the cost on the line between the nearest measured channels below and above, or None.
-
-        Its error is that in a network of so many doublings.
-        """
+        """Return the cost on the line between the nearest measured channels below and above, or None."""
         wanted: int = getattr(part, name)
         below = max((channels for channels in self._channels if channels < wanted), default=0)
         above = min((channels for channels in self._channels if channels > wanted), default=0)
@@ -258,10 +261,8 @@ class LatencyTable:
             return None
         share = (wanted - below) / (above - below)
         # engines work in steps, so the truth may be either end's
-        apart = abs(high.ms - low.ms + grown * (high.growth_ms - low.growth_ms))
-        error = max(low.error_ms, high.error_ms) + apart / 2
-        growth = (1 - share) * low.growth_ms + share * high.growth_ms
-        return Cost((1 - share) * low.ms + share * high.ms, error, growth)
+        error = max(low.error_ms, high.error_ms) + abs(high.ms - low.ms) / 2
+        return Cost((1 - share) * low.ms + share * high.ms, error)
 
     @cached_property
     def _channels(self) -> tuple[int, ...]:

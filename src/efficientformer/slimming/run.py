@@ -323,7 +323,9 @@ def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, qui
     with _removing_if_refused(folder / PLAN, *(() if table is None else (kept,))):
         if table is None:
             if not found:
-                kept.unlink(missing_ok=True)  # of another engine: a run resumed before there is a new one took it
+                kept.unlink(
+                    missing_ok=True
+                )  # not what this run asks for; resumed before it has its own, it would take it
             plan.save(folder)  # a run that is killed while it measures can be resumed; a given table is quickly kept
         latencies = device.open_table(plan, space, folder, table, quiet=quiet, anew=not found)
         plan.save(folder)

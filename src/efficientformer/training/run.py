@@ -147,8 +147,7 @@ def _go(
     rank, world = accelerator.process_index, accelerator.num_processes
     with memory_named("for the network and the pictures"):
         prepared = prepare(recipe, path, rank, world, manifest, subject)
-        if world > 1:
-            Team(rank, world).check_same(prepared.digest)
+        Team(rank, world).check_same(lambda: prepared.digest)
         if resumed is not None and note["digest"] != prepared.digest:
             raise UsageError(f"{path} holds other pictures than when this run began", hint="Start a new run")
         folder = resumed or _new_folder(output, prepared, path, accelerator)
@@ -350,12 +349,18 @@ def _new_folder(output: str | Path | None, prepared: Prepared, data: Path, accel
 
 
 def _made(parent: Path, name: str) -> str:
-    """Make the first folder that there is not yet of ``name``, ``name-2``, ``name-3`` ...; return it."""
+    """Make the first folder that there is not yet of ``name``, ``name-2``, ``name-3`` ...; return it.
+
+    If it cannot be made it is returned all the same: whoever writes into it says why.
+    """
     for count in itertools.count(1):
         folder = parent / (name if count == 1 else f"{name}-{count}")
-        with suppress(FileExistsError):
+        try:
             folder.mkdir(parents=True)
-            break
+        except OSError:
+            if os.path.lexists(folder):
+                continue
+        break
     return str(folder)
 
 

@@ -14,7 +14,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,8 @@ class RunFolder:
         """Remove what a run that was killed had half written."""
         for path in self.path.iterdir():
             if _HALF_WRITTEN.fullmatch(path.name):
-                path.unlink()
+                with suppress(OSError):  # it is in nobody's way
+                    path.unlink()
 
     @property
     def resume_command(self) -> str:
