@@ -211,7 +211,7 @@ class LatencyTable:
         yield Share("weights", 1, sum(share * cost.ms for share, cost in priced))
 
     def _costs(self, spec: ArchSpec, interpolate: bool) -> list[tuple[Part, int, Cost]]:
-        """Return each part of a network, how often it has it, and what one costs there; UsageError if one is missing."""
+        """Return a network's parts, how many of each, and what one costs there; UsageError if one is missing."""
         self._check_kind(spec)
         if missing := self.missing(spec, interpolate=interpolate):
             raise UsageError(
