@@ -315,6 +315,19 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(name):
         assert torch.allclose(a.grad, b.grad, atol=1e-6), key
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_gradients_of_channels_last_maps_are_channels_last(name):
+    # elsewhere BatchNorm's backward pass on CPUs takes ten times as long
+    model = EfficientFormer(TINY[name]).train().to(memory_format=torch.channels_last)
+    found = []
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_full_backward_pre_hook(lambda _, gradients: found.extend(gradients))
+    model(images_for(TINY[name]).to(memory_format=torch.channels_last)).square().mean().backward()
+    assert len(found) >= 9
+    assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in found)
+
+
 def test_strided_depthwise_convolutions_are_single_precision_inside_bf16_training():
     """Where torch would take 20 times as long in bf16: the result is the single-precision one, rounded once."""
     layer = StridedDepthwise(16)

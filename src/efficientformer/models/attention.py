@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from efficientformer.models.layers import ConvNorm, StridedDepthwise
+from efficientformer.models.layers import ConvNorm, StridedDepthwise, laid_out
 from efficientformer.spec.arch import AttentionSpec
 from efficientformer.spec.geometry import Grid
 
@@ -114,14 +114,14 @@ class MapAttention(OffsetAttention):
         if self.stride_conv is not None:
             x = self.stride_conv(x)  # (B, C, h/2, w/2)
         batch, _, height, width = x.shape
-        q = self.q(x).reshape(batch, self.num_heads, -1, height * width).transpose(-2, -1)  # (B, H, N, K)
-        k = self.k(x).reshape(batch, self.num_heads, -1, height * width)  # (B, H, K, N)
-        v = self.v(x)  # (B, H*V, h', w')
+        q = laid_out(self.q(x)).reshape(batch, self.num_heads, -1, height * width).transpose(-2, -1)  # (B, H, N, K)
+        k = laid_out(self.k(x)).reshape(batch, self.num_heads, -1, height * width)  # (B, H, K, N)
+        v = laid_out(self.v(x))  # (B, H*V, h', w')
         v_local = self.v_local(v)
         v = v.reshape(batch, self.num_heads, -1, height * width).transpose(-2, -1)  # (B, H, N, V)
         scores = self.talking_head1(self.scores(q, k))  # (B, H, N, N); heads are the channels
         weights = self.talking_head2(scores.softmax(dim=-1))
-        x = (weights @ v).transpose(-2, -1).reshape(batch, -1, height, width) + v_local  # (B, H*V, h', w')
+        x = v_local + (weights @ v).transpose(-2, -1).reshape(batch, -1, height, width)  # (B, H*V, h', w')
         if self.stride > 1:
             x = F.interpolate(x, scale_factor=self.stride, mode="bilinear", align_corners=False)
         return self.proj(F.gelu(x))  # GELU after the upsample: the two do not commute
@@ -159,13 +159,13 @@ class DownsampleAttention(OffsetAttention):
     def forward(self, x: Tensor) -> Tensor:
         """Embed: (B, C, h, w) to (B, out, ceil(h/2), ceil(w/2))."""
         batch = x.shape[0]
-        q = self.q(x)  # (B, H*K, hq, wq)
+        q = laid_out(self.q(x))  # (B, H*K, hq, wq)
         height, width = q.shape[-2:]
         q = q.reshape(batch, self.num_heads, -1, height * width).transpose(-2, -1)  # (B, H, Q, K)
-        k = self.k(x).flatten(2).reshape(batch, self.num_heads, q.shape[-1], -1)  # (B, H, K, N)
-        v = self.v(x)  # (B, H*V, h, w)
+        k = laid_out(self.k(x)).flatten(2).reshape(batch, self.num_heads, q.shape[-1], -1)  # (B, H, K, N)
+        v = laid_out(self.v(x))  # (B, H*V, h, w)
         v_local = self.v_local(v)  # (B, H*V, hq, wq)
         v = v.reshape(batch, self.num_heads, -1, k.shape[-1]).transpose(-2, -1)  # (B, H, N, V)
         weights = self.scores(q, k).softmax(dim=-1)  # (B, H, Q, N)
-        x = (weights @ v).transpose(-2, -1).reshape(batch, -1, height, width) + v_local  # (B, H*V, hq, wq)
+        x = v_local + (weights @ v).transpose(-2, -1).reshape(batch, -1, height, width)  # (B, H*V, hq, wq)
         return self.proj(F.gelu(x))

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from efficientformer.models.attention import DownsampleAttention, MapAttention, TokenAttention
 from efficientformer.models.blocks import ConvMlp, MapBlock, TokenBlock, TokenMlp
-from efficientformer.models.layers import ConvNorm, PoolMixer
+from efficientformer.models.layers import ConvNorm, PoolMixer, laid_out
 from efficientformer.spec.arch import ArchSpec, BlockSpec, StageSpec
 from efficientformer.spec.errors import InputSizeError, UsageError
 from efficientformer.spec.fields import as_plain
@@ -269,7 +269,7 @@ def pool(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply the final norm, then the mean over positions: a map (B, C, h, w) to features (B, C)."""
     if isinstance(norm, nn.LayerNorm):
         return norm(x.flatten(2).transpose(1, 2)).mean(1)  # (B, N, C) -> (B, C)
-    return norm(x).mean((2, 3))
+    return laid_out(norm(x)).mean((2, 3))
 
 
 def _build_stages(spec: ArchSpec, drop_path_rate: float, scale_init: float) -> list[Stage]:
