@@ -408,9 +408,9 @@ CHANGES = {
     "min_lr": 1e-3, "clip": "agc", "clip_value": 1e-4, "drop_path": 0.5, "head_dropout": 0.5, "layer_scale_init": 1.0,
     "label_smoothing": 0.0, "class_weights": "balanced", "crop": "rrc", "crop_scale": [0.1, 0.2], "padding": 1,
     "hflip": 0.0, "vflip": 1.0, "randaugment": "rand-m9-inc1", "color_jitter": 0.9, "interpolation": "nearest",
-    "erasing": 1.0, "cutout": 8, "mixup": 1.0, "cutmix": 1.0, "mix_prob": 0.01, "refine_epochs": 2, "repeats": 3,
-    "views": 1, "ema_decay": 0.1, "ema_epochs": 1, "precision": "bf16", "freeze": ["stem"], "val_fraction": 0.5,
-    "eval_every": 2, "seed": 1,
+    "erasing": 1.0, "grayscale": 0.5, "cutout": 8, "mixup": 1.0, "cutmix": 1.0, "mix_prob": 0.01,
+    "refine_epochs": 2, "repeats": 3, "views": 1, "ema_decay": 0.1, "ema_epochs": 1, "precision": "bf16",
+    "freeze": ["stem"], "val_fraction": 0.5, "eval_every": 2, "seed": 1,
 }  # fmt: skip
 FIELDS = sorted(CHANGES)
 

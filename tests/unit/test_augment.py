@@ -16,6 +16,7 @@ from efficientformer.data.augment import (
     pad_images,
     posterize,
     shift_flip,
+    take_colours,
 )  # fmt: skip
 from efficientformer.data.draws import mix
 from efficientformer.spec.errors import SpecError
@@ -24,7 +25,7 @@ from efficientformer.spec.preprocess import PreprocessSpec
 PREPROCESS = PreprocessSpec(input_size=(8, 8), resize_size=8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
 PLAIN = Augmentation(
     crop="pad", crop_scale=(0.5, 1.0), padding=2, hflip=0.0, vflip=0.0, randaugment="", color_jitter=0.0,
-    interpolation="bilinear", erasing=0.0, cutout=0,
+    interpolation="bilinear", erasing=0.0, cutout=0, grayscale=0.0,
 )  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def test_flips(name, axis):
 
 def test_the_same_seeds_give_the_same_in_any_company():
     padded = pad_images(numbered(32), 2)
-    augmentation = dataclasses.replace(PLAIN, hflip=0.5, cutout=3, erasing=0.5)
+    augmentation = dataclasses.replace(PLAIN, hflip=0.5, cutout=3, erasing=0.5, grayscale=0.5)
     normaliser, s = Normaliser(PREPROCESS, augmentation), seeds(32)
     whole = normaliser(shift_flip(padded, s, augmentation), s, cut=True)
     half = normaliser(shift_flip(padded[1::2], s[1::2], augmentation), s[1::2], cut=True)
@@ -117,6 +118,26 @@ def test_erasing_is_a_rectangle_of_noise_as_often_as_asked():
     noise = images[(images != 7)]
     assert abs(float(noise.mean())) < 0.05
     assert 0.9 < float(noise.std()) < 1.1
+
+
+def test_colours_are_taken_as_often_as_asked_and_grey_is_pillows():
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 8, 8, 3), np.uint8)
+    before = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+    images = before.clone(memory_format=torch.channels_last)
+    take_colours(images, seeds(400), 0.25)
+    changed = [index for index in range(400) if not torch.equal(images[index], before[index])]
+    assert 70 < len(changed) < 130
+    for index in changed:
+        grey = np.asarray(Image.fromarray(pixels[index]).convert("L"), np.float32)
+        for channel in images[index].numpy():
+            np.testing.assert_allclose(channel, grey, atol=1)
+
+
+def test_grey_pictures_have_no_colours_to_take():
+    images = torch.rand(4, 1, 8, 8)
+    before = images.clone()
+    take_colours(images, seeds(4), 1.0)
+    assert torch.equal(images, before)
 
 
 def test_nothing_is_cut_in_the_refinement():

@@ -23,6 +23,7 @@ from efficientformer.spec.preprocess import PreprocessSpec
 
 ERASE_AREA = (0.02, 1 / 3)  # share of the picture, and aspect ratio, of an erased rectangle (paper's recipe; timm's)
 ERASE_RATIO = (0.3, 1 / 0.3)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's and torchvision's grey
 
 # timm leaves out what it does not know in such a text, and trains with its defaults
 _RANDAUGMENT = re.compile(r"rand(-(t(weights|3aw?)|(m|n|p|inc|mstd|mmax)\d+(\.\d+)?))*")
@@ -43,6 +44,7 @@ class Augmentation:
         interpolation: Filter of the random resized crop.
         erasing: Probability of an erased rectangle.
         cutout: Side of the grey square cut out of every other picture.
+        grayscale: Probability that a picture loses its colours.
     """
 
     crop: str
@@ -55,6 +57,7 @@ class Augmentation:
     interpolation: str
     erasing: float
     cutout: int
+    grayscale: float
 
     def __post_init__(self) -> None:
         if self.randaugment and not _RANDAUGMENT.fullmatch(self.randaugment):
@@ -157,11 +160,11 @@ def shift_flip(padded: Tensor, seeds: Seeds, augmentation: Augmentation) -> Tens
 
 
 class Normaliser:
-    """The part done per batch, last: uint8 to normalised floats, then cutout and erasing.
+    """The part done per batch, last: colours taken away, uint8 to normalised floats, then cutout and erasing.
 
     Args:
         preprocess: Mean and standard deviation.
-        augmentation: What is cut out; None for nothing.
+        augmentation: What is taken away; None for nothing.
     """
 
     def __init__(self, preprocess: PreprocessSpec, augmentation: Augmentation | None) -> None:
@@ -172,6 +175,8 @@ class Normaliser:
     def __call__(self, images: Tensor, seeds: Seeds, *, cut: bool) -> Tensor:
         """Return (B, C, H, W) float32 in channels-last order; ``cut`` says whether anything is cut out."""
         x = images.to(torch.float32, memory_format=torch.channels_last)
+        if self._augmentation is not None and self._augmentation.grayscale:
+            take_colours(x, seeds, self._augmentation.grayscale)
         x.sub_(self._mean).mul_(self._scale)
         if cut and self._augmentation is not None:
             if self._augmentation.cutout:
@@ -179,6 +184,15 @@ class Normaliser:
             if self._augmentation.erasing:
                 erase(x, seeds, self._augmentation.erasing)
         return x
+
+
+def take_colours(images: Tensor, seeds: Seeds, probability: float) -> None:
+    """Make some colour images (B, 3, H, W) grey, in place; pictures of one channel are so already."""
+    if images.shape[1] != 3:
+        return
+    chosen = torch.from_numpy(uniforms(seeds, 13)[12] < probability)  # (B,); the first twelve are spent below
+    grey = (images[chosen] * torch.tensor(LUMA)[:, None, None]).sum(1, keepdim=True)  # (of these, 1, H, W)
+    images[chosen] = grey.expand(-1, 3, -1, -1)
 
 
 def cut_squares(images: Tensor, seeds: Seeds, side: int) -> None:

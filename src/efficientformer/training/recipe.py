@@ -67,6 +67,7 @@ class Recipe:
         color_jitter: Strength of the colour jitter, where there is no RandAugment.
         interpolation: Filter of the random resized crop: Pillow's name, or ``random``.
         erasing: Probability of erasing a rectangle (filled with noise).
+        grayscale: Probability that a picture loses its colours, so that old and toned photographs are known, too.
         cutout: Side of a grey square cut out of every other picture, in pixels; 0 is none.
         mixup: Alpha of mixup; 0 is none.
         cutmix: Alpha of cutmix; 0 is none.
@@ -137,6 +138,7 @@ class Recipe:
     color_jitter: float = 0.2
     interpolation: str = "random"
     erasing: float = 0.0
+    grayscale: float = 0.0
     cutout: int = 0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -284,11 +286,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "warmup_epochs": (0, 100_000), "warmup_lr": (0, 100), "min_lr": (0, 100), "clip_value": (0, 1e6),
     "drop_path": (0, 0.99), "head_dropout": (0, 0.99), "layer_scale_init": (0, 10), "label_smoothing": (0, 0.99),
     "padding": (0, 64), "hflip": (0, 1), "vflip": (0, 1), "color_jitter": (0, 2), "erasing": (0, 1),
-    "cutout": (0, 1024), "mixup": (0, 100), "cutmix": (0, 100), "mix_prob": (0, 1), "refine_epochs": (0, 100_000),
-    "repeats": (1, 16), "views": (0, 10_000), "ema_decay": (0, 0.999999), "ema_epochs": (0, 100_000),
-    "distill_alpha": (0, 1), "distill_temperature": (0.01, 100), "val_fraction": (0.001, 0.9),
-    "eval_every": (1, 10_000), "early_stopping": (0, 10_000), "save_every": (0, 10_000_000), "workers": (-1, 256),
-    "seed": (0, 2**31 - 1),
+    "grayscale": (0, 1), "cutout": (0, 1024), "mixup": (0, 100), "cutmix": (0, 100), "mix_prob": (0, 1),
+    "refine_epochs": (0, 100_000), "repeats": (1, 16), "views": (0, 10_000), "ema_decay": (0, 0.999999),
+    "ema_epochs": (0, 100_000), "distill_alpha": (0, 1), "distill_temperature": (0.01, 100),
+    "val_fraction": (0.001, 0.9), "eval_every": (1, 10_000), "early_stopping": (0, 10_000),
+    "save_every": (0, 10_000_000), "workers": (-1, 256), "seed": (0, 2**31 - 1),
 }  # fmt: skip
 _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("cosine", "linear", "constant"),

@@ -188,7 +188,7 @@ def open_teacher(
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1"):
         raise UsageError("teacher_cache is for the processes of one machine", hint="Leave it out on several")
     fields = ("seed", "views", "crop", "crop_scale", "padding", "hflip", "vflip", "randaugment", "color_jitter",
-              "interpolation", "erasing", "cutout")  # fmt: skip
+              "interpolation", "erasing", "cutout", "grayscale")  # fmt: skip
     augmentation = json.dumps([getattr(recipe, name) for name in fields])
     identity = f"{data_digest}|{augmentation}|{json.dumps(student.preprocess.to_dict())}"
     shape = (2 * recipe.views, pictures, student.spec.num_classes)
