@@ -291,6 +291,14 @@ def test_statistics_are_estimated_on_pictures_in_random_order(finished):
     assert labels != sorted(labels)
 
 
+def test_a_search_reads_with_the_workers_of_the_plan(finished):
+    plan = Plan.load(finished[0])
+    plan = dataclasses.replace(plan, supernet=plan.supernet.with_changes(workers=3))
+    subject = SupernetSubject(plan.options, plan.supernet.seed, plan.final)
+    bench = judging.Bench.open(finished[0], plan, plan.options.space(plan.start), subject)
+    assert bench.prepared.recipe.workers == 3
+
+
 @pytest.mark.usefixtures("no_training_report")
 def test_a_frozen_part_the_search_has_cut_away_is_no_obstacle(place, tmp_path):
     line = command(place, "--target-latency", "0.35ms", "--set", 'freeze=["stages.0.blocks.0", "stem"]', "--quiet")
@@ -326,6 +334,7 @@ def test_sigterm_in_the_search_says_how_to_go_on(finished, tmp_path, cli, monkey
         ("search/measured.json", '{"x": [1, 1]}'),
         ("search/measured.json", '{"0": {"ms": "long", "quiet_ms": 1}}'),
         (f"targets/{BUDGET:g}ms/choice.json", '{"step": 999, "predicted_ms": 1}'),
+        (f"targets/{BUDGET:g}ms/choice.json", '{"step": 1, "predicted_ms": 99}'),  # as of another path
         (f"targets/{BUDGET:g}ms/choice.json", "[]"),
         (f"targets/{BUDGET:g}ms/result.json", '{"top1": null, "measured_ms": null, "quiet_ms": null}'),
         ("search/path.json", "{}"),
@@ -431,7 +440,9 @@ def test_folders_are_not_mixed_up(place, finished, cli, tmp_path):
     assert code == 2
     assert "holds a run already" in err
     (tmp_path / "mine.txt").write_text("")
-    assert "is not empty" in cli(*line, "--output", tmp_path)[2]
+    (tmp_path / ".slim.json.0123abcd.partial").write_text("")  # of a run that was killed
+    said = cli(*line, "--output", tmp_path)[2]
+    assert "is not empty; found mine.txt" in " ".join(said.split())
     assert "no slimming run" in cli("slim", "--resume", tmp_path)[2]
     assert "keeps its plan" in cli("slim", "--resume", finished[0], "--epochs", 3)[2]
     assert "Nothing to train on" in cli("slim", "--target-latency", "1")[2]

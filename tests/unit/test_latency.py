@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 
-from efficientformer.latency import groups, observations
+from efficientformer.latency import groups, measure, observations
 from efficientformer.latency.design import TableSpace, all_parts, design, sample
 from efficientformer.latency.fit import fit_parts
 from efficientformer.latency.groups import TIES, divide, scale_to_first
@@ -33,6 +33,13 @@ SPEC = dataclasses.replace(
 def soon(monkeypatch):
     """Measure no longer than it takes: what is tested here is not how well latencies are known."""
     monkeypatch.setattr("efficientformer.latency.measure.LEAST_S", 0.01)
+
+
+def test_too_many_parts_are_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(measure, "_time_specs", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(measure, "MAX_PARTS", 50)
+    with pytest.raises(SpecError, match="Too many parts"):
+        build_table(SPACE)
 
 
 def made_up(space=SPACE, **changes):

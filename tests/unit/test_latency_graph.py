@@ -1,5 +1,6 @@
 """The graph that is timed is the graph that is exported: operators, their order, attributes and shapes of weights."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from efficientformer.export.onnx import _to_proto
-from efficientformer.latency.graph import network_proto, write_network
+from efficientformer.latency.graph import network_proto, weights_in_graph, write_network
 from efficientformer.models.network import EfficientFormer
 from efficientformer.runtime.engines import open_engine
+from efficientformer.spec.count import count
+from efficientformer.spec.errors import SpecError
 from efficientformer.spec.variants import VARIANTS, v1_spec, v2_spec
 
 SPECS = {
@@ -76,6 +79,20 @@ def test_an_engine_runs_it(tmp_path, name):
     assert logits.shape == (3, spec.num_classes)
     assert np.isfinite(logits).all()
     assert engine.manifest.spec == spec
+
+
+@pytest.mark.parametrize("name", ["efficientformer_l1", "efficientformerv2_s0"])
+def test_what_a_graph_holds_is_known_before(name):
+    spec = VARIANTS[name].with_input_size((896, 896))
+    held = sum(math.prod(each.dims) for each in network_proto(spec).graph.initializer)
+    assert weights_in_graph(spec) == pytest.approx(held, rel=0.1)
+    assert count(spec).params < 0.9 * held  # the rest are biases of attention, gathered
+
+
+def test_a_network_that_no_file_can_hold_is_refused(tmp_path):
+    spec = VARIANTS["efficientformer_l1"].with_input_size((4096, 4096))
+    with pytest.raises(SpecError, match="too large for an ONNX file"):
+        write_network(spec, tmp_path / "net.onnx")
 
 
 def test_every_node_is_named_after_its_part():

@@ -9,7 +9,7 @@ from efficientformer.latency.parts import parts_of
 from efficientformer.slimming.baselines import drawn, drawn_at, scaled, scaled_to
 from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.moves import Action, propose
-from efficientformer.slimming.space import IDENTITY, Space
+from efficientformer.slimming.space import IDENTITY, Space, table_space
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.variants import v1_spec, v2_spec
@@ -43,6 +43,13 @@ def test_options_of_a_position_keep_3d_after_4d():
     assert space.options(2, 0) == ("mb4d", IDENTITY)
     assert space.options(2, 1) == ("mb3d", "mb4d", IDENTITY)
     assert Space(V2).options(3, 1) == ("attn_ffn", "ffn", IDENTITY)
+
+
+def test_more_widths_than_a_table_has_are_refused():
+    start = v1_spec((64, 128, 256, 320), (1, 1, 1, 1), 0, input_size=32)
+    assert len(table_space(Space(start, 2, 16)).widths) == 153
+    with pytest.raises(SpecError, match=r"(?s)Too many widths.*width_step"):
+        table_space(Space(start, 1, 16))
 
 
 @pytest.mark.parametrize(

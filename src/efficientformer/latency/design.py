@@ -28,6 +28,7 @@ EMBEDDINGS = {"v1": ("stem", "conv", "conv", "conv"), "v2": ("stem", "conv", "co
 SORTED_SHARE = 0.85  # of the sampled networks; the rest has widths in any order, as a slimmed network may
 SHALLOW_SHARE = 0.25  # of the networks measured for a table: no more than one block in a stage
 MAX_TRIES = 20_000
+MAX_WIDTHS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class TableSpace:
 
     def __post_init__(self) -> None:
         check_choice("family", self.family, tuple(BLOCK_KINDS))
-        for name, limit in (("widths", 256), ("depths", NUM_STAGES), ("expansions", 16), ("stem_strides", 3)):
+        for name, limit in (("widths", MAX_WIDTHS), ("depths", NUM_STAGES), ("expansions", 16), ("stem_strides", 3)):
             values = as_list(name, getattr(self, name), limit)
             if not values or (name != "depths" and len(set(values)) < len(values)):
                 raise SpecError(f"Illegal {name}", expected="at least one value, each once", found=repr(values))

@@ -18,13 +18,15 @@ import numpy.typing as npt
 from efficientformer.export.proto import INPUT, OPSET, OUTPUT, sign
 from efficientformer.spec import geometry
 from efficientformer.spec.arch import ArchSpec, BlockSpec, StageSpec
-from efficientformer.spec.errors import missing_extra
+from efficientformer.spec.count import count
+from efficientformer.spec.errors import SpecError, missing_extra
 from efficientformer.spec.geometry import STEM_STRIDES, Grid
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
 
 IR_VERSION = 10
 LAYER_NORM_EPS = 1e-5
+MAX_BYTES = 2_000_000_000  # of the weights: protobuf ends at 2 GiB
 
 
 def write_network(spec: ArchSpec, path: str | Path, *, name: str = "") -> Path:
@@ -37,11 +39,25 @@ def write_network(spec: ArchSpec, path: str | Path, *, name: str = "") -> Path:
 
     Raises:
         MissingExtraError: If onnx is not installed.
+        SpecError: If it does not fit into one file.
     """
+    if (size := 4 * weights_in_graph(spec)) > MAX_BYTES:
+        found, hint = f"{size / 1e9:.1f} GB, most of it biases of attention", "Take a smaller input size"
+        raise SpecError("A network too large for an ONNX file", expected="less than 2 GB", found=found, hint=hint)
     proto = network_proto(spec, name=name)
     path = Path(path)
     path.write_bytes(proto.SerializeToString())
     return path
+
+
+def weights_in_graph(spec: ArchSpec) -> int:
+    """Return how many numbers the graph of a network holds: its parameters, and every attention's bias gathered."""
+    gathered = 0
+    for stage, grid, before in zip(spec.stages, spec.grids, (spec.grids[0], *spec.grids), strict=False):
+        strides = [block.stride for block in stage.blocks if block.has_attention]
+        gathered += sum((_area(grid) // stride**2) ** 2 for stride in strides)
+        gathered += _area(grid) * _area(before) if stage.embedding == "attn" else 0
+    return count(spec).params + spec.attention.num_heads * gathered
 
 
 def network_proto(spec: ArchSpec, *, name: str = "") -> Any:  # noqa: ANN401 (an onnx.ModelProto)

@@ -26,14 +26,13 @@ import numpy as np
 from efficientformer.latency.design import TableSpace, all_parts, design
 from efficientformer.latency.drift import without_drift
 from efficientformer.latency.fit import fit_parts
-from efficientformer.latency.graph import write_network
+from efficientformer.latency.graph import weights_in_graph, write_network
 from efficientformer.latency.groups import COPIES, SHARE, divide, free_memory, scale_to_first
-from efficientformer.latency.table import Cost, LatencyTable
+from efficientformer.latency.table import MAX_PARTS, Cost, LatencyTable
 from efficientformer.runtime.engines import Engine, open_engine
 from efficientformer.runtime.timing import environment, time_turn
 from efficientformer.spec.arch import ArchSpec
-from efficientformer.spec.count import count
-from efficientformer.spec.errors import UsageError
+from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.fields import check_number
 from efficientformer.spec.progress import Progress
 
@@ -123,7 +122,7 @@ def _time_specs(
     progress: Progress | None,
 ) -> tuple[list[Latency], Engine]:
     """Time networks in as many groups as memory asks for; return their latencies, and one of the engines."""
-    groups = divide([4 * COPIES * count(spec).params for spec in specs], SHARE * free_memory())
+    groups = divide([4 * COPIES * weights_in_graph(spec) for spec in specs], SHARE * free_memory())
     found: list[list[Latency]] = []
     for number, group in enumerate(groups, 1):
         told = progress if len(groups) == 1 else _of_group(progress, f"group {number} of {len(groups)}")
@@ -167,6 +166,9 @@ def build_table(
     Raises:
         EfficientFormerError: As ``measure_specs``.
     """
+    if (parts := len(all_parts(space))) > MAX_PARTS:
+        expected, hint = f"at most {MAX_PARTS:,}", "Give fewer widths, expansions, input sizes or stem strides"
+        raise SpecError("Too many parts for one latency table", expected=expected, found=f"{parts:,}", hint=hint)
     specs = design(space, networks)
     latencies, opened_one = _time_specs(specs, engine, precision, threads, MIN_PASSES, max_spread, progress)
     return table_of(space, specs, [latency.ms for latency in latencies], opened_one, threads=threads)

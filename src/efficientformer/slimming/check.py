@@ -12,7 +12,7 @@ from efficientformer.data.augment import SampleAugment
 from efficientformer.models.network import EfficientFormer
 from efficientformer.slimming.extract import frozen_parts
 from efficientformer.slimming.plan import SUPERNET, Plan
-from efficientformer.slimming.space import Space
+from efficientformer.slimming.space import Space, table_space
 from efficientformer.slimming.supernet import Supernet
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import EfficientFormerError, SpecError, UsageError
@@ -32,13 +32,15 @@ def check_run(plan: Plan, space: Space) -> None:
     """Raise what would end a new run later: its recipes cannot be changed once it has begun.
 
     Raises:
-        SpecError, UsageError: If the start network takes no pictures, or something of a recipe cannot work.
+        SpecError, UsageError: If the start network takes no pictures, no table can cover the space, or something of a
+            recipe cannot work.
         UnknownModelError: If there is no such teacher.
         MissingExtraError: If a library is missing.
     """
     if space.start.in_chans not in (1, 3):
         raise SpecError("Pictures have 1 or 3 channels", expected="a start network with in_chans 1 or 3",
                         found=str(space.start.in_chans), hint="Change in_chans in its spec")  # fmt: skip
+    table_space(space)
     with torch.device("meta"):  # names are all that counts
         network, supernet = EfficientFormer(space.start), Supernet(space.start)
     with _naming("supernet"):

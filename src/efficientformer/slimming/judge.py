@@ -204,7 +204,7 @@ class PoolJudge:
             scaler.update()
             optimizer.zero_grad()
         if not all(bool(p.isfinite().all()) for p in network.parameters()):
-            hint = "Lower it with --set search.recover_lr=0.03, or go without: --set search.recover_steps=0"
+            hint = "In a new run, lower it with --set search.recover_lr=0.03, or leave it: --set search.recover_steps=0"
             raise TrainingError(f"The weights are no numbers after cut {self._taken}", hint=hint)
 
 

@@ -70,7 +70,7 @@ class Bench:
             DataError: If the data set is gone or cannot be read.
         """
         supernet, manifest = load_supernet(folder / WEIGHTS)
-        recipe = load_recipe(folder / "supernet")
+        recipe = load_recipe(folder / "supernet").with_changes(workers=plan.supernet.workers)
         prepared = prepare(recipe, Path(plan.data), 0, 1, manifest, subject)
         if RunFolder(folder / "supernet").data()["digest"] != prepared.digest:
             raise _other_pictures(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from efficientformer.slimming.device import Measured
-from efficientformer.slimming.search import LEAST_MS, read_json
+from efficientformer.slimming.search import LEAST_MS, Step, read_json
 from efficientformer.spec.errors import UsageError
 from efficientformer.spec.fields import check_int, check_keys, check_number
 from efficientformer.weights.files import write_json
+
+_SAME_MS = 1e-6  # steps keep 7 digits
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,25 @@ class _Result:
     quiet_ms: float | None
 
 
-def read_choice(path: Path, steps: int) -> int:
-    """Return the step that was chosen for a target, of a path of so many steps.
+def read_choice(path: Path, steps: Sequence[Step]) -> Step:
+    """Return the step of a path that was chosen for a target.
 
     Raises:
-        SpecError, UsageError: If the file is damaged.
+        SpecError: If the file is damaged.
+        UsageError: If the file is damaged, or of another path.
     """
-    number: int = check_keys(f"{path}", _read(path), _Choice)["step"]
-    check_int(f"step in {path}", number, 0, steps - 1)
-    return number
+    chosen = check_keys(f"{path}", _read(path), _Choice)
+    check_int(f"step in {path}", chosen["step"], 0, 1_000_000)
+    check_number(f"predicted_ms in {path}", chosen["predicted_ms"], LEAST_MS, 1e9)
+    step: Step | None = steps[chosen["step"]] if chosen["step"] < len(steps) else None
+    if step is None or abs(step.predicted_ms - chosen["predicted_ms"]) > _SAME_MS:
+        raise UsageError(
+            f"{path} is of another path",
+            expected=f"step {chosen['step']} to take {chosen['predicted_ms']:g} ms",
+            found="no such step" if step is None else f"one of {step.predicted_ms:g} ms",
+            hint=f"Remove the folder {path.parent}: its network is chosen and trained anew",
+        )
+    return step
 
 
 def read_latencies(path: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from efficientformer.training.memory import memory_named
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import Outcome, train
 from efficientformer.training.setup import PlainNetwork
-from efficientformer.training.state import STATE
+from efficientformer.training.state import STATE, RunFolder, half_written
 from efficientformer.training.subject import Subject
 from efficientformer.weights.checkpoint import load_checkpoint, save_native
 
@@ -260,7 +260,7 @@ class _SlimRun:
     def _finish(self, steps: list[Step], target: float) -> Finished | None:
         """Train a target's network if it is not trained; return it, or None if somebody stopped the training."""
         folder = self._target(target)
-        step = steps[read_choice(folder / CHOICE, len(steps))]
+        step = read_choice(folder / CHOICE, steps)
         result = folder / "result.json"
         weights = self.folder / f"slimmed-{target:g}ms.safetensors"
         if not (result.exists() and is_whole(weights)):
@@ -318,6 +318,7 @@ def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, qui
     check_run(plan, space)
     make_folder(folder)
     held.enter_context(alone_in(folder))
+    RunFolder(folder).tidy()
     found = device.keeps_table_for(plan, space, kept)
     # not a run, if it is refused: the folder can be used again, and its own table too
     with _removing_if_refused(folder / PLAN, *(() if table is None else (kept,))):
@@ -338,7 +339,7 @@ def _begun(plan: Plan, folder: Path, table: Path | None, held: ExitStack, *, qui
 
 def _check_empty(folder: Path, but: set[str]) -> None:
     try:
-        others = sorted({path.name for path in folder.iterdir()} - but)
+        others = sorted(path.name for path in folder.iterdir() if path.name not in but and not half_written(path))
     except FileNotFoundError:
         return
     except OSError as error:
@@ -361,6 +362,7 @@ def _resumed(
     """Go on with a run; one that was killed while its table was measured is refused as a new one is."""
     plan = Plan.load(folder)
     held.enter_context(alone_in(folder))
+    RunFolder(folder).tidy()
     if data is not None:
         plan = dataclasses.replace(plan, data=str(Path(data).absolute()))
     wanted = plan.with_targets(targets)

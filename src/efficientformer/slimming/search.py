@@ -115,8 +115,8 @@ def step_from_dict(space: Space, data: object) -> Step:
         values = check_keys("a cut", each, Considered)
         considered.append(Considered(**{**values, "action": Action.from_dict(values["action"])}))
         _check_words("a cut", values["what"])
-        for name in ("saved_ms", "gain", "top1", "lost"):
-            check_number(f"{name} of a cut", values[name], -1e9, 1e9)
+        for name, most in (("saved_ms", 1e9), ("gain", 1e300), ("top1", 1e9), ("lost", 1e9)):
+            check_number(f"{name} of a cut", values[name], -most, most)
     step = Step(**{**fields, "considered": tuple(considered)})
     check_int("number of a step", step.number, 0, 1_000_000)
     _check_words("a step", step.what)
@@ -275,7 +275,8 @@ class Search:
     def _score(self, step: Step, action: Action) -> Considered:
         top1 = self.judge.accuracy(action.apply(self.space, step.candidate))
         saved = round(step.predicted_ms - self._after(step, action).ms, 7)
-        gain, lost = round(self._gain(step, action), 7), round(step.top1 - top1, 6)
+        # an efficiency of high weights has any size
+        gain, lost = float(f"{self._gain(step, action):.9g}"), round(step.top1 - top1, 6)
         return Considered(action, action.describe(step.candidate), saved, gain, top1, lost)
 
     def _step(

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from efficientformer.latency.design import TableSpace
+from efficientformer.latency.design import MAX_WIDTHS, TableSpace
 from efficientformer.spec.arch import ArchSpec, BlockSpec, StageSpec
 from efficientformer.spec.errors import SpecError
 from efficientformer.spec.fields import as_list, check_int, check_keys, check_number
@@ -241,7 +241,8 @@ def table_space(space: Space) -> TableSpace:
     """Return what a latency table must cover to predict every network of a space.
 
     Raises:
-        SpecError: If no table can: of several strides of attention in one stage, or of another than 1 in stage 4.
+        SpecError: If no table can: of several strides of attention in one stage, or of another than 1 in stage 4; of
+            more widths than a table has.
     """
     start = space.start
     stages = range(len(start.stages))
@@ -251,9 +252,14 @@ def table_space(space: Space) -> TableSpace:
         for position in range(len(start.stages[stage].blocks))
         for value in space.expansions(stage, position)
     }
+    widths = {width for stage in stages for width in space.widths(stage)}
+    if len(widths) > MAX_WIDTHS:
+        hint = "Raise search.width_step or search.min_width"
+        raise SpecError("Too many widths for a latency table", expected=f"at most {MAX_WIDTHS}", found=f"{len(widths)}",
+                        hint=hint)  # fmt: skip
     return TableSpace(
         family=start.family,
-        widths=tuple(sorted({width for stage in stages for width in space.widths(stage)})),
+        widths=tuple(sorted(widths)),
         depths=tuple(len(stage.blocks) for stage in start.stages),
         expansions=tuple(sorted(ratios)) or (4.0,),
         input_sizes=(start.input_size,),

@@ -95,7 +95,9 @@ class Launch:
         return f"torchrun {meet}--nproc-per-node {each} -m efficientformer {arguments}{cpu}"
 
 
-_HALF_WRITTEN = re.compile(r"\..+\.[0-9a-f]{8}\.partial")  # as whole_file names what it writes
+def half_written(path: Path) -> bool:
+    """Whether a file is what a run that was killed had half written: its name is one that ``whole_file`` gives."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.partial", path.name) is not None
 
 
 @dataclass
@@ -122,11 +124,10 @@ class RunFolder:
             raise UsageError(f"{self.path} holds a run already", hint=hint)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            others = sorted({path.name for path in self.path.iterdir()} - BEFORE_FIRST_STEP)
-            others = [name for name in others if not _HALF_WRITTEN.fullmatch(name)]
+            others = {path.name for path in self.path.iterdir() if not half_written(path)} - BEFORE_FIRST_STEP
             if others:
                 hint = "Choose another --output: nothing is overwritten"
-                raise UsageError(f"{self.path} is not empty", found=", ".join(others[:5]), hint=hint)
+                raise UsageError(f"{self.path} is not empty", found=", ".join(sorted(others)[:5]), hint=hint)
             self.tidy()
             (self.path / "metrics.jsonl").write_text("")
             (self.path / "recipe.json").write_text(recipe.to_json() + "\n")
@@ -137,7 +138,7 @@ class RunFolder:
     def tidy(self) -> None:
         """Remove what a run that was killed had half written."""
         for path in self.path.iterdir():
-            if _HALF_WRITTEN.fullmatch(path.name):
+            if half_written(path):
                 with suppress(OSError):  # it is in nobody's way
                     path.unlink()
 
