@@ -1,4 +1,4 @@
-"""The network this package ships, on CIFAR-10; second of two parts: on from the first's weights, with cutmix.
+"""The network this package ships, on CIFAR-10; second of five parts: on from the first's weights, with cutmix.
 
     efficientformer train recipes/cifar10_cutmix.py -m runs/cifar10/last.safetensors --data cifar10 -o runs/cutmix
 

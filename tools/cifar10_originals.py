@@ -21,8 +21,8 @@ SIDE, ROWS = 32, 10_000
 PARTS = {"train": [f"data_batch_{number}.png" for number in range(1, 6)], "test": ["test_batch.png"]}
 
 
-def write_part(package: Path, folder: Path, part: str) -> None:
-    """Write one part: ``folder/part/CLASS/NUMBER.png``."""
+def write_part(package: Path, folder: Path, part: str, mode: str) -> None:
+    """Write one part: ``folder/part/CLASS/NUMBER.png``, of Pillow's mode RGB or L."""
     names = label_names("cifar10")
     labels = json.loads((package / f"{part}_lables.json").read_text())  # so it is spelt there
     for name in names:
@@ -31,7 +31,8 @@ def write_part(package: Path, folder: Path, part: str) -> None:
         rows = np.asarray(Image.open(package / file).convert("RGB"))  # (10000, 1024, 3)
         for row, picture in enumerate(rows.reshape(ROWS, SIDE, SIDE, 3)):
             index = number * ROWS + row
-            Image.fromarray(picture).save(folder / part / names[labels[index]] / f"{index:05}.png", compress_level=1)
+            path = folder / part / names[labels[index]] / f"{index:05}.png"
+            Image.fromarray(picture).convert(mode).save(path, compress_level=1)
 
 
 def main() -> None:
@@ -39,9 +40,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path, help="the unpacked package")
     parser.add_argument("folder", type=Path, help="a new folder")
+    parser.add_argument("--grey", action="store_true", help="without colours")
     options = parser.parse_args()
     for part in PARTS:
-        write_part(options.package, options.folder, part)
+        write_part(options.package, options.folder, part, "L" if options.grey else "RGB")
         print(options.folder / part)
 
 

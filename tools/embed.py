@@ -1,6 +1,6 @@
 """Puts a trained network into the package: checkpoint, exported file and int8 file, each compared or measured.
 
-python tools/embed.py runs/cutmix --data cifar10        # trained as recipes/cifar10.py says
+python tools/embed.py runs/final --data originals        # trained as recipes/cifar10.py says
 efficientformer test efficientformer_cifar10 --data cifar10
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from efficientformer import quantize
+from efficientformer import evaluate_model, quantize
 from efficientformer.export.onnx import export_onnx
 from efficientformer.spec.zoo import EMBEDDED, resolve
 from efficientformer.training.recipe import load_recipe
@@ -23,7 +23,7 @@ from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from efficientformer.weights.pretrained import build
 
 ASSETS = Path(str(files("efficientformer") / "assets"))
-RECIPE = "recipes/cifar10.py, then recipes/cifar10_cutmix.py"
+RECIPE = "recipes/cifar10.py, cifar10_cutmix.py, cifar10_both.py"
 DATA = "CIFAR-10"
 
 
@@ -39,7 +39,10 @@ def main() -> None:
         raise SystemExit(f"{options.run} holds another architecture than spec/variants.py has for {EMBEDDED}")
     seed = str(load_recipe(options.run).seed)
     provenance = {"model": EMBEDDED, "source": "embedded", "recipe": RECIPE, "data": DATA, "seed": seed}
-    manifest = dataclasses.replace(checkpoint.manifest, provenance=provenance)
+    measured = evaluate_model(options.run / "last.safetensors", options.data, engine="torch")
+    assert measured.top5 is not None  # of ten classes
+    metrics = {"top1": round(measured.top1, 4), "top5": round(measured.top5, 4)}
+    manifest = dataclasses.replace(checkpoint.manifest, provenance=provenance, metrics=metrics)
     network = build(manifest.spec, checkpoint)
     agreement = export_onnx(network, manifest, ASSETS / f"{EMBEDDED}.onnx", half_storage=True)
     print(f"largest difference of a logit {agreement.max_difference:.1e} of {agreement.largest_logit:.2f}")

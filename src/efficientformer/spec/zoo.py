@@ -369,5 +369,5 @@ def _v2_cards() -> tuple[ModelCard, ...]:
 
 
 def _cifar10_card() -> ModelCard:
-    training = "CIFAR-10, recipes/cifar10.py, then recipes/cifar10_cutmix.py"
+    training = "CIFAR-10, recipes/cifar10.py, cifar10_cutmix.py, cifar10_both.py"
     return ModelCard(EMBEDDED, VARIANTS[EMBEDDED], "cifar10", (), training=training)
