@@ -109,3 +109,19 @@ def test_wrong_usage(cli, tmp_path, monkeypatch, arguments, code, message):
     assert (found, out) == (code, "")
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_page_that_cannot_be_written_does_not_cost_the_findings(cli, bad, options):
+    code, out, err = cli("data", "check", bad, "--report", "/dev/full", *options)
+    assert code == 2
+    assert "No space left on device" in err
+    assert "torn.jpg" in out
+
+
+def test_a_class_whose_name_is_no_utf8_is_drawn(cli, good, tmp_path):
+    for part in ("train", "val"):
+        (good / part / "cat").rename(good / part / "caf\udce9")
+    code, _, err = cli("data", "check", good, "--report", tmp_path / "page.html")
+    assert code == 0, err
+    assert "data:image/png" in (tmp_path / "page.html").read_text()  # the class is named in the plot

@@ -45,3 +45,12 @@ def test_a_name_that_the_font_cannot_write_is_a_number(name, text, tmp_path, mon
 
 def test_a_name_without_end_makes_no_endless_picture(tmp_path, monkeypatch):
     assert copy_of("x" * 20_000, tmp_path, monkeypatch)[0].width == module.MAX_SIDE
+
+
+def test_a_long_name_is_cut_by_bytes(tmp_path):
+    file = BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "PNG")
+    prediction = type("Prediction", (), {"name": "cat", "score": 0.9, "label": 7})()
+    name = "猫" * 83 + ".jpg"
+    module.annotate(Result(name, prediction, "", Input(name, file.getvalue)), tmp_path).save()
+    assert [path.name for path in tmp_path.iterdir()] == ["猫" * 33 + "_label.jpg"]

@@ -14,9 +14,10 @@ from efficientformer import Classifier
 from efficientformer.export.deployable import embedded_file
 from efficientformer.runtime import choice as module
 from efficientformer.runtime.choice import choose
+from efficientformer.runtime.classifier import Failed
 from efficientformer.runtime.engines.openvino import OpenVinoEngine
 from efficientformer.runtime.timing import Timing
-from efficientformer.spec.errors import EngineError, PrecisionError, UsageError
+from efficientformer.spec.errors import EngineError, ImageError, PrecisionError, UsageError
 from tests.unit.test_engines import break_openvino, without_plugin
 
 FILE = embedded_file()
@@ -157,6 +158,25 @@ def test_a_network_without_numbers_is_no_choice_and_gives_no_labels(tmp_path):
     for use in (lambda: choose(model), lambda: classify(PHOTO), lambda: list(classify.predict([PHOTO]))):
         with pytest.raises(EngineError, match="The network gives no numbers"):
             use()
+
+
+def test_a_picture_without_numbers_fails_alone():
+    classify = Classifier(engine="onnxruntime")
+    run = classify._engine.run
+
+    def bad_for_bright(batch):
+        logits = run(batch)
+        logits[batch.mean(axis=(1, 2, 3)) > 1] = np.nan
+        return logits
+
+    classify._engine.run = bad_for_bright
+    white = np.full((32, 32, 3), 255, np.uint8)
+    first, second, third = classify.predict([PHOTO, white, PHOTO], batch_size=3)
+    assert first.name == third.name == "cat"
+    assert isinstance(second, Failed)
+    assert "no numbers for this picture" in str(second.error)
+    with pytest.raises(ImageError, match="no numbers for this picture"):
+        classify(white)
 
 
 def test_numbers_in_half_precision_alone_are_none():

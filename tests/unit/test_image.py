@@ -2,6 +2,8 @@
 
 import os
 import struct
+import threading
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps, features
 
-from efficientformer.runtime.image import decode
+from efficientformer.runtime import image as module
+from efficientformer.runtime.image import decode, in_turn_if_large
 from efficientformer.spec.errors import ImageError, SpecError
 from efficientformer.spec.preprocess import PreprocessSpec
 
@@ -433,3 +436,37 @@ def test_max_pixels_is_exact():
 def test_what_is_no_picture_is_told_what_to_do(given, hint):
     with pytest.raises(ImageError, match=hint):
         decode(given)
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF"])
+def test_deep_grey_is_rescaled_in_parts(fmt):
+    deep = np.arange(600 * 130, dtype=np.uint16).reshape(600, 130)  # more rows than a part has
+    data = save(Image.fromarray(deep), fmt)
+    expected = (deep.astype(np.uint32) * 255 + 32767) // 65535
+    assert (np.asarray(decode(data, mode="L")) == expected).all()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_large_pictures_are_held_one_at_a_time(monkeypatch, alone):
+    """Of threads that decode within ``in_turn_if_large`` one has a large picture, small ones do not wait."""
+    monkeypatch.setattr(module, "LARGE_PIXELS", 100 if alone else 10_000)
+    data, inside, most = save(photo(), "PNG"), [], []
+    barrier = threading.Barrier(3)
+
+    def work():
+        barrier.wait()
+        with in_turn_if_large():
+            decode(data)
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.1)
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(10)
+    assert max(most) == (1 if alone else 3)
+    assert module._LargeTurn.lock.acquire(timeout=0)
+    module._LargeTurn.lock.release()

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from efficientformer.runtime import image
-from efficientformer.runtime.fetch import fetch
+from efficientformer.runtime.fetch import _in_ascii, fetch
 from efficientformer.runtime.image import decode, read_file
 from efficientformer.runtime.inputs import READERS, Input, _raise, gather, read_ahead
 from efficientformer.spec.errors import ImageError
@@ -377,6 +377,13 @@ def test_downloads_that_fail(path, message, server):
 
 def test_an_address_of_bytes_that_are_no_text_is_asked_for(server):
     assert decode(fetch(server + "/caf\udce9.jpg")).size == (8, 6)
+
+
+def test_a_host_is_asked_for_by_its_name_in_ascii():
+    with pytest.raises(ImageError, match="Cannot download") as error:
+        fetch("http://bücher.invalid/a b.jpg", timeout=1, deadline=5)
+    assert "codec" not in str(error.value)
+    assert _in_ascii("http://bücher.example:80/ä?q=ü") == "http://xn--bcher-kva.example:80/%C3%A4?q=%C3%BC"
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])

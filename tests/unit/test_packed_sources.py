@@ -153,7 +153,7 @@ def test_hostile_tars(tmp_path):
     third = good.index(b"1.png")
     damaged[third : third + 300] = b"\xff" * 300  # tarfile itself stops here without a word
     path.write_bytes(damaged)
-    with pytest.raises(DataError, match=f"no valid header at byte {third:,}"):
+    with pytest.raises(DataError, match=f"no valid header.*behind byte {third:,}"):
         open_source(tmp_path)
     path.write_bytes(b"no tar at all" * 100)
     with pytest.raises(DataError, match="a plain, whole tar file"):
@@ -169,6 +169,25 @@ def test_hostile_tars(tmp_path):
     path.write_bytes(huge.tobuf(tarfile.GNU_FORMAT) + b"x" * 2048)
     with pytest.raises(DataError):
         open_source(tmp_path)
+
+
+def test_several_archives_in_one_file_are_refused(tmp_path):
+    one, two = (write_tar(tmp_path / f"{n}.tar", [(f"{n}.png", PICTURE), (f"{n}.cls", b"0")]) for n in (1, 2))
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "a.tar").write_bytes(one.read_bytes() + two.read_bytes())
+    with pytest.raises(DataError, match="another archive"):
+        open_source(tmp_path / "both")
+
+
+def test_what_lies_beside_whole_shards_is_named(tmp_path):
+    write_tar(tmp_path / "0.tar", [("0.png", PICTURE), ("0.cls", b"0")])
+    write_tar(tmp_path / "1.TAR", [("1.png", PICTURE), ("1.cls", b"0")])
+    put(tmp_path, "2.tar.gz", "classes.md")
+    (tmp_path / "sub").mkdir()
+    write_tar(tmp_path / "sub" / "3.tar", [("3.png", PICTURE), ("3.cls", b"0")])
+    source = open_source(tmp_path)
+    assert len(source) == 2
+    assert source.notes[-1] == "left out: '2.tar.gz', 'sub/'"
 
 
 def test_a_shard_cut_after_listing_is_an_image_error(tmp_path):
@@ -375,6 +394,15 @@ DAMAGE = [
     ("cifar-10-batches-bin", "batches.meta.txt", b"cat\ncat\n", "each once; found 'cat', 'cat'"),
     ("cifar-100-binary", "train.bin", b"", "expected pictures; found none"),
 ]
+
+
+def test_names_in_a_cifar_pickle_that_are_no_text_are_refused_at_once(tmp_path):
+    """A tuple of two of the same tuple, and so on: as text this has a billion parts."""
+    folder = cifar(tmp_path, "cifar-10-batches-py")[0]
+    endless = b")" + b"".join(b"q%ch%ch%c\x86" % (n, n, n) for n in range(30))
+    (folder / "batches.meta").write_bytes(b"\x80\x02}" + python_2(b"label_names") + b"](" + endless + b"es.")
+    with pytest.raises(DataError, match="a list of names"):
+        open_source(folder, "train")
 
 
 @pytest.mark.parametrize(("name", "file", "data", "match"), DAMAGE)

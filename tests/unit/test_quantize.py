@@ -388,6 +388,64 @@ def test_layers_that_hurt_stay_in_float(flat, small, tmp_path, monkeypatch):
     assert "Layers" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_file_without_a_layer_in_int8_is_none(pictures, small, tmp_path, monkeypatch):
+    """As where every choice of layers loses too much, but for all of them in float."""
+    layers = Quantiser(small, sample_batch(open_engine(small).manifest.preprocess)[:2]).layers
+    found = []
+
+    def holds(self, quantiser, manifest, keep):
+        found.append(len(keep))
+        self.accuracy = (module.Accuracy("X", 10.0, 10.0, 80.0),)
+        return len(keep) == len(layers)
+
+    monkeypatch.setattr(module._Work, "_holds", holds)
+    with pytest.raises(ExportError, match="but one in float"):
+        quantize("", pictures, tmp_path / "out")
+    assert max(found) == len(layers) - 1
+
+
+@pytest.mark.parametrize("weights_only", ["", "fp16"])
+def test_a_network_without_numbers_is_not_quantised(pictures, tmp_path, weights_only):
+    network, model = onnx.load(embedded_file()), tmp_path / "nan.onnx"
+    bias = next(each for each in network.graph.initializer if each.dims == [10])
+    bias.raw_data = np.full(10, np.nan, np.float32).tobytes()
+    onnx.save(network, model)
+    with pytest.raises(EngineError, match="The network gives no numbers"):
+        quantize(str(model), pictures, tmp_path / "out", weights_only=weights_only)
+
+
+def test_answers_that_are_no_numbers_are_lost(flat, small, tmp_path, monkeypatch):
+    real = module._logits
+    monkeypatch.setattr(module, "_logits", lambda engine, batch: real(engine, batch) * (
+        np.nan if engine.precision == "int8" else 1))  # fmt: skip
+    with pytest.raises(ExportError, match="No choice of layers"):
+        quantize("", flat, tmp_path / "out", max_drop=50)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_pictures_in_an_only_part_are_labelled(pictures, shipped, tmp_path, part):
+    shutil.copytree(pictures, tmp_path / part)
+    found = gather_pictures(tmp_path, open_engine(shipped[0]).manifest, 8, 8, 0, None)
+    assert found.labels is not None
+    assert len(found.labels) == 8
+
+
+def test_what_a_killed_quantisation_had_half_written_is_no_hindrance(pictures, small, tmp_path):
+    place(tmp_path / "own" / ".model.onnx.0123abcd.partial")
+    quantize("", pictures, tmp_path / "own", pictures=4, holdout=4, max_drop=100)
+    place(tmp_path / "own" / "mine.txt")
+    with pytest.raises(UsageError, match=r"something else.*found mine\.txt"):
+        quantize("", pictures, tmp_path / "own", pictures=4, holdout=4, max_drop=100)
+
+
+def test_the_users_int8_file_of_another_versions_network_is_not_taken(monkeypatch, tmp_path):
+    own = place(quantised_target(""))
+    assert quantised_file("") == own
+    other = place(tmp_path / embedded_file().name, b"other weights")
+    monkeypatch.setattr(building, "embedded_file", lambda: other)
+    assert quantised_file("") == tmp_path / "efficientformer_cifar10-int8.onnx"
+
+
 def test_a_drop_that_cannot_be_held_writes_nothing(pictures, small, tmp_path, monkeypatch):
     def ruined(self):
         return (module.Accuracy("X", 10.0, 10.0, 80.0),)

@@ -1,6 +1,7 @@
 """Results as they are shown and written: nothing that is known is lost, and what is shown does not pile up."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 from pyarrow import json as arrow_json
@@ -8,6 +9,7 @@ from pyarrow import json as arrow_json
 from efficientformer.cli.predict import _to_terminal
 from efficientformer.cli.results import BLOCK, WRITERS, Result, TableWriter
 from efficientformer.runtime.records import arrow_row
+from efficientformer.spec.errors import UsageError
 
 
 def result(number):
@@ -86,3 +88,31 @@ def test_a_table_that_goes_to_a_file_folds_no_name(columns, monkeypatch, tmp_pat
     writer.write({"path": name, "error": "no picture"})
     writer.close()
     assert (tmp_path / "x").read_text().splitlines()[1].split() == [name, "skipped"]
+
+
+@pytest.mark.parametrize("format_", ["table", "csv"])
+def test_names_of_classes_move_no_cursor(format_, capfd, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    name = "cat\x1b]0;title\x07\x1b[2J"
+    prediction = Mock(label=1, score=0.9, top_k=lambda k: [(1, 0.9, name)])
+    prediction.name = name
+    _to_terminal(iter([Result("a.jpg", prediction, "", None)]), format_, 1)
+    shown = capfd.readouterr().out
+    assert "\x1b]" not in shown
+    assert r"cat\x1b]0;title" in shown
+
+
+@pytest.mark.parametrize("format_", ["csv", "parquet", "table", "array", "json"])
+def test_names_of_classes_of_any_characters_are_written(format_, tmp_path):
+    prediction = Mock(label=1, score=0.9, top_k=lambda k: [(1, 0.9, "a\ud800")])
+    prediction.name = "a\ud800"
+    writer = WRITERS[format_](tmp_path / "x", 1)
+    writer.write(Result("a.jpg", prediction, "", None).record(1))
+    writer.close()
+    assert rb"a\ud800" in (tmp_path / "x").read_bytes().replace(rb"\\", b"\\")  # JSON doubles it
+
+
+def test_a_closed_standard_output_is_told(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    with pytest.raises(UsageError, match="Standard output is closed"):
+        WRITERS["csv"](None, 1)

@@ -252,6 +252,23 @@ def test_ilsvrc_tree_and_kaggles_solution(tmp_path):
         open_source(tmp_path, "val")
 
 
+@pytest.mark.parametrize("archives", [("train", "val"), ("val",)])
+def test_imagenets_own_archives_are_no_shards(tmp_path, archives):
+    put(tmp_path, "val/ILSVRC2012_val_00000001.JPEG")
+    for part in archives:
+        (tmp_path / f"ILSVRC2012_img_{part}.tar").write_bytes(b"never read")
+    (tmp_path / "LOC_val_solution.csv").write_text(f"ImageId,P\nILSVRC2012_val_00000001,{synsets()[7]} 1 2 3 4")
+    assert open_source(tmp_path, "val").labels.tolist() == [7]
+
+
+def test_pictures_beside_a_flat_validation_folder_are_named(tmp_path):
+    put(tmp_path, "ILSVRC2012_val_00000001.JPEG", f"{synsets()[3]}/ILSVRC2012_val_00000293.JPEG")
+    (tmp_path / "LOC_val_solution.csv").write_text(f"ImageId,P\nILSVRC2012_val_00000001,{synsets()[7]} 1 2 3 4")
+    source = open_source(tmp_path)
+    assert len(source) == 1
+    assert f"the pictures in '{synsets()[3]}' left out" in source.notes[-1]
+
+
 def write_devkit(folder, truth):
     io_ = pytest.importorskip("scipy.io")
     folder.mkdir(parents=True)
@@ -592,3 +609,15 @@ def test_lists_that_are_none(tmp_path, text, message):
     (tmp_path / "data.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=message):
         open_source(tmp_path / "data.csv")
+
+
+def test_lines_of_a_list_that_no_file_or_label_can_be_are_no_traceback(tmp_path):
+    put(tmp_path, "a.png")
+    path = tmp_path / "train.csv"
+    path.write_text(f"file,label\n{'u' * 300}.png,dog\na.png,cat\n")
+    assert open_source(path).classes == ("cat", "dog")
+    path.write_text(f"file,label\na.png,{'9' * 5000}\n")
+    with pytest.raises(DataError, match="out of range"):
+        open_source(path)
+    path.write_text(f"file,label\na.png,{'0' * 5000}\n")
+    assert open_source(path).labels.tolist() == [0]

@@ -1,10 +1,11 @@
 """Files that are there whole or not at all."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from efficientformer.spec.whole import hidden_file, whole_file
+from efficientformer.spec.whole import half_written, hidden_file, whole_file, write_text
 
 
 def test_a_file_gets_its_name_when_all_is_written(tmp_path):
@@ -40,3 +41,29 @@ def test_permissions_are_those_of_the_umask(tmp_path):
 def test_a_folder_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(IsADirectoryError), whole_file(tmp_path):
         pytest.fail("the block must not begin")
+
+
+def test_a_name_as_long_as_file_systems_allow(tmp_path):
+    path = tmp_path / ("猫" * 83 + ".json")  # 254 bytes
+    write_text(path, "all")
+    assert path.read_text() == "all"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_leaves_is_known_by_its_name(tmp_path):
+    with hidden_file(tmp_path / "a.json") as temporary:
+        assert half_written(temporary)
+    assert not half_written(tmp_path / ".a.json.partial")
+
+
+def test_a_text_replaces_an_earlier_one_when_it_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text("before")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "half" + "\udce9")
+    assert path.read_text() == "before"
+    read, write = os.pipe()
+    write_text(Path(f"/dev/fd/{write}"), "as it is")
+    assert os.read(read, 100) == b"as it is"
+    os.close(read)
+    os.close(write)

@@ -18,6 +18,7 @@ from efficientformer.spec.errors import UsageError, reason_of
 from efficientformer.spec.whole import hidden_file
 
 MAX_SIDE = 1280  # copies are for looking at
+_MAX_STEM = 100  # bytes of a name: file systems have a limit, and more is put behind it
 NO_CHARACTER = "\uffff"
 
 
@@ -99,7 +100,8 @@ def _has_glyphs(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str) -
 def _stem(name: str) -> str:
     """Return an input's name without folder, ending, and what a file's name should not hold."""
     stem = PurePath(name).stem if name != "-" else "stdin"
-    return "".join(char if char.isalnum() or char in "._- " else "_" for char in stem)[:100] or "picture"
+    safe = "".join(char if char.isalnum() or char in "._- " else "_" for char in stem)
+    return safe.encode("utf-8", "replace")[:_MAX_STEM].decode("utf-8", "ignore") or "picture"
 
 
 def _takes(file: Path, name: Path) -> bool:

@@ -128,7 +128,7 @@ def main() -> None:
 
 def _print_error(text: str) -> None:
     """Print an error on standard error; what it quotes from files and servers moves no cursor."""
-    from efficientformer.runtime.records import printable
+    from efficientformer.spec.text import printable
 
     typer.secho("error: " + "\n".join(map(printable, text.split("\n"))), fg="red", err=True)
 
@@ -149,7 +149,9 @@ def _leave_at_once() -> None:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    typer.secho(f"warning: {message}", fg="yellow", err=True)
+    from efficientformer.spec.text import printable
+
+    typer.secho(printable(f"warning: {message}"), fg="yellow", err=True)
 
 
 if __name__ == "__main__":

@@ -39,23 +39,25 @@ def check(
         require_libraries()
     with count_bar("reading pictures", quiet) as progress:
         result = check_data(folder, near=not no_near, progress=progress)
-    if report is not None:
-        from efficientformer.data.check_page import write_page
+    try:
+        if report is not None:
+            from efficientformer.data.check_page import write_page
 
-        write_page(result, report)
-    if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=2))
-    else:
-        _print(result, quiet)
-        if report is not None and not quiet:
-            typer.echo(f"Report: {report}", err=True)
+            write_page(result, report)
+    finally:  # a page that cannot be written does not cost the findings too
+        if as_json:
+            typer.echo(json.dumps(result.to_dict(), indent=2))
+        else:
+            _print(result, quiet)
+    if report is not None and not (quiet or as_json):
+        typer.echo(f"Report: {report}", err=True)
     raise typer.Exit(0 if result.ok else 1)
 
 
 def _print(result: DataReport, quiet: bool) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     if not quiet:
         _print_facts(console, result)
     _print_list(console, "unreadable", [f"{each.picture}: {each.reason}" for each in result.corrupt])

@@ -189,7 +189,7 @@ def _print_facts(console: Console, card: ModelCard) -> None:
 def _print_held(console: Console, held: _Held) -> None:
     from rich.markup import escape
 
-    from efficientformer.runtime.records import printable
+    from efficientformer.spec.text import printable
 
     manifest = held.manifest
     spec, labels = manifest.spec, manifest.labels

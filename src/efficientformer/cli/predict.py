@@ -71,7 +71,7 @@ def predict(
     """Classify pictures. Exits 0 if all were classified, 1 if some were skipped, 2 for wrong usage."""
     from efficientformer.cli.results import choose_format, output_file
     from efficientformer.cli.targets import prepare_folder
-    from efficientformer.runtime.records import printable
+    from efficientformer.spec.text import printable
 
     wanted = format_.value if format_ else ""
     if ray:

@@ -24,7 +24,7 @@ def quantize(
     weights_only: Annotated[str, typer.Option(help="int8 or fp16: store weights so, compute in float.")] = "",
     engine: Annotated[str, typer.Option(help="all, or openvino: a little faster there.")] = "all",
     weight_bits: Annotated[int, typer.Option(help="7, or 8: finer, for processors with VNNI or the like only.")] = 7,
-    seed: Annotated[int, typer.Option(help="Decides which pictures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which pictures.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,

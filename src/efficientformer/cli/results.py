@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from efficientformer.runtime.records import Record, arrow_row, arrow_schema, printable, record, storable
+from efficientformer.runtime.records import Record, arrow_row, arrow_schema, record
 from efficientformer.spec.errors import UsageError, reason_of, require
+from efficientformer.spec.text import printable, storable
 
 if TYPE_CHECKING:
     from efficientformer.cli.annotate import Copy
@@ -60,6 +61,8 @@ class Writer(ABC):
     """
 
     def __init__(self, path: Path | None, top_k: int) -> None:
+        if path is None and sys.stdout is None:
+            raise UsageError("Standard output is closed", hint="Name a file: --output labels.jsonl")
         self._file = sys.stdout if path is None else path.open("w", encoding="utf-8", newline="")
         self._top_k, self._on_terminal = top_k, path is None
 
@@ -136,7 +139,7 @@ class CsvWriter(Writer):
     def write(self, record: Record) -> None:
         """Write one row, as wide as the header: readers such as pyarrow's take no other."""
         top = record.get("top_k", [])
-        values = [value for each in top for value in (each["label"], f"{each['score']:.6f}", each["class"])]
+        values = [value for each in top for value in (each["label"], f"{each['score']:.6f}", self._text(each["class"]))]
         row = [self._text(record["path"]), self._text(record.get("error", "")), *values]
         self._csv.writerow(row + [""] * (len(self._columns) - len(row)))
 
@@ -268,4 +271,4 @@ def _cells(record: Record) -> tuple[str, ...]:
 
 def _short(name: str) -> str:
     """Return the first of a class's synonyms."""
-    return name.partition(",")[0]
+    return printable(name.partition(",")[0])

@@ -14,9 +14,9 @@ import typer
 from efficientformer.cli.progress import count_bar
 from efficientformer.cli.targets import check_file
 from efficientformer.runtime.engines import ENGINE_KEYS
-from efficientformer.runtime.records import printable, storable
 from efficientformer.spec.errors import UsageError
-from efficientformer.spec.whole import named_by
+from efficientformer.spec.text import printable, storable
+from efficientformer.spec.whole import write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,8 +124,7 @@ def _write(evaluation: Evaluation, output: Path | None, report: Path | None) -> 
     if output is not None:
         as_text = _OF_EACH_PICTURE.get(output.suffix.lower())
         rows = [dataclasses.asdict(each) for each in evaluation.outcomes]
-        with named_by(output):
-            output.write_text(as_text(rows) if as_text is not None else evaluation.to_json() + "\n", "utf-8")
+        write_text(output, as_text(rows) if as_text is not None else evaluation.to_json() + "\n")
     if report is not None:
         from efficientformer.evaluation.report import write_report
 
@@ -173,7 +172,8 @@ def _print(evaluation: Evaluation) -> None:
 
     console = Console(highlight=False)
     result = evaluation.result
-    console.print(Text(evaluation.model, "bold"), soft_wrap=True)  # Text: a name such as "[b].onnx" is no markup
+    # Text: a name such as "[b].onnx" is no markup
+    console.print(Text(printable(evaluation.model), "bold"), soft_wrap=True)
     lines = {
         "data": evaluation.data,
         "engine": evaluation.engine,
@@ -189,7 +189,7 @@ def _print(evaluation: Evaluation) -> None:
     }
     for name, text in lines.items():
         if text:
-            console.print(Text(f"  {name:<12} {text}"), soft_wrap=True)
+            console.print(Text(printable(f"  {name:<12} {text}")), soft_wrap=True)
     if len(evaluation.classes) <= _MAX_CLASS_ROWS:
         _print_classes(console, evaluation)
 

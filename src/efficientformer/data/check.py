@@ -19,6 +19,7 @@ from efficientformer.data.listing import counted, some
 from efficientformer.data.parts import WHOLE
 from efficientformer.data.source import ImageSource
 from efficientformer.data.sources import VAL_FRACTION, find_parts, split_indices
+from efficientformer.runtime.image import in_turn_if_large
 from efficientformer.runtime.pipeline import in_order
 from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import ImageError
@@ -284,7 +285,8 @@ def _look(table: _Table, number: int, out: npt.NDArray[np.void]) -> str | Findin
     """Write a picture's fingerprint and return its form, or else what is wrong with it."""
     picture = table[number]
     try:
-        return take(table.sources[picture.split].read(picture.index), str(picture), out)
+        with in_turn_if_large():
+            return take(table.sources[picture.split].read(picture.index), str(picture), out)
     except ImageError as error:
         return Finding(picture, error.found or str(error))
 

@@ -162,7 +162,7 @@ def _check_claims(data: bytes) -> None:
             raise pickle.UnpicklingError(f"a claim of {argument:,} values")
 
 
-def _unpickle(path: Path) -> dict[str, Any]:
+def _unpickle(path: Path) -> dict[Any, Any]:
     """Read one of the Python version's files: a dict, whose keys Python 2 wrote as bytes."""
     data = _bytes_of(path)
     try:
@@ -172,7 +172,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
         raise damaged(path, "a file of CIFAR's Python version", str(error) or type(error).__name__) from error
     if not isinstance(found, dict):
         raise damaged(path, "a dict", f"a {type(found).__name__}")
-    return {key.decode(errors="replace") if isinstance(key, bytes) else str(key): value for key, value in found.items()}
+    return {key.decode(errors="replace") if isinstance(key, bytes) else key: value for key, value in found.items()}
 
 
 def _read_python(path: Path, key: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -202,9 +202,10 @@ def _pixels(found: object) -> npt.NDArray[np.uint8] | None:
 
 def _python_names(path: Path, key: str) -> tuple[str, ...]:
     names = _unpickle(path).get(key)
-    if not isinstance(names, list):
+    # the text of anything else may be endless: tuples that hold each other twice double it at every level
+    if not isinstance(names, list) or not all(isinstance(name, bytes | str) for name in names):
         raise damaged(path, f"a list of names under {key!r}", "something else")
-    return _checked(path, [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names])
+    return _checked(path, [name.decode(errors="replace") if isinstance(name, bytes) else name for name in names])
 
 
 def _checked(path: Path, names: list[str]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from itertools import combinations
 
 import numpy as np
@@ -22,6 +23,7 @@ MAX_BUCKET = 64  # neighbours each picture is compared with in a bucket: crowds 
 
 _MIN_STEP = 3  # grey levels; smaller differences are noise of the compression
 _EDGE, _PATCHES = 16, 4
+_STRIP = 256  # rows
 
 FINGERPRINT = np.dtype(
     [
@@ -59,18 +61,27 @@ def take(data: bytes | Image.Image, name: str, out: npt.NDArray[np.void]) -> str
     if max(image.size) > MAX_SIDE:  # its look takes memory in proportion to this side
         expected, found = f"no side above {MAX_SIDE:,}", f"{image.width} x {image.height}"
         raise ImageError(f"{name} is too elongated", expected=expected, found=found, hint="Cut it into parts")
-    pixels = image.tobytes()
-    out["pixels"] = _hash(repr(image.size).encode() + pixels)
-    out["file"] = _hash(data) if isinstance(data, bytes) else out["pixels"]
+    out["pixels"] = _hash(_parts(image))
+    out["file"] = _hash([data]) if isinstance(data, bytes) else out["pixels"]
     out["look"], out["colours"] = _look(image), _colours(image)
     out["width"], out["height"] = image.size
     out["read"] = True
     return f"array {data.mode}" if isinstance(data, Image.Image) else form(data)
 
 
-def _hash(data: bytes) -> int:
+def _parts(image: Image.Image) -> Iterator[bytes]:
+    """Yield a picture's size and pixels, in strips: a copy of all is large."""
+    yield repr(image.size).encode()
+    for top in range(0, image.height, _STRIP):
+        yield image.crop((0, top, image.width, min(top + _STRIP, image.height))).tobytes()
+
+
+def _hash(parts: Iterable[bytes]) -> int:
     """Return 64 bits: among ten million pictures two different ones agree with a probability of 3e-6."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _look(image: Image.Image) -> npt.NDArray[np.uint16]:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from efficientformer.data.folders import Folder
+from efficientformer.data.folders import Folder, first_picture
 from efficientformer.data.listing import FileSource, some
 from efficientformer.spec.errors import DataError, missing_extra, reason_of
 from efficientformer.spec.labels import label_names, synset_labels, synsets
@@ -47,6 +47,8 @@ def open_validation(folder: Folder) -> FileSource:
     labels = [order[truth[name[:-5]]] for name in names]
     other = len(folder.files) - len(names)
     notes = [f"{other:,} files left out: not named like ImageNet's validation pictures"] if other else []
+    if beside := [name for name in folder.folders if first_picture(folder.path, name)]:
+        notes.append(f"the pictures in {some(beside)} left out: those beside these folders are the data set")
     return FileSource(folder.path, names, labels, label_names("imagenet1k"), notes)
 
 

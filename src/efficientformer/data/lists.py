@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -110,7 +111,7 @@ def open_list(path: Path, rows: list[Row]) -> FileSource:
     names = find_class_names(root) if numbered else tuple(sorted(set(said)))
     limit = len(names) or MAX_CLASSES
     order = {name: label for label, name in enumerate(names)}
-    labels = [min(int(label), MAX_CLASSES) if numbered else order[label] for label in said]
+    labels = [_number(label) if numbered else order[label] for label in said]
     if (highest := max(labels)) >= limit:
         raise DataError(f"A class in {str(path)!r} is out of range", expected=f"0 to {limit - 1}", found=f"{highest}")
     pictures = (row.picture.replace(slash, "/") for row in rows)
@@ -167,10 +168,17 @@ def _open_list(path: Path) -> FileSource:
     return open_list(path, read_rows(path))
 
 
+def _number(label: str) -> int:
+    """Return a label, or the first that is too high: Python reads no number of thousands of digits."""
+    digits = label.lstrip("0")
+    return min(int(digits or "0"), MAX_CLASSES) if len(digits) < 10 else MAX_CLASSES
+
+
 def _find(root: Path, rows: list[Row]) -> str | None:
     """Return what divides the paths of a list, of which one at least is there; None if none is."""
     for slash in ("/", "\\"):
-        if any((root / row.picture.replace(slash, "/")).is_file() for row in rows):
+        # of os.path: pathlib's has an error for names that no file can have
+        if any(os.path.isfile(root / row.picture.replace(slash, "/")) for row in rows):  # noqa: PTH113
             return slash
     return None
 

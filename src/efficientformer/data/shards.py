@@ -20,7 +20,7 @@ CLASSES = "classes.txt"
 MAX_CLASSES = 1 << 16  # so that one hostile number makes no endless list of class names
 MAX_LABEL_BYTES = 1 << 20
 
-_BLOCK = 512
+_READ = 1 << 20
 
 
 @dataclass(slots=True)
@@ -145,11 +145,12 @@ def _members(file: IO[bytes], shard: Path) -> Iterator[tarfile.TarInfo]:
         raise
     except Exception as error:  # tarfile lets ValueErrors and more out of hostile headers
         raise _hostile(shard, f"{type(error).__name__}: {error}") from error
-    # tarfile ends silently at a header it cannot read; the samples behind it would be lost without a word.
+    # tarfile ends silently at a header it cannot read, and at the end of the first of several archives in one file;
+    # the samples behind it would be lost without a word.
     file.seek(end)
-    block = file.read(_BLOCK)
-    if block not in (b"", bytes(_BLOCK)):
-        raise _hostile(shard, f"no valid header at byte {end:,}")
+    while block := file.read(_READ):
+        if block.count(0) < len(block):
+            raise _hostile(shard, f"no valid header, or another archive, behind byte {end:,}")
 
 
 def _check(member: tarfile.TarInfo, shard: Path) -> None:

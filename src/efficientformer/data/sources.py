@@ -41,9 +41,11 @@ _NESTED = (
     "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "FashionMNIST/raw", "MNIST/raw", "raw",
     "cifar-10-batches-py", "cifar-10-batches-bin", "cifar-100-python", "cifar-100-binary",
 )  # fmt: skip
-_SHARD = re.compile(
-    r"(?:.*[-_.])?(train|training|val|validation|valid|dev|test|testing)(?:[-_.].*|\d*)\.tar", re.IGNORECASE
+_SHARD = re.compile(  # but ImageNet's own archives, which hold no samples
+    r"(?!ILSVRC2012_img_)(?:.*[-_.])?(train|training|val|validation|valid|dev|test|testing)(?:[-_.].*|\d*)\.tar",
+    re.IGNORECASE,
 )
+_ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ def _split_shards(folder: Folder) -> dict[str, Opener]:
 def _beside_shards(folder: Folder) -> list[str]:
     """Return the names of what else may hold pictures where the parts are tar shards."""
     named = [name for name in folder.folders if is_part_name(name)]
-    unnamed = [name for name in folder.files if name.endswith(".tar") and not _SHARD.fullmatch(name)]
+    unnamed = [name for name in folder.files if _ARCHIVE.search(name) and not _SHARD.fullmatch(name)]
     return [*named, *_pictures_beside(folder), *unnamed, *folder.pictures]
 
 
@@ -300,18 +302,27 @@ def _is_split(folder: Folder, named: Mapping[str, Folder], beside: Sequence[str]
     return bool(sets)
 
 
+def _is_shard(name: str) -> bool:
+    return name.lower().endswith(".tar")
+
+
 def _can_be_set(folder: Folder) -> bool:
     """Tell whether a folder can be a labelled set of its own; the pictures of a test without labels are none."""
     if folder.pictures:
         return is_validation(folder) or synset_files(folder)
-    return bool(folder.folders) or any(name.endswith(".tar") for name in folder.files)
+    return bool(folder.folders) or any(map(_is_shard, folder.files))
 
 
 def _open_whole(folder: Folder) -> ImageSource:
     """Open a folder that is not split."""
-    shards = [folder.path / name for name in folder.files if name.endswith(".tar")]
+    shards = [folder.path / name for name in folder.files if _is_shard(name)]
     if shards and not folder.pictures and not any(first_picture(folder.path, name) for name in folder.folders):
-        return open_shards(shards)  # beside pictures they are what these were unpacked from
+        source = open_shards(shards)  # beside pictures they are what these were unpacked from
+        within = [f"{name}/" for name in folder.folders if any(map(_is_shard, list_folder(folder.path / name).files))]
+        beside = [*(name for name in folder.files if _ARCHIVE.search(name) and not _is_shard(name)), *within]
+        if beside:
+            source.notes = (*source.notes, f"left out: {some(beside)}")
+        return source
     if is_validation(folder):
         return open_validation(folder)
     if folder.folders:

@@ -17,6 +17,7 @@ from efficientformer.data.source import ImageSource
 from efficientformer.evaluation.metrics import Metrics, Scores
 from efficientformer.evaluation.result import Evaluation, Mistake, Outcome, Skipped, worst_of
 from efficientformer.runtime.engines import Engine
+from efficientformer.runtime.image import in_turn_if_large
 from efficientformer.runtime.pipeline import AHEAD, in_order
 from efficientformer.runtime.preprocess import normalise, resize_crop
 from efficientformer.runtime.processor import available_cores
@@ -97,7 +98,7 @@ def evaluate(
             scores = metrics.update(predictor.run(np.concatenate([each.pixels for each in ready])), labels)
             worst = worst_of((*worst, *_mistakes(source, ready, labels, scores, keep_worst)), keep_worst)
             if keep_outcomes:
-                outcomes += _outcomes([source.name(each.index) for each in ready], classes, labels, scores)
+                outcomes += _outcomes(source, [each.index for each in ready], classes, labels, scores)
         done += len(chunk)
         if progress is not None:
             progress(done, len(share))
@@ -155,7 +156,8 @@ def _prepared(
 
 def _prepare(source: ImageSource, index: int, spec: PreprocessSpec) -> _Ready | Skipped:
     try:
-        image = resize_crop(source.image(index, spec), spec)
+        with in_turn_if_large():
+            image = resize_crop(source.image(index, spec), spec)
         return _Ready(index, image, normalise([image], spec))
     except ImageError as error:
         return Skipped(source.name(index), str(error))
@@ -167,12 +169,17 @@ def _chunks(pictures: Iterator[_Ready | Skipped], size: int) -> Iterator[list[_R
 
 
 def _outcomes(
-    names: Sequence[str], classes: Sequence[str], labels: npt.NDArray[np.int64], scores: Scores
+    source: ImageSource,
+    indices: Sequence[int],
+    classes: Sequence[str],
+    labels: npt.NDArray[np.int64],
+    scores: Scores,
 ) -> Iterator[Outcome]:
     """Yield what a batch's logits say of each of its pictures."""
     columns = (each.tolist() for each in (labels, scores.predicted, scores.confidence, scores.loss))
-    for name, true, predicted, confidence, loss in zip(names, *columns, strict=True):
-        yield Outcome(name, true, classes[true], predicted, classes[predicted], round(confidence, 6), round(loss, 6))
+    for index, true, predicted, confidence, loss in zip(indices, *columns, strict=True):
+        named = classes[true], predicted, classes[predicted]
+        yield Outcome(index, source.name(index), true, *named, round(confidence, 6), round(loss, 6))
 
 
 def _mistakes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,19 +51,19 @@ class Published:
         return {**vars(self), "preprocess": self.preprocess.to_dict(), "tolerance": TOLERANCE}
 
 
-def compare(manifest: Manifest, images: int, top1: float, top5: float | None) -> Published | None:
+def compare(manifest: Manifest, counts: Sequence[int], top1: float, top5: float | None) -> Published | None:
     """Return what was published of these weights, or None if they are not known to be of a published source.
 
     Args:
         manifest: Of the network that was measured.
-        images: How many pictures were counted.
+        counts: How many pictures of each class were counted: 50 in the validation set.
         top1: Measured top-1 in percent.
         top5: Measured top-5 in percent.
     """
     source = _source_of(manifest)
     if source is None or source.top1 is None:
         return None
-    whole = images == VALIDATION_IMAGES
+    whole = set(counts) == {VALIDATION_IMAGES // len(counts)}
     pairs = [(source.top1, top1), (source.top5, top5)]
     agrees = all(abs(a - b) <= TOLERANCE + 1e-9 for a, b in pairs if a is not None and b is not None)
     same = manifest.preprocess == source.preprocess

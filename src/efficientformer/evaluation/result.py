@@ -54,6 +54,7 @@ class Outcome:
     """What a network said of one picture; the names are those of ``predict``'s results.
 
     Attributes:
+        index: Its number in the data set, from 0.
         path: The picture.
         true_label: Its class, as a number.
         true_class: Its name.
@@ -63,6 +64,7 @@ class Outcome:
         loss: Cross-entropy with the true class, in nats.
     """
 
+    index: int
     path: str
     true_label: int
     true_class: str
@@ -155,7 +157,7 @@ class Evaluation:
     @property
     def published(self) -> Published | None:
         """What was published of these weights, compared with what was measured; None if nothing is known."""
-        return compare(self.manifest, self.images, self.top1, self.top5)
+        return compare(self.manifest, self.result.per_class.count.tolist(), self.top1, self.top5)
 
     def merge(self, other: Evaluation) -> Evaluation:
         """Return the evaluation of both shares together; neither is changed."""
@@ -164,7 +166,7 @@ class Evaluation:
             metrics=Metrics(self.metrics.num_classes).merge(self.metrics).merge(other.metrics),
             skipped=tuple(sorted((*self.skipped, *other.skipped))),
             worst=worst_of((*self.worst, *other.worst), self.keep_worst),
-            outcomes=tuple(sorted((*self.outcomes, *other.outcomes), key=lambda each: (each.true_label, each.path))),
+            outcomes=tuple(sorted((*self.outcomes, *other.outcomes), key=lambda each: each.index)),
             seconds=max(self.seconds, other.seconds),
         )
 

@@ -149,6 +149,8 @@ def _labels(names: list[str], manifest: Manifest) -> npt.NDArray[np.int64] | Non
 
 
 def _folder_of(path: Path, root: Path) -> str:
-    """Return the name of the folder in ``root`` that a picture lies in, at any depth; or the root's own."""
+    """Return the name of the folder in ``root``, or its only part, that a picture lies in, at any depth; or root's."""
     below = path.relative_to(root).parts[:-1] if path.is_relative_to(root) else (path.parent.name,)
+    if len(below) > 1 and is_part_name(below[0]):  # the only part
+        below = below[1:]
     return (root.name, *below)[:2][-1]

@@ -112,9 +112,9 @@ def quantised_file(model: str, *, checkpoint: str | Path | None = None) -> Path 
         CheckpointError: If there is no such file.
     """
     kept = quantised_target(model, checkpoint=checkpoint)
-    if kept == _own_int8() and not kept.exists():
-        return embedded_file().with_name(f"{EMBEDDED}-int8{SUFFIX}")
-    return kept if kept is not None and kept.exists() else None
+    if kept is None or kept.exists():
+        return kept
+    return embedded_file().with_name(f"{EMBEDDED}-int8{SUFFIX}") if kept.parent.name == EMBEDDED else None
 
 
 def quantised_target(model: str, *, checkpoint: str | Path | None = None) -> Path | None:
@@ -145,7 +145,9 @@ def quantised_target(model: str, *, checkpoint: str | Path | None = None) -> Pat
 
 
 def _own_int8() -> Path:
-    return _folder() / EMBEDDED / f"int8{SUFFIX}"
+    """Return the place of the user's int8 file of the network in the package: of this one, not of another version's."""
+    digest = hashlib.sha256(embedded_file().read_bytes()).hexdigest()[:16]
+    return _folder() / EMBEDDED / f"{digest}-int8{SUFFIX}"
 
 
 def _int8_beside(built: Path) -> Path:
@@ -213,7 +215,7 @@ def _inside(folder: str) -> Path:
 
 
 def _is_exported(checkpoint: str | Path | None) -> bool:
-    return checkpoint is not None and Path(checkpoint).suffix == SUFFIX
+    return checkpoint is not None and Path(checkpoint).suffix.lower() == SUFFIX
 
 
 def _require_quantised(path: Path | None, name: str) -> Path:

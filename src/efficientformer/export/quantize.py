@@ -20,13 +20,14 @@ import numpy.typing as npt
 from efficientformer.export.calibration import Pictures, gather_pictures
 from efficientformer.export.deployable import deployable, quantised_target
 from efficientformer.export.qdq import Quantiser, store_weights_half, store_weights_int8
+from efficientformer.runtime.classifier import check_finite
 from efficientformer.runtime.engines import Engine, damaged_engines, installed_engines, open_engine
 from efficientformer.runtime.timing import Timing, environment, time_together
 from efficientformer.spec.errors import EngineError, ExportError, UsageError, reason_of
 from efficientformer.spec.fields import check_choice
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.progress import Progress
-from efficientformer.spec.whole import whole_file
+from efficientformer.spec.whole import half_written, whole_file
 from efficientformer.spec.zoo import name_of
 from efficientformer.weights.cache import CacheError, writing_to
 
@@ -36,6 +37,7 @@ WEIGHT_BITS = (7, 8)
 MODEL_FILE, REPORT_FILE, PAGE_FILE = "model.onnx", "report.json", "report.html"
 RANKED_ON = 32  # pictures on which each layer's own error is measured
 BATCH = 16
+_NO_NUMBERS = 1e9  # the error of a layer that makes NaN or infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +162,10 @@ def quantize(
     check_choice("weights_only", weights_only, WEIGHTS_ONLY)
     check_choice("engine", engine, INT8_FOR)
     check_choice("weight_bits", weight_bits, WEIGHT_BITS)
-    if not 0 <= max_drop <= 100 or pictures < 1 or holdout < 1:
-        found = f"max_drop {max_drop}, {pictures} and {holdout} pictures"
-        raise UsageError("Illegal quantisation", expected="a drop from 0 to 100, pictures from 1", found=found)
+    if not 0 <= max_drop <= 100 or pictures < 1 or holdout < 1 or seed < 0:
+        expected = "a drop from 0 to 100, pictures from 1, a seed from 0"
+        found = f"max_drop {max_drop}, {pictures} and {holdout} pictures, seed {seed}"
+        raise UsageError("Illegal quantisation", expected=expected, found=found)
     if damaged := damaged_engines():
         hint = "Install it anew, or uninstall it: what is quantised is measured in every engine installed"
         raise EngineError("An engine is installed and cannot be imported", found=", ".join(damaged), hint=hint)
@@ -200,6 +203,7 @@ class _Work:
         self.source, self.reference, self.pictures = source, reference, pictures
         self.max_drop, self.target, self.progress = max_drop, target, progress
         self.expected = _logits(reference, pictures.held_out)
+        check_finite(self.expected, reference.name)
         self.kept: tuple[str, ...] = ()
         self.errors: dict[str, float] = {}
         self.accuracy: tuple[Accuracy, ...] = ()
@@ -224,10 +228,11 @@ class _Work:
     def _keep_layers(self, quantiser: Quantiser, manifest: Manifest) -> None:
         """Find the fewest of the layers with the largest errors that must stay in float."""
         ranked = self._ranked(quantiser, manifest)
+        most = len(ranked) - 1  # with all of them nothing would be quantised
         too_few, count = 0, 1
-        while count < len(ranked) and not self._holds(quantiser, manifest, ranked[:count]):
+        while count < most and not self._holds(quantiser, manifest, ranked[:count]):
             too_few, count = count, 2 * count
-        enough = min(count, len(ranked))
+        enough = min(count, most)
         while enough - too_few > 1:
             middle = (enough + too_few) // 2
             if self._holds(quantiser, manifest, ranked[:middle]):
@@ -239,7 +244,7 @@ class _Work:
             raise ExportError(
                 "No choice of layers in float holds the allowed drop",
                 expected=f"at most {self.max_drop:g} points",
-                found=f"{worst.drop:.2f} points with {worst.engine}, all layers with weights in float",
+                found=f"{worst.drop:.2f} points with {worst.engine}, all layers with weights but one in float",
                 hint="Nothing was written. Allow more (--max-drop), or give more pictures of the kind it will see",
             )
 
@@ -299,7 +304,8 @@ class _Work:
         found = []
         for name in installed_engines():
             engine = open_engine(self.target, name)
-            said = _logits(engine, self.pictures.held_out).argmax(1)
+            logits = _logits(engine, self.pictures.held_out)
+            said = np.where(np.isfinite(logits).all(1), logits.argmax(1), -1)  # no numbers are no class
             top1 = None if labels is None else _percent(said == labels)
             right = expected if labels is None else labels
             lost = (expected == right).astype(float) - (said == right)  # of each picture: 1, 0, or -1 if it was won
@@ -323,7 +329,8 @@ class _Work:
         for index, layer in enumerate(quantiser.layers):
             quantiser.write(self.target, manifest, only=layer)
             found = _logits(open_engine(self.target, "onnxruntime"), batch)
-            self.errors[layer] = round(float(np.linalg.norm(found - expected)) / scale, 6)
+            error = float(np.linalg.norm(found - expected)) / scale
+            self.errors[layer] = round(error, 6) if math.isfinite(error) else _NO_NUMBERS
             if self.progress is not None:
                 self.progress("ranking layers", index + 1, len(quantiser.layers))
         return tuple(sorted(self.errors, key=lambda layer: -self.errors[layer]))
@@ -350,16 +357,24 @@ def _percent(right: npt.NDArray[np.bool_]) -> float:
 def _checked_folder(folder: Path) -> Path:
     """Return an output folder that is new, empty, or holds an earlier quantisation."""
     folder = folder.absolute()
-    ours = {MODEL_FILE, REPORT_FILE, PAGE_FILE}
     try:
-        if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - ours):
-            raise UsageError(f"{folder} holds something else", expected="a new folder, or an earlier quantisation's")
+        if folder.exists() and (others := _others(folder)):
+            expected, found = "a new folder, or an earlier quantisation's", ", ".join(others[:5])
+            raise UsageError(f"{folder} holds something else", expected=expected, found=found)
         folder.parent.mkdir(parents=True, exist_ok=True)
         place = folder if folder.exists() else folder.parent
         tempfile.TemporaryFile(dir=place).close()  # now, not when the work is done
     except OSError as error:
         raise UsageError(f"Cannot write to {folder}", found=reason_of(error)) from error
     return folder
+
+
+def _others(folder: Path) -> list[str]:
+    """Return what in a folder is neither of a quantisation, nor what one that was killed had half written."""
+    if not folder.is_dir():
+        return [folder.name]
+    entries = [entry for entry in folder.iterdir() if not half_written(entry)]
+    return sorted({entry.name for entry in entries} - {MODEL_FILE, REPORT_FILE, PAGE_FILE})
 
 
 def _put(target: Path, report: QuantisationReport, output: Path) -> None:

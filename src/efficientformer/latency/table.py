@@ -18,10 +18,10 @@ from typing import Any
 
 from efficientformer.latency.parts import Part, doublings, parts_of, steps, weights_of
 from efficientformer.runtime.engines import ENGINE_KEYS, ENGINE_PRECISIONS
-from efficientformer.runtime.records import printable
 from efficientformer.spec.arch import BLOCK_KINDS, ArchSpec, AttentionSpec, load_json
 from efficientformer.spec.errors import SpecError, UsageError
 from efficientformer.spec.fields import check_choice, check_int, check_keys, check_number
+from efficientformer.spec.text import printable
 from efficientformer.spec.variants import VARIANTS
 from efficientformer.spec.whole import named_by, whole_file
 

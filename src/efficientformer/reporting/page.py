@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efficientformer.spec.errors import missing_extra, require
-from efficientformer.spec.whole import named_by
+from efficientformer.spec.text import storable
+from efficientformer.spec.whole import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,8 +102,7 @@ class Page:
         template = (files("efficientformer") / "reporting" / "page.html").read_text("utf-8")
         page = Environment(autoescape=True).from_string(template)
         text = page.render(title=self.title, subtitle=self.subtitle, parts=self._parts)
-        with named_by(Path(path)):
-            Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_text(Path(path), storable(text))
 
 
 def require_libraries() -> None:
@@ -128,8 +128,8 @@ def new_figure(width: float = 7.0, height: float = 3.6) -> Figure:
 
 
 def plain(text: str) -> str:
-    """Return a text such that matplotlib draws it as it is: a dollar sign begins no formula."""
-    return text.replace("$", r"\$")
+    """Return a text such that matplotlib draws it as it is: a dollar sign begins no formula, and all is UTF-8."""
+    return storable(text).replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:

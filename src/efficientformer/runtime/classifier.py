@@ -15,7 +15,15 @@ import numpy.typing as npt
 from PIL import Image
 
 from efficientformer.runtime.engines import Engine, open_engine
-from efficientformer.runtime.image import WILDCARDS, Encoded, Source, decode, how_to_gather, is_address
+from efficientformer.runtime.image import (
+    WILDCARDS,
+    Encoded,
+    Source,
+    decode,
+    how_to_gather,
+    in_turn_if_large,
+    is_address,
+)
 from efficientformer.runtime.inputs import Input
 from efficientformer.runtime.pipeline import in_order
 from efficientformer.runtime.preprocess import normalise, resize_crop
@@ -166,7 +174,10 @@ class EngineClassifier:
             EngineError: If the network gives no numbers.
         """
         (scores,) = self._scores(self._engine, [self._prepare(picture, "exact")])
-        return Prediction(scores, self.manifest, _name_of(picture))
+        found = self._prediction(scores, _name_of(picture))
+        if isinstance(found, Failed):
+            raise found.error
+        return found
 
     def predict(
         self,
@@ -226,7 +237,7 @@ class EngineClassifier:
             with turns:
                 scores = iter(self._scores(engine, images) if images else ())
             return [
-                Prediction(next(scores), self.manifest, _name_of(picture)) if isinstance(image, Image.Image) else image
+                self._prediction(next(scores), _name_of(picture)) if isinstance(image, Image.Image) else image
                 for picture, image in zip(taken, prepared, strict=True)
             ]
 
@@ -243,18 +254,32 @@ class EngineClassifier:
             return self._prepare(picture, how)
         except ImageError as error:
             return Failed(error, _name_of(picture))
+        except MemoryError:
+            return Failed(ImageError("Too little memory for this picture"), _name_of(picture))
+
+    def _prediction(self, scores: npt.NDArray[np.float32], name: str) -> Prediction | Failed:
+        """Return what a network that is sound says of a picture: of one, it may be no numbers."""
+        if np.isfinite(scores).all():
+            return Prediction(scores, self.manifest, name)
+        hint = "Try --precision fp32"
+        error = ImageError("The network gives no numbers for this picture", expected="finite logits", hint=hint)
+        return Failed(error, name)
 
     def _prepare(self, picture: Source | Input, how: str) -> Image.Image:
         """Decode and crop, so that a batch holds small pictures only."""
         spec = self.manifest.preprocess
         name, source = (picture.name, picture.read()) if isinstance(picture, Input) else ("", picture)
         shrink_for = spec if how == "fast" else None
-        return resize_crop(decode(source, mode=spec.mode, exif=spec.exif, name=name, shrink_for=shrink_for), spec)
+        with in_turn_if_large():
+            return resize_crop(decode(source, mode=spec.mode, exif=spec.exif, name=name, shrink_for=shrink_for), spec)
 
     def _scores(self, engine: Engine, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
-        """Return the probabilities (N, num_classes) of prepared pictures."""
-        logits = engine.run(normalise(images, self.manifest.preprocess))  # (N, num_classes)
-        check_finite(logits, engine.name)
+        """Return the probabilities (N, num_classes) of prepared pictures; no numbers where a picture is to blame."""
+        batch = normalise(images, self.manifest.preprocess)  # (N, C, H, W)
+        logits = engine.run(batch)  # (N, num_classes)
+        if not np.isfinite(logits).all():
+            check_finite(engine.run(np.zeros_like(batch[:1])), engine.name)
+            logits = np.where(np.isfinite(logits).all(axis=1, keepdims=True), logits, np.float32(np.nan))
         return softmax(logits)
 
 

@@ -42,11 +42,9 @@ def fetch(
     if not _ADDRESS.match(url):
         hint = "Name a local file by its path, without a scheme; a folder in a cluster's storage is read with --ray"
         raise ImageError("Cannot read this kind of address", expected="http:// or https://", found=repr(url), hint=hint)
-    # Addresses pasted from a browser's bar hold spaces and accents.
-    address = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]", errors="surrogateescape")
     with _Deadline(deadline) as limit:
         try:
-            request = urllib.request.Request(address, headers={"User-Agent": "efficientformer"})
+            request = urllib.request.Request(_in_ascii(url), headers={"User-Agent": "efficientformer"})
             with _opener(limit).open(request, timeout=timeout) as response:
                 return _body(response, url, limit, max_bytes)
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -59,6 +57,17 @@ def fetch(
                 found="the deadline passed" if limit.passed else found or type(error).__name__,
                 hint="Check the address and the network, or download it by other means and name the file",
             ) from error
+
+
+def _in_ascii(url: str) -> str:
+    """Return an address as servers are asked for it: one pasted from a browser's bar holds spaces and accents.
+
+    Raises:
+        ValueError: If no host can have such a name.
+    """
+    scheme, host, rest = re.fullmatch(r"(\w+://)([^/?#]*)(.*)", url, re.DOTALL).groups()  # type: ignore[union-attr]
+    host = host if host.isascii() else host.encode("idna").decode()
+    return urllib.parse.quote(scheme + host + rest, safe="%/:=&?~#+!$,;'@()*[]", errors="surrogateescape")
 
 
 class _Deadline:

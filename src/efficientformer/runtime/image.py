@@ -33,7 +33,8 @@ WILDCARDS = re.compile(r"[*?\[]")  # what makes a name a pattern of names
 Encoded: TypeAlias = bytes | bytearray | memoryview
 Source: TypeAlias = str | os.PathLike[str] | Encoded | IO[bytes] | Image.Image | npt.NDArray[Any]
 
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses a picture; 512 MiB as 8-bit RGB
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses a picture; 683 MiB as RGB, of which Pillow takes 4 bytes
+LARGE_PIXELS = 1 << 24  # above which pictures are decoded one at a time: a file of 20 kB may take a gigabyte
 MAX_BYTES = 1 << 29  # of an encoded file: what MAX_PIXELS pixels take without any compression
 
 # Pillow's plugins worth their attack surface, and their files' endings. Left out on purpose: EPS and PSD (programs, not
@@ -53,6 +54,8 @@ SUFFIXES = frozenset(suffix for _, suffixes in FORMATS.values() for suffix in su
 # What Pillow's plugins raise in words; and what Python itself raises in them, whose text tells a user nothing.
 _IN_WORDS = (OSError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 _STUMBLES = (LookupError, struct.error, RecursionError, NotImplementedError)
+
+_STRIP = 256  # rows
 
 # How to undo EXIF orientation 2, 3, ... 8; 1 is upright.
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
@@ -103,10 +106,11 @@ def decode(
             _check_size(image.size, max_pixels, name)
             if shrink_for is not None and not given:  # what the caller opened keeps its size
                 image.draft(None, least_size(image.size, shrink_for))  # None: any mode
-            image.load()
-            turn = _orientation(image) if exif else None
-            image = _convert(image, mode, name)
-            return image if turn is None else image.transpose(turn)
+            with _turn_of(image.size):
+                image.load()
+                turn = _orientation(image) if exif else None
+                image = _convert(image, mode, name)
+                return image if turn is None else image.transpose(turn)
     except ImageError:
         raise
     except Exception as error:  # Pillow's plugins let anything out, from struct.error to RecursionError
@@ -204,6 +208,50 @@ class _PillowGuard:
 
 
 _pillow_guard = _PillowGuard()
+
+
+class _LargeTurn(threading.local):
+    """The lock of large pictures, and what gives it back at the end of this thread's ``in_turn_if_large``."""
+
+    lock = threading.RLock()  # of all threads
+    block: contextlib.ExitStack | None = None
+
+
+_large = _LargeTurn()
+
+
+@contextlib.contextmanager
+def in_turn_if_large() -> Iterator[None]:
+    """Let one thread of a process at a time hold a large picture that is decoded within, to the end of the block.
+
+    Threads that each hold one would take memory in proportion to the cores.
+    """
+    outer = _large.block
+    with contextlib.ExitStack() as block:
+        _large.block = block
+        try:
+            yield
+        finally:
+            _large.block = outer
+
+
+def _turn_of(size: tuple[int, int]) -> contextlib.AbstractContextManager[Any]:
+    """Return what is held while a picture of this size is decoded, or, in ``in_turn_if_large``, until its end."""
+    if size[0] * size[1] <= LARGE_PIXELS:
+        return contextlib.nullcontext()
+    if _large.block is None:
+        return _LargeTurn.lock
+    return contextlib.nullcontext(_large.block.enter_context(_LargeTurn.lock))
+
+
+def _renew_turn() -> None:
+    """Free the lock in a forked child: a thread that held it was left behind."""
+    _LargeTurn.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_renew_turn)
+
 _LOADERS = tuple(threading.Lock() for _ in range(64))
 
 
@@ -335,6 +383,10 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     """Return deep grey rescaled; a TIFF says how deep, and whether 0 is white, which Pillow heeds in 8 bits only."""
     tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     white = (1 << tags.get(ExifTags.Base.BitsPerSample, (16,))[0]) - 1
-    grey = (np.asarray(image).astype(np.uint32) * 255 + white // 2) // white  # 0..white to 0..255, rounded
     zero_is_white = tags.get(ExifTags.Base.PhotometricInterpretation) == 0
-    return Image.fromarray((255 - grey if zero_is_white else grey).astype(np.uint8))
+    deep = np.asarray(image)
+    grey = np.empty(deep.shape, np.uint8)
+    for top in range(0, len(deep), _STRIP):  # in parts: each is held in 32 bits, twice
+        part = (deep[top : top + _STRIP].astype(np.uint32) * 255 + white // 2) // white  # 0..white to 0..255, rounded
+        grey[top : top + _STRIP] = 255 - part if zero_is_white else part
+    return Image.fromarray(grey)

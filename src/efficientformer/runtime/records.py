@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from efficientformer.spec.text import storable
+
 if TYPE_CHECKING:
     from efficientformer.runtime.classifier import Prediction
 
@@ -28,19 +30,9 @@ def record(path: str, prediction: Prediction | None, error: str, top_k: int) -> 
         "path": path,
         "pred_label": prediction.label,
         "pred_score": round(prediction.score, 6),
-        "pred_class": prediction.name,
-        "top_k": [{"label": i, "score": round(score, 6), "class": name} for i, score, name in best],
+        "pred_class": storable(prediction.name),
+        "top_k": [{"label": i, "score": round(score, 6), "class": storable(name)} for i, score, name in best],
     }
-
-
-def storable(text: str) -> str:
-    """Return text with bytes of file names that are no UTF-8 made visible; every other name is still its file's."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def printable(text: str) -> str:
-    """Return text for people, with control characters made visible too."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in storable(text))
 
 
 def arrow_row(record: Record) -> Record:

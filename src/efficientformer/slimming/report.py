@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from efficientformer.latency.table import LatencyTable
 from efficientformer.reporting.page import Page, new_figure, plain, png
-from efficientformer.runtime.records import storable
 from efficientformer.slimming.device import MOST_BUSY, Measured
 from efficientformer.slimming.plan import IMPORTANCES, Plan
 from efficientformer.slimming.search import Step, reachable, read_json
@@ -21,6 +20,7 @@ from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import SpecError
 from efficientformer.spec.fields import as_list, check_number
+from efficientformer.spec.text import storable
 from efficientformer.weights.files import atomic_write, write_json
 
 if TYPE_CHECKING:

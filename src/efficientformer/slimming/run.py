@@ -42,13 +42,14 @@ from efficientformer.slimming.start import decide, start_network
 from efficientformer.slimming.subject import SupernetSubject
 from efficientformer.slimming.watch import SearchWatch
 from efficientformer.spec.errors import EfficientFormerError, TrainingError, UsageError, reason_of
+from efficientformer.spec.whole import half_written
 from efficientformer.training.allocator import freed_memory_kept
 from efficientformer.training.lock import LOCK, alone_in
 from efficientformer.training.memory import memory_named
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.run import Outcome, train
 from efficientformer.training.setup import PlainNetwork
-from efficientformer.training.state import STATE, RunFolder, half_written
+from efficientformer.training.state import STATE, RunFolder
 from efficientformer.training.subject import Subject
 from efficientformer.weights.checkpoint import load_checkpoint, save_native
 

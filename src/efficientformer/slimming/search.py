@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from efficientformer.latency.table import LatencyPrediction
-from efficientformer.runtime.records import storable
 from efficientformer.slimming.importance import Importances
 from efficientformer.slimming.moves import Action, propose
 from efficientformer.slimming.objective import Cost, Latency, Objective
@@ -26,6 +25,7 @@ from efficientformer.spec.arch import ArchSpec, load_json
 from efficientformer.spec.count import count
 from efficientformer.spec.errors import SpecError, UsageError, reason_of
 from efficientformer.spec.fields import as_list, check_int, check_keys, check_number
+from efficientformer.spec.text import storable
 from efficientformer.weights.files import write_json
 
 EVERY = 1000  # as a breadth: all cuts there are

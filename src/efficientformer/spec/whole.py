@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from efficientformer.spec.errors import UsageError, reason_of
+
+_MAX_NAME = 200  # bytes of a name that its hidden file has too
 
 
 @contextmanager
@@ -34,13 +37,33 @@ def hidden_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If no file can be created there.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    name = os.fsdecode(os.fsencode(path.name)[:_MAX_NAME])  # file systems have a limit
+    temporary = path.with_name(f".{name}.{secrets.token_hex(4)}.partial")
     temporary.touch(exist_ok=False)  # with the permissions that the umask gives; tempfile's are their owner's alone
     try:
         yield temporary
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def half_written(path: Path) -> bool:
+    """Whether a file is what a process that was killed had half written: its name is one that ``hidden_file`` gives."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.partial", path.name) is not None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8: a file whole or not at all, so that an earlier one is not lost; a pipe or device as it is.
+
+    Raises:
+        UsageError: If it cannot be written.
+    """
+    with named_by(path):
+        if path.exists() and not path.is_file():
+            path.write_text(text, "utf-8")
+            return
+        with whole_file(path) as temporary:
+            temporary.write_text(text, "utf-8")
 
 
 @contextmanager

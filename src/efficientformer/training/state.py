@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ import torch
 
 from efficientformer.spec.errors import CheckpointError, TrainingError, UsageError, reason_of
 from efficientformer.spec.fields import check_choice, check_count, check_int, check_keys
+from efficientformer.spec.whole import half_written
 from efficientformer.training.lock import LOCK
 from efficientformer.training.recipe import Recipe, load_recipe
 from efficientformer.weights.files import atomic_write, write_json
@@ -93,11 +93,6 @@ class Launch:
         meet = f"--nnodes {self.nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " if self.nodes > 1 else ""
         each = self.processes // self.nodes
         return f"torchrun {meet}--nproc-per-node {each} -m efficientformer {arguments}{cpu}"
-
-
-def half_written(path: Path) -> bool:
-    """Whether a file is what a run that was killed had half written: its name is one that ``whole_file`` gives."""
-    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.partial", path.name) is not None
 
 
 @dataclass

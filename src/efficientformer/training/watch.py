@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from efficientformer.runtime.records import printable
 from efficientformer.spec.errors import missing_extra
+from efficientformer.spec.text import printable
 
 LINE_EVERY_S = 30.0  # between lines where no terminal can redraw one
 SHOWN = 20  # unreadable pictures that are named at once

@@ -46,7 +46,8 @@ class OnnxRuntimeEngine(OpenFile):
                 f"ONNX Runtime cannot open {path}",
                 expected="an .onnx file",
                 found=str(error).strip().splitlines()[0][:300],
-                hint="Export it again: efficientformer convert CHECKPOINT FILE.onnx",
+                hint="Export it again: efficientformer convert CHECKPOINT FILE.onnx. One in the cache is made anew "
+                "if you remove it",
             ) from error
         self.manifest = parse_manifest(path, self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
         self.precision = settle_precision(precision, self.manifest, ("fp32",), "ONNX Runtime")

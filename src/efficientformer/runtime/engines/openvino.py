@@ -66,7 +66,8 @@ class OpenVinoEngine(OpenFile):
                 f"OpenVINO cannot open {path}",
                 expected="an .onnx file",
                 found=str(error).strip().splitlines()[-1][:300],
-                hint="Export it again: efficientformer convert CHECKPOINT FILE.onnx",
+                hint="Export it again: efficientformer convert CHECKPOINT FILE.onnx. One in the cache is made anew "
+                "if you remove it",
             ) from error
         self.manifest = parse_manifest(path, _metadata(self._model))
         floats = tuple(name for name, mark in (("bf16", "BF16"), ("fp16", "FP16")) if mark in capabilities)
