@@ -137,6 +137,8 @@ def test_nothing_is_overwritten_and_mistakes_are_usage_errors(cli, native, tmp_p
     assert cli("convert", native, tmp_path / "x.safetensors", "--model", "efficientformer_l1")[0] == 1
     assert not (tmp_path / "x.safetensors").exists()
     assert cli("convert", "efficientformer_cifar10", tmp_path / "x.safetensors", "--ema")[0] == 2
+    code, _, err = cli("convert", "efficientformer_cifar10", tmp_path / "x.safetensors", "--model", "l3")
+    assert (code, "is another network; expected efficientformer_l3" in err) == (2, True)
     (tmp_path / "folder").mkdir()
     for place in (target / "x.onnx", tmp_path / "folder"):  # below a file, and a folder
         code, _, err = cli("convert", native, place, "--to", "onnx", "--force")

@@ -260,6 +260,10 @@ def training_checkpoint(**more):
     return plain, averaged, content
 
 
+def from_ours_without_counters(state):
+    return {n: t for n, t in from_ours(state, "timm", V1).items() if not n.endswith("num_batches_tracked")}
+
+
 class TestTrainingCheckpoints:
     @pytest.mark.parametrize(("ema", "which"), [(None, 0), (False, 0), (True, 1)])
     def test_plain_or_averaged_weights(self, ema, which, tmp_path, recwarn):
@@ -297,6 +301,80 @@ class TestTrainingCheckpoints:
         checkpoint = load_checkpoint(tmp_path / "a.pth")
         assert equal(checkpoint.state, state)
         assert sum("cut" in note for note in checkpoint.report.notes) == prefix.count(".")
+
+    @pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.module."])
+    def test_prefixes_are_cut_off_safetensors_too(self, prefix, tmp_path):
+        state = random_state(V1)
+        theirs = {f"{prefix}{name}": tensor for name, tensor in from_ours(state, "timm", V1).items()}
+        safetensors.torch.save_file(theirs, tmp_path / "model.safetensors")
+        checkpoint = load_checkpoint(tmp_path / "model.safetensors")
+        assert equal(checkpoint.state, state)
+        assert sum("cut" in note for note in checkpoint.report.notes) == prefix.count(".")
+
+    @pytest.mark.parametrize("layout", ["mmpretrain", "transformers"])
+    @pytest.mark.parametrize("body", ["as in the whole", "alone"])
+    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    def test_a_body_without_heads_keeps_or_gets_its_prefix(self, layout, body, suffix, tmp_path):
+        state, prefix = random_state(V1), {"mmpretrain": "backbone.", "transformers": "efficientformer."}[layout]
+        theirs = {n: t for n, t in from_ours(state, layout, V1).items() if n.startswith(prefix)}
+        if body == "alone":
+            theirs = {n.removeprefix(prefix): t for n, t in theirs.items()}
+        path = tmp_path / f"body{suffix}"
+        (torch.save if suffix == ".pth" else safetensors.torch.save_file)(theirs, path)
+        checkpoint = load_checkpoint(path, heads=V1)
+        assert checkpoint.layout == layout
+        assert equal(checkpoint.state, {n: t for n, t in state.items() if not n.startswith("head")})
+
+    def test_torchs_averaged_model(self, tmp_path):
+        state = random_state(V1)
+        theirs = {f"module.{name}": tensor for name, tensor in from_ours(state, "timm", V1).items()}
+        torch.save({"n_averaged": torch.tensor(7), **theirs}, tmp_path / "a.pth")
+        assert equal(load_checkpoint(tmp_path / "a.pth").state, state)
+
+    @pytest.mark.parametrize("how", ["single", "half", "half, long"])
+    def test_integers_that_scripts_made_floats(self, how, tmp_path):
+        state = random_state(V1)
+        theirs = from_ours(state, "timm", V1)
+        if how == "half, long":
+            theirs = {n: t + 100_000 if n.endswith("num_batches_tracked") else t for n, t in theirs.items()}
+        torch.save({n: t.float() if how == "single" else t.half() for n, t in theirs.items()}, tmp_path / "a.pth")
+        found = load_checkpoint(tmp_path / "a.pth").state
+        for name, tensor in state.items():
+            counter = name.endswith("num_batches_tracked")
+            assert found[name].dtype == (torch.int64 if counter else torch.float32)
+            expected = 65504 if counter and how == "half, long" else tensor
+            torch.testing.assert_close(found[name].float(), torch.as_tensor(expected).float(), atol=1e-3, rtol=0)
+
+    def test_counters_may_be_missing_in_a_file_that_is_read_and_not_in_one_written(self, tmp_path):
+        state = random_state(V1)
+        few = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+        torch.save(from_ours_without_counters(state), tmp_path / "a.pth")
+        found = load_checkpoint(tmp_path / "a.pth").state
+        assert equal({name: found[name] for name in few}, few)
+        assert all(int(found[name]) == 0 for name in state.keys() - few.keys())
+        with pytest.raises(CheckpointError, match="missing"):
+            save_native(tmp_path / "b.safetensors", few, manifest(V1))
+
+    def test_an_index_that_averaging_cut_off(self, tmp_path):
+        state = random_state(V1)
+        theirs = from_ours(state, "timm", V1)
+        (name,) = (name for name in theirs if name.endswith("attention_bias_idxs"))
+        theirs[name] = theirs[name] - (theirs[name] == theirs[name].max()).long()  # as 11 * 0.9999 + 11 * 0.0001 is
+        torch.save(theirs, tmp_path / "a.pth")
+        checkpoint = load_checkpoint(tmp_path / "a.pth")
+        assert equal(checkpoint.state, state)
+        theirs[name] = theirs[name] - 2
+        torch.save(theirs, tmp_path / "a.pth")
+        with pytest.raises(CheckpointError, match="its values are not"):
+            load_checkpoint(tmp_path / "a.pth")
+
+    def test_heads_may_share_their_weights(self, tmp_path):
+        state = random_state(V1)
+        state["head_dist.weight"] = state["head.weight"]
+        theirs = from_ours(state, "timm", V1)
+        theirs["head_dist.weight"] = theirs["head.weight"]
+        torch.save(theirs, tmp_path / "a.pth")
+        assert equal(load_checkpoint(tmp_path / "a.pth").state, state)
 
     def test_a_prefix_on_some_names_only_is_an_error(self, tmp_path):
         theirs = from_ours(random_state(V1), "snap", V1)

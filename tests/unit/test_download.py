@@ -182,6 +182,14 @@ def test_a_server_that_resumes_another_file_is_asked_for_all_of_it(etag, span, s
     assert server.ranges() == ["", "bytes=100000-", ""]
 
 
+@pytest.mark.parametrize("etags", [(None, None), ('W/"a"', 'W/"b"')], ids=["no tag", "weak tags"])
+def test_without_a_digest_nothing_is_put_behind_what_may_be_another_version(etags, server):
+    other = bytes(reversed(BODY))
+    source = server.source(partial(cut, etag=etags[0]), partial(whole, body=other, etag=etags[1]), sha256="")
+    assert server.get([source]).read_bytes() == other
+    assert server.ranges() == ["", ""]
+
+
 def test_a_server_that_falls_silent_is_left_and_asked_again(server):
     silent = threading.Event()
 

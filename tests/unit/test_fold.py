@@ -68,3 +68,11 @@ def test_weights_with_nan_are_caught():
         model.head.weight[0, 0] = float("nan")
     with pytest.raises(ExportError, match="differs"):
         fold(model)
+
+
+def test_a_network_of_synchronised_norms_is_folded():
+    model = randomised(TINY["v2 with every part"])
+    images = images_for(model.spec)
+    expected = model(images)
+    deployed = fold(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    torch.testing.assert_close(deployed(images), expected, rtol=1e-4, atol=1e-4)

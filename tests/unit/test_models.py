@@ -413,3 +413,16 @@ def test_layer_scales_inside_batch_norms_change_no_function_and_no_gradient(name
     with torch.autocast("cpu", torch.float16):
         assert blocks._in_fp16(images.float())
     assert not blocks._in_fp16(images)
+
+
+def test_a_picture_without_its_batch_is_told():
+    with pytest.raises(UsageError, match=r"expected \(B, C, H, W\); found \(3, 64, 64\).*x\[None\]"):
+        EfficientFormer(TINY["one head"])(torch.zeros(3, 64, 64))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_network_in_training_is_traced():
+    model = EfficientFormer(TINY["one head"], layer_scale_init=0.1)
+    images = images_for(model.spec, 2)
+    traced = torch.jit.trace(model, images, check_trace=False)
+    torch.testing.assert_close(traced(images), model(images))

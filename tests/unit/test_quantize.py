@@ -599,3 +599,13 @@ def test_logits_are_not_rounded(tmp_path):
     quantise(path)
     for file in (path, quantised_file("efficientformer_cifar10")):
         assert next(node.op_type for node in onnx.load(file).graph.node if "logits" in node.output) == "Gemm"
+
+
+def test_a_name_is_the_network_whatever_lies_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("l1", "efficientformer_cifar10"):
+        place(tmp_path / name / "model.onnx")
+        assert building.file_of(name) is None
+        assert building.file_of(f"./{name}") == str(Path(name) / "model.onnx")
+    place(tmp_path / "L3", b"a file")
+    assert building.file_of("L3") is None

@@ -64,6 +64,7 @@ def convert(
         if Path(source).is_file():
             checkpoint, manifest = load_named(model or source, source, ema=ema or None, progress=progress)
         else:
+            _check_same(source, model)
             checkpoint, manifest = load_named(source, True, progress=progress)
     if names:
         manifest = _with_labels(manifest, names)
@@ -77,6 +78,15 @@ def convert(
         target.parent.mkdir(parents=True, exist_ok=True)
     typer.echo(_write(checkpoint, manifest, target, to, input_size, half), err=True)
     typer.echo(target)
+
+
+def _check_same(name: str, model: str) -> None:
+    """Raise UsageError if a network of the zoo is not the one that ``--model`` names."""
+    from efficientformer.spec.errors import UsageError
+    from efficientformer.spec.zoo import resolve
+
+    if model and (expected := resolve(model).card.name) != (found := resolve(name).card.name):
+        raise UsageError(f"{name} is another network", expected=expected, found=found, hint="Leave --model out")
 
 
 def _check_target(target: Path, to: Layout, force: bool) -> None:

@@ -202,12 +202,14 @@ def file_of(model: str, *, offline: bool | None = None) -> str | None:
 
         with terminal_progress() as progress:
             return str(fetch_remote(model, offline=offline, progress=progress))
+    if is_name(model):  # ./l1 is a file or folder, l1 the network
+        return None
     if _is_file(model):
         return model
     if model and os.path.isfile(_inside(model)):  # noqa: PTH113 (as below)
         return str(_inside(model))
     networks = networks_in(model)
-    return str(networks[0]) if len(networks) == 1 and not is_name(model) else None
+    return str(networks[0]) if len(networks) == 1 else None
 
 
 def _inside(folder: str) -> Path:

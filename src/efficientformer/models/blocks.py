@@ -71,7 +71,8 @@ def _scaled(branch: nn.Module, scale: nn.Module, x: Tensor) -> Tensor:
     on the way back. Not so for fp16, whose smallest numbers are too close to the 1e-5 that layer scales begin with.
     """
     norm = _LAST_NORM.get(type(branch))
-    if norm is None or not branch.training or not isinstance(scale, LayerScale) or _in_fp16(x):
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call] # which functional_call refuses
+    if norm is None or not branch.training or not isinstance(scale, LayerScale) or traced or _in_fp16(x):
         return scale(branch(x))
     last = branch.get_submodule(norm)  # whose factors are no parameters where a supernet lends its own
     factors = {f"{norm}.{name}": getattr(last, name) * scale.gamma for name in ("weight", "bias")}

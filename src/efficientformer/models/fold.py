@@ -155,7 +155,7 @@ def _fuse_convolutions(net: nn.Module) -> None:
     for name, child in net.named_children():
         if isinstance(child, ConvNorm):
             setattr(net, name, torch.nn.utils.fuse_conv_bn_eval(child.conv, child.norm))
-        elif isinstance(child, nn.BatchNorm2d) and name != "norm":
+        elif isinstance(child, nn.BatchNorm2d | nn.SyncBatchNorm) and name != "norm":
             raise ExportError("No folding rule for this BatchNorm", found=f"{type(net).__name__}.{name}")
         else:
             _fuse_convolutions(child)
@@ -170,9 +170,11 @@ def _fold_head(net: EfficientFormer) -> tuple[nn.Module, nn.Linear]:
     norm = net.norm
     if isinstance(norm, nn.LayerNorm):
         return _absorb_norm(norm, head), head
-    assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
-    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
-    head.bias.add_(head.weight @ (norm.bias - factor * norm.running_mean))
+    assert isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm)
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None
+    factor = norm.weight / (variance + norm.eps).sqrt()
+    head.bias.add_(head.weight @ (norm.bias - factor * mean))
     head.weight.mul_(factor)
     return nn.Identity(), head
 

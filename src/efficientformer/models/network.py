@@ -219,6 +219,9 @@ class EfficientFormer(nn.Module):
 
     def _check_input(self, x: Tensor, num_stages: int) -> None:
         spec = self.spec
+        if x.ndim != 4:
+            hint = "Add the batch's axis to one picture: x[None]"
+            raise UsageError("Wrong number of axes", expected="(B, C, H, W)", found=f"{tuple(x.shape)}", hint=hint)
         channels, height, width = x.shape[1:]
         if channels != spec.in_chans:
             raise UsageError("Wrong number of input channels", expected=str(spec.in_chans), found=str(channels))

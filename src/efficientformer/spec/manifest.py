@@ -87,7 +87,7 @@ class Manifest:
             "metrics": dict(self.metrics),
             "provenance": dict(self.provenance),
         }
-        return json.dumps(data, ensure_ascii=False)
+        return json.dumps(data)  # in ASCII: names of folders need not be UTF-8
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:

@@ -18,7 +18,8 @@ from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import VARIANTS
 
 EMBEDDED = "efficientformer_cifar10"
-FILE_SUFFIXES = (".onnx", ".safetensors", ".pth", ".pt", ".bin")  # a name that ends so is meant as a path
+# A name that ends so is meant as a path.
+FILE_SUFFIXES = (".onnx", ".safetensors", ".pth", ".pt", ".bin", ".pth.tar", ".ckpt")
 
 # Deployed files of other tools, which are neither read nor written.
 FOREIGN_SUFFIXES = (".xml", ".ort", ".tflite", ".pte", ".mlmodel", ".mlpackage", ".engine", ".plan", ".param")

@@ -105,7 +105,7 @@ def load_checkpoint(
         elif spec is None:
             spec = infer_spec(file.state, layout, heads)
             notes += (f"architecture read off the shapes, with a stem of stride {STEM_STRIDE}",)
-        state, report = to_ours(file.state, layout, spec, headless=heads is not None)
+        state, report = to_ours(file.state, layout, spec, headless=heads is not None, lenient=True)
         report.check()
     if file.ambiguous:
         how = f"For the others: efficientformer convert --ema {shlex.quote(str(path))} FILE"

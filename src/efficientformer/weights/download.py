@@ -270,6 +270,8 @@ class _HttpTransfer:
 
     def _attempt(self) -> str:
         offset, mark, total = self.part.open(self.url)
+        if not (mark or self.sha256):  # nothing would tell that the rest is of another version
+            offset = 0
         with self._request(offset, mark) as response:
             offset, total = self._agree(response, offset, mark, total)
             try:

@@ -20,8 +20,10 @@ from torch import Tensor
 from efficientformer.spec.errors import CheckpointError, reason_of
 from efficientformer.spec.manifest import METADATA_KEY
 from efficientformer.spec.whole import whole_file
+from efficientformer.weights.formats.translate import COUNTER
 from efficientformer.weights.kinds import kind_of
 from efficientformer.weights.pickles import read_pickle
+from efficientformer.weights.prefixes import without_prefixes
 
 MAX_TENSORS = 100_000
 MAX_NAME = 300  # letters
@@ -68,9 +70,12 @@ def read_weights(path: Path, ema: bool | None) -> WeightsFile:
                 "There are no averaged (EMA) weights", found="a safetensors file, which holds one network"
             )
         found, manifest = _read_safetensors(path)
-        return WeightsFile(_clean(found, size), manifest, (), False, (), sha256)
+        state = _clean(found, size)
+        state, notes = without_prefixes(state) if manifest is None else (state, ())
+        return WeightsFile(state, manifest, notes, False, (), sha256)
     read = read_pickle(path, kind, ema)
-    return WeightsFile(_clean(read.state, size), None, read.notes, read.ambiguous, read.labels, sha256)
+    state, notes = without_prefixes(_clean(read.state, size))
+    return WeightsFile(state, None, (*read.notes, *notes), read.ambiguous, read.labels, sha256)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[Any, Any], str | None]:
@@ -94,7 +99,7 @@ def _clean(found: Mapping[Any, Any], file_size: int) -> dict[str, Tensor]:
             )
         state[name] = _plain(name, value)
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-    if claimed > file_size:
+    if claimed > 2 * file_size:  # two names may share their values, as tied heads do
         held = f"{claimed:,} bytes in {file_size:,}"
         raise CheckpointError("The tensors claim more values than the file holds", found=held)
     return {name: _finite(name, tensor) for name, tensor in state.items()}
@@ -120,6 +125,8 @@ def _plain(name: str, value: object) -> Tensor:
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
     """Return a copy in memory of our own, half precision in single, after checking that every value is a number."""
+    if name.endswith(COUNTER):  # of batches seen, which nothing reads: half precision ends at 65504
+        tensor = tensor.nan_to_num(0, posinf=torch.finfo(torch.float16).max)
     if not tensor.isfinite().all():
         raise CheckpointError(f"{name} holds NaN or infinity", expected="numbers", hint="These weights are of no use")
     if name.endswith("running_var") and (tensor < 0).any():

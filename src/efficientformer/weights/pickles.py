@@ -23,7 +23,6 @@ from efficientformer.spec.errors import CheckpointError
 _PLAIN = ("model", "state_dict")
 _AVERAGED = ("model_ema", "state_dict_ema")
 # Wrappers by what they put before every name; others, such as a module that has the network as a part, do it too.
-_WRAPPERS = {"module.": "DistributedDataParallel", "_orig_mod.": "torch.compile", "model.": "Lightning, or another"}
 _MAX_NESTING = 4
 
 _UNSAFE_HINT = (
@@ -59,8 +58,8 @@ class Pickled:
     """What one pickle holds.
 
     Attributes:
-        state: The state dict as found, without the prefixes of wrappers.
-        notes: What was chosen or cut off on the way.
+        state: The state dict as found.
+        notes: What was chosen on the way.
         ambiguous: Whether averaged weights were passed over and nobody said which ones to take.
         labels: Class names in order of the logits, where mmpretrain wrote them; else empty.
     """
@@ -86,9 +85,8 @@ def read_pickle(path: Path, kind: str, ema: bool | None) -> Pickled:
         _check_archive(path)
     content = _load(path, kind)
     state, taken, passed_over = _find_state(content, ema)
-    state, notes = _strip_prefixes(state)
-    if taken:
-        notes = (f"took {'.'.join(taken)!r}{', not the averaged weights beside it' if passed_over else ''}", *notes)
+    beside = ", not the averaged weights beside it" if passed_over else ""
+    notes = (f"took {'.'.join(taken)!r}{beside}",) if taken else ()
     return Pickled(state, notes, passed_over and ema is None, _labels(content))
 
 
@@ -196,16 +194,3 @@ def _entries(content: object) -> dict[Any, Any]:
 
 def _first_dict(entries: dict[Any, Any], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if isinstance(entries.get(name), dict)), None)
-
-
-def _strip_prefixes(state: dict[Any, Any]) -> tuple[dict[Any, Any], tuple[str, ...]]:
-    """Cut off what wrappers put before every name; a prefix that some names lack stays, and is an error later."""
-    notes: tuple[str, ...] = ()
-    for _ in range(_MAX_NESTING):
-        first = {name.partition(".")[0] if isinstance(name, str) else "" for name in state}
-        prefix = f"{first.pop()}." if len(first) == 1 else ""  # no network is all stem, or all head
-        if len(prefix) < 2 or not all(name.startswith(prefix) for name in state):
-            break
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-        notes += (f"cut {prefix!r} ({_WRAPPERS.get(prefix, 'a wrapper')}) off {len(state)} names",)
-    return state, notes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor
 from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import CheckpointError
 from efficientformer.weights.formats.detect import get_layout
-from efficientformer.weights.formats.layout import entries
+from efficientformer.weights.formats.layout import Entry, entries
 
 HEADS = ("head.", "head_dist.")  # what our names of the heads' tensors begin with
 INDEX_RULE = "bias index: equal to the one computed from the grid"
+AVERAGED_RULE = "bias index: computed from the grid; averaging has cut its fractions off"
+COUNTER = "num_batches_tracked"  # what BatchNorm's counter of batches is called in every layout
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Report:
 
 
 def to_ours(
-    state: Mapping[str, Tensor], layout: str, spec: ArchSpec, *, headless: bool = False
+    state: Mapping[str, Tensor], layout: str, spec: ArchSpec, *, headless: bool = False, lenient: bool = False
 ) -> tuple[dict[str, Tensor], Report]:
     """Translate a state dict into our names and shapes; nothing is copied.
 
@@ -66,6 +68,8 @@ def to_ours(
         layout: ``native``, ``snap``, ``timm``, ``mmpretrain`` or ``transformers``.
         spec: The network they make up.
         headless: Whether its heads may be missing, all of them.
+        lenient: Whether integers may be what scripts that average or halve whole files make of them: floating point,
+            cut off, or missing. Counters of batches begin at 0 then.
 
     Returns:
         Our state dict, and the report; the former is complete only if ``report.check()`` raises nothing.
@@ -77,6 +81,8 @@ def to_ours(
     mapped, dropped, missing, mismatched = [], [], [], []
     rest = dict(state)
     listing = entries(get_layout(layout, spec.family), spec)
+    if lenient:
+        rest = _with_integers(rest, listing)
     for entry in listing:
         tensor = rest.pop(entry.theirs, None)
         if tensor is None:
@@ -92,6 +98,8 @@ def to_ours(
             mapped.append((entry.theirs, entry.ours))
         elif torch.equal(tensor, entry.index):
             dropped.append((entry.theirs, INDEX_RULE))
+        elif lenient and ((entry.index - tensor) & ~1 == 0).all():  # timm's ModelEma makes 10 of 11
+            dropped.append((entry.theirs, AVERAGED_RULE))
         else:
             mismatched.append(f"{entry.theirs} (its values are not |dy| * width + |dx|)")
     heads = [entry.theirs for entry in listing if entry.ours.startswith(HEADS)]
@@ -99,6 +107,18 @@ def to_ours(
         missing = [name for name in missing if name not in heads]
     report = Report(tuple(mapped), tuple(dropped), tuple(missing), tuple(rest), tuple(mismatched))
     return ours, report
+
+
+def _with_integers(state: Mapping[str, Tensor], listing: Sequence[Entry]) -> dict[str, Tensor]:
+    """Return a state dict with its integers as such, and with every counter of batches."""
+    found = dict(state)
+    for entry in listing:
+        if not entry.floating and entry.theirs in found:
+            tensor = found[entry.theirs]
+            found[entry.theirs] = tensor.round().to(torch.int64) if tensor.is_floating_point() else tensor
+        elif entry.ours.endswith(COUNTER):
+            found[entry.theirs] = torch.zeros(entry.shape, dtype=torch.int64)
+    return found
 
 
 def from_ours(state: Mapping[str, Tensor], layout: str, spec: ArchSpec) -> dict[str, Tensor]:
