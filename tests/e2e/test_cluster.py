@@ -19,7 +19,7 @@ from pyarrow import dataset
 
 from efficientformer.cluster import storage
 from efficientformer.cluster.parts import BEGUN_FILE, DONE_FILE, Parts
-from efficientformer.cluster.predict import Options, Worker, _attempts, count_rows, predict_on_cluster
+from efficientformer.cluster.predict import Options, Worker, _attempts, _errors, count_rows, predict_on_cluster
 from efficientformer.cluster.storage import UNFINISHED, Place
 from efficientformer.export import deployable as deployable_module
 from efficientformer.export.deployable import embedded_file
@@ -202,6 +202,15 @@ def test_a_part_is_missing_until_it_is_whole(tmp_path):
     (tmp_path / "part-000000000.parquet").write_bytes(b"half")
     with pytest.raises(EngineError, match=r"part-000000000\.parquet is damaged"):
         count_rows(place, "parquet")
+
+
+def test_rows_of_many_classes_are_read_back(tmp_path):
+    top = [{"label": number, "score": 0.5, "class": f"class {number} of many"} for number in range(30_000)]
+    row = {"path": "a.png", "pred_label": 0, "pred_score": 0.5, "pred_class": "class", "top_k": top}
+    line = json.dumps(row) + "\n"
+    assert len(line) > 1 << 20
+    (tmp_path / "part-000000000.jsonl").write_text(2 * line)
+    assert _errors(Place.of(str(tmp_path)), str(tmp_path / "part-000000000.jsonl"), "json").null_count == 2
 
 
 def test_other_pictures_and_a_note_that_is_none_are_refused(tmp_path):

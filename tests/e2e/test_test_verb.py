@@ -119,6 +119,17 @@ def test_a_damaged_picture_is_named_and_the_exit_code_is_1(cli, data, damaged, t
     assert "{" not in out
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_names_that_are_no_utf8_are_stored(cli, data, tmp_path, ending):
+    odd = data / "val" / "cat" / "caf\udce9.png"
+    shutil.copy(data / "val" / "cat" / "0.png", odd)
+    try:
+        assert cli("test", ONNX, "--data", data, "--output", tmp_path / f"p.{ending}", "--quiet")[0] == 0
+    finally:
+        odd.unlink()
+    assert r"cat/caf\udce9.png" in (tmp_path / f"p.{ending}").read_text("utf-8").replace("\\\\", "\\")
+
+
 def test_names_in_csv_are_those_of_files(cli, data, tmp_path):
     odd = data / "val" / "cat" / "a\u202fb.png"
     shutil.copy(data / "val" / "cat" / "0.png", odd)

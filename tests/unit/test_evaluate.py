@@ -394,6 +394,14 @@ def test_an_environment_that_makes_no_sense(monkeypatch, rank, world):
         pass
 
 
+def test_processes_that_cannot_find_each_other(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(UsageError, match="cannot find each other; found no MASTER_PORT"), distributed.join():
+        pass
+
+
 @pytest.mark.parametrize(
     ("environment", "refused"),
     [

@@ -14,8 +14,9 @@ import typer
 from efficientformer.cli.progress import count_bar
 from efficientformer.cli.targets import check_file
 from efficientformer.runtime.engines import ENGINE_KEYS
+from efficientformer.runtime.records import arrow_row
 from efficientformer.spec.errors import UsageError
-from efficientformer.spec.text import printable, storable
+from efficientformer.spec.text import printable
 from efficientformer.spec.whole import write_text
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _tell(evaluation: Evaluation, as_json: bool, quiet: bool) -> None:
 
 
 def _json_lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return "".join(json.dumps(arrow_row(row)) + "\n" for row in rows)
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
@@ -159,7 +160,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv_writer(text)
     writer.writerow(field.name for field in dataclasses.fields(Outcome))
-    writer.writerows([storable(value) if isinstance(value, str) else value for value in row.values()] for row in rows)
+    writer.writerows(arrow_row(row).values() for row in rows)
     return text.getvalue()
 
 

@@ -399,7 +399,8 @@ def _errors(target: Place, path: str, format_: str) -> Any:  # noqa: ANN401 (a p
             if format_ == "parquet":
                 return parquet.read_table(file, columns=["error"])["error"]
             parsing = arrow_json.ParseOptions(explicit_schema=arrow_schema())
-            return arrow_json.read_json(file, arrow_json.ReadOptions(use_threads=False), parsing)["error"]
+            reading = arrow_json.ReadOptions(use_threads=False, block_size=max(1 << 20, file.size()))  # of whole rows
+            return arrow_json.read_json(file, reading, parsing)["error"]
     except (ArrowInvalid, KeyError) as error:
         hint = "Remove it and run again: the same command goes on with the parts that are missing"
         raise EngineError(f"The part {path} is damaged", found=str(error)[:300], hint=hint) from error

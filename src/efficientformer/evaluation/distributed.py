@@ -104,6 +104,9 @@ def join() -> Iterator[Team]:
     if distributed.is_initialized():
         yield Team(distributed.get_rank(), distributed.get_world_size())
         return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        hint = "Start the processes with torchrun, or unset WORLD_SIZE"
+        raise UsageError("The processes cannot find each other", found=f"no {' and no '.join(missing)}", hint=hint)
     distributed.init_process_group("gloo")
     try:
         yield Team(rank, world)
