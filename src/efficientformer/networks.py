@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,7 +13,7 @@ from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import DownloadError, UsageError, require
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
-from efficientformer.spec.zoo import EMBEDDED, Resolved, name_of, names_weights, resolve
+from efficientformer.spec.zoo import EMBEDDED, Resolved, is_file, name_of, names_weights, resolve
 
 if TYPE_CHECKING:
     from efficientformer.data.transform import Transform
@@ -80,7 +79,7 @@ def get_model(
     overrides = Overrides(input_size, num_classes, in_chans, distilled)
     checkpoint: Checkpoint | None = None
     manifest: Manifest | None = None
-    if pretrained is not False or (isinstance(model, str) and os.path.isfile(model)):  # noqa: PTH113 (any name)
+    if pretrained is not False or (isinstance(model, str) and is_file(model)):
         with terminal_progress() as progress:
             checkpoint, manifest = load_named(
                 model, pretrained, offline=offline, progress=progress, num_classes=num_classes

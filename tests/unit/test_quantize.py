@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from efficientformer import Classifier
+from efficientformer import Classifier, get_model
 from efficientformer.cli.quantize import _print
 from efficientformer.export import deployable as building
 from efficientformer.export import quantize as module
@@ -46,6 +46,8 @@ from efficientformer.spec.preprocess import PreprocessSpec
 from efficientformer.spec.variants import v1_spec
 from efficientformer.spec.zoo import resolve
 from efficientformer.weights.cache import Cache
+from efficientformer.weights.embedded import embedded_weights
+from efficientformer.weights.pretrained import load_named
 from tests.unit.test_engines import break_openvino
 from tests.unit.test_packed_sources import write_tar
 
@@ -607,5 +609,8 @@ def test_a_name_is_the_network_whatever_lies_in_the_working_directory(tmp_path, 
         place(tmp_path / name / "model.onnx")
         assert building.file_of(name) is None
         assert building.file_of(f"./{name}") == str(Path(name) / "model.onnx")
-    place(tmp_path / "L3", b"a file")
-    assert building.file_of("L3") is None
+    place(tmp_path / "v2_s0", embedded_weights().read_bytes())
+    assert building.file_of("v2_s0") is None
+    assert get_model("v2_s0").spec.num_classes == 1000
+    assert get_model("./v2_s0").spec.num_classes == 10
+    assert load_named("./v2_s0", True)[1].spec.num_classes == 10

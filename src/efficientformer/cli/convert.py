@@ -41,12 +41,13 @@ def convert(
     from efficientformer.export.deployable import file_of
     from efficientformer.spec.errors import UsageError, require
     from efficientformer.spec.labels import read_names
+    from efficientformer.spec.zoo import is_file
 
     source = file_of(source) or source
     if to is None:
         to = Layout.ONNX if target.suffix == ".onnx" else Layout.NATIVE
     _check_target(target, to, force)
-    if ema and not Path(source).is_file():
+    if ema and not is_file(source):
         raise UsageError("Published weights have no averaged ones beside them", hint="Leave --ema out")
     ours = to in (Layout.NATIVE, Layout.ONNX)
     if half and not ours:
@@ -61,7 +62,7 @@ def convert(
     from efficientformer.weights.progress import terminal_progress
 
     with terminal_progress() as progress:
-        if Path(source).is_file():
+        if is_file(source):
             checkpoint, manifest = load_named(model or source, source, ema=ema or None, progress=progress)
         else:
             _check_same(source, model)

@@ -340,7 +340,7 @@ def _digest(model: str, checkpoint: str | None, engine: str, precision: str) -> 
 
     if engine not in TORCH_ENGINES:
         path = deployable(model, checkpoint=checkpoint, precision=precision, offline=True)  # there already
-    elif not (path := Path(file_of(checkpoint or model) or model)).is_file():
+    elif (file := file_of(checkpoint or model)) is None or not (path := Path(file)).is_file():
         return ""  # a zoo name in torch, whose manifest holds the digest of its weights
     return sha256_of(path)
 

@@ -227,6 +227,11 @@ def is_name(name: str) -> bool:
     return _bare(name) in _names()
 
 
+def is_file(model: str | os.PathLike[str]) -> bool:
+    """Tell whether a model is a file; a name of the zoo is none, whatever lies in the working directory."""
+    return not is_name(os.fspath(model)) and os.path.isfile(model)  # noqa: PTH113 (no error for names no file can have)
+
+
 def is_remote(model: str) -> bool:
     """Tell whether a model's name is an address or a repository of the hub, other than the zoo's."""
     return names_weights(model) and not is_name(model)

@@ -28,7 +28,7 @@ from efficientformer.spec.arch import ArchSpec
 from efficientformer.spec.errors import DataError, ImageError, UsageError
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import PreprocessSpec
-from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, is_remote, resolve
+from efficientformer.spec.zoo import EMBEDDED, FILE_SUFFIXES, is_file, is_remote, resolve
 from efficientformer.training.recipe import Recipe
 from efficientformer.training.subject import Note, Subject
 from efficientformer.training.task import Distilled, Supervised, Task, balanced_weights
@@ -281,10 +281,10 @@ def build_network(
     Raises:
         CheckpointError, DownloadError, SpecError: If the weights cannot be had, or do not fit.
     """
-    is_file = is_remote(recipe.model) or recipe.model.endswith(FILE_SUFFIXES) or Path(recipe.model).is_file()
+    of_file = is_remote(recipe.model) or recipe.model.endswith(FILE_SUFFIXES) or is_file(recipe.model)
     checkpoint = None
-    if recipe.pretrained or (is_file and recipe.spec is None):  # a file says at least what network it is
-        found, manifest = load_named(recipe.model, recipe.model if is_file else True)
+    if recipe.pretrained or (of_file and recipe.spec is None):  # a file says at least what network it is
+        found, manifest = load_named(recipe.model, recipe.model if of_file else True)
         checkpoint = found if recipe.pretrained else None
         spec, preprocess = recipe.arch or manifest.spec, manifest.preprocess
     else:
@@ -304,7 +304,7 @@ def build_network(
             note(str(warning.message))
         if not reset:
             _note_other_split(divided or recipe, manifest, note)
-    name = recipe.model if is_remote(recipe.model) or not is_file else Path(recipe.model).name
+    name = recipe.model if is_remote(recipe.model) or not of_file else Path(recipe.model).name
     provenance = {
         "model": "custom" if recipe.spec is not None else name,
         "source": "trained",

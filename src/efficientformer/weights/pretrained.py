@@ -16,7 +16,7 @@ from efficientformer.spec.fields import as_pair, as_plain
 from efficientformer.spec.labels import label_names
 from efficientformer.spec.manifest import Manifest
 from efficientformer.spec.preprocess import IMAGENET_MEAN, PreprocessSpec
-from efficientformer.spec.zoo import EMBEDDED, LAYOUT_PREPROCESS, ModelCard, WeightsSource, is_name, is_remote, resolve
+from efficientformer.spec.zoo import EMBEDDED, LAYOUT_PREPROCESS, ModelCard, WeightsSource, is_file, is_remote, resolve
 from efficientformer.weights.beside import known_labels, read_beside
 from efficientformer.weights.checkpoint import Checkpoint, WeightsWarning, load_checkpoint
 from efficientformer.weights.download import fetch
@@ -182,7 +182,7 @@ def load_named(
         if pretrained is True:
             raise UsageError("A spec has no published weights", hint="Give a file: pretrained='FILE'")
         path, card = Path(str(pretrained)), None
-    elif not is_name(model) and os.path.isfile(model):  # noqa: PTH113 (no error for names no file can have)
+    elif is_file(model):
         path, card = Path(model), None
     else:
         found = resolve(model)
