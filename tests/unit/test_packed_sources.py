@@ -7,11 +7,12 @@ import pickle
 import struct
 import tarfile
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from efficientformer.data.sources import find_parts, open_source, open_splits
+from efficientformer.data.sources import _holds_shards, find_parts, open_source, open_splits
 from efficientformer.runtime.image import decode
 from efficientformer.spec.errors import DataError, ImageError
 from tests.unit.test_sources import PICTURE, encoded, labelled, put
@@ -179,7 +180,7 @@ def test_several_archives_in_one_file_are_refused(tmp_path):
         open_source(tmp_path / "both")
 
 
-def test_what_lies_beside_whole_shards_is_named(tmp_path):
+def test_what_lies_beside_whole_shards_is_named(tmp_path, monkeypatch):
     write_tar(tmp_path / "0.tar", [("0.png", PICTURE), ("0.cls", b"0")])
     write_tar(tmp_path / "1.TAR", [("1.png", PICTURE), ("1.cls", b"0")])
     put(tmp_path, "2.tar.gz", "classes.md")
@@ -188,6 +189,8 @@ def test_what_lies_beside_whole_shards_is_named(tmp_path):
     source = open_source(tmp_path)
     assert len(source) == 2
     assert source.notes[-1] == "left out: '2.tar.gz', 'sub/'"
+    monkeypatch.setattr("efficientformer.data.sources.list_folder", Mock(side_effect=DataError("Cannot list")))
+    assert not _holds_shards(tmp_path / "sub")
 
 
 def test_a_shard_cut_after_listing_is_an_image_error(tmp_path):

@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from efficientformer.spec import whole
 from efficientformer.spec.whole import half_written, hidden_file, whole_file, write_text
 
 
@@ -62,6 +64,13 @@ def test_a_text_replaces_an_earlier_one_when_it_is_whole(tmp_path, monkeypatch):
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "half" + "\udce9")
     assert path.read_text() == "before"
+    (tmp_path / "link.json").symlink_to(path)
+    write_text(tmp_path / "link.json", "after")
+    assert (path.read_text(), (tmp_path / "link.json").is_symlink()) == ("after", True)
+    monkeypatch.setattr("os.access", lambda at, mode: at != tmp_path)  # for root too, who may run the tests
+    monkeypatch.setattr(whole, "hidden_file", Mock(side_effect=PermissionError))
+    write_text(path, "in place")
+    assert path.read_text() == "in place"
     read, write = os.pipe()
     write_text(Path(f"/dev/fd/{write}"), "as it is")
     assert os.read(read, 100) == b"as it is"

@@ -306,6 +306,13 @@ def _is_shard(name: str) -> bool:
     return name.lower().endswith(".tar")
 
 
+def _holds_shards(path: Path) -> bool:
+    try:
+        return any(map(_is_shard, list_folder(path).files))
+    except DataError:  # what cannot be read is nobody's data
+        return False
+
+
 def _can_be_set(folder: Folder) -> bool:
     """Tell whether a folder can be a labelled set of its own; the pictures of a test without labels are none."""
     if folder.pictures:
@@ -318,7 +325,7 @@ def _open_whole(folder: Folder) -> ImageSource:
     shards = [folder.path / name for name in folder.files if _is_shard(name)]
     if shards and not folder.pictures and not any(first_picture(folder.path, name) for name in folder.folders):
         source = open_shards(shards)  # beside pictures they are what these were unpacked from
-        within = [f"{name}/" for name in folder.folders if any(map(_is_shard, list_folder(folder.path / name).files))]
+        within = [f"{name}/" for name in folder.folders if _holds_shards(folder.path / name)]
         beside = [*(name for name in folder.files if _ARCHIVE.search(name) and not _is_shard(name)), *within]
         if beside:
             source.notes = (*source.notes, f"left out: {some(beside)}")

@@ -53,16 +53,19 @@ def half_written(path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text as UTF-8: a file whole or not at all, so that an earlier one is not lost; a pipe or device as it is.
+    """Write a text as UTF-8: a file whole or not at all, so that an earlier one is not lost.
+
+    A pipe or a device is written as it is, as is a file in a folder that takes no other, and a link stays one.
 
     Raises:
         UsageError: If it cannot be written.
     """
     with named_by(path):
-        if path.exists() and not path.is_file():
+        target = Path(os.path.realpath(path))
+        if path.exists() and not (path.is_file() and os.access(target.parent, os.W_OK)):
             path.write_text(text, "utf-8")
             return
-        with whole_file(path) as temporary:
+        with whole_file(target) as temporary:
             temporary.write_text(text, "utf-8")
 
 
