@@ -2,12 +2,12 @@
 
     efficientformer train recipes/cifar10.py --data cifar10 -o runs/cifar10
     efficientformer train recipes/cifar10_cutmix.py -m runs/cifar10/last.safetensors --data cifar10 -o runs/cutmix
-    ...                                                                # the three parts of cifar10_both.py
+    ...                                                                # three more parts: cifar10_cutmix.py says which
     python tools/embed.py runs/final --data originals
     efficientformer test efficientformer_cifar10 --data cifar10        # the network in the package, as users run it
 
 ``cifar10`` holds ``train/CLASS/*`` and ``test/CLASS/*`` as JPEG, ``originals`` the same pictures without loss and
-``both`` both (cifar10_both.py says where from). The weights taken are the last ones, averaged over the last
+``both`` both (cifar10_cutmix.py says where from). The weights taken are the last ones, averaged over the last
 epochs; no epoch is chosen by its test figure. What it reached is in docs/embedded.md.
 """
 

@@ -1,4 +1,4 @@
-"""Averages the weights of two checkpoints of one network: a point between them, better calibrated, or to train on from.
+"""Averages the weights of two checkpoints of one network: a point between them, to train on from.
 
     python tools/average.py FIRST.safetensors SECOND.safetensors BETWEEN.safetensors --share 0.75 --data DIR
 

@@ -23,7 +23,7 @@ from efficientformer.weights.checkpoint import load_checkpoint, save_native
 from efficientformer.weights.pretrained import build
 
 ASSETS = Path(str(files("efficientformer") / "assets"))
-RECIPE = "recipes/cifar10.py, cifar10_cutmix.py, cifar10_both.py"
+RECIPE = "recipes/cifar10.py, then four times recipes/cifar10_cutmix.py"
 DATA = "CIFAR-10"
 
 

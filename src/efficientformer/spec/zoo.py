@@ -375,5 +375,5 @@ def _v2_cards() -> tuple[ModelCard, ...]:
 
 
 def _cifar10_card() -> ModelCard:
-    training = "CIFAR-10, recipes/cifar10.py, cifar10_cutmix.py, cifar10_both.py"
+    training = "CIFAR-10, recipes/cifar10.py, then four times recipes/cifar10_cutmix.py"
     return ModelCard(EMBEDDED, VARIANTS[EMBEDDED], "cifar10", (), training=training)
