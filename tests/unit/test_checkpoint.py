@@ -264,6 +264,12 @@ def from_ours_without_counters(state):
     return {n: t for n, t in from_ours(state, "timm", V1).items() if not n.endswith("num_batches_tracked")}
 
 
+def test_names_of_classes_that_are_no_utf8_are_kept(tmp_path):
+    labels = ("caf\udce9", "猫", *map(str, range(V1.num_classes - 2)))
+    save_native(tmp_path / "a.safetensors", random_state(V1), manifest(V1, labels=labels))
+    assert load_checkpoint(tmp_path / "a.safetensors").manifest.labels == labels
+
+
 class TestTrainingCheckpoints:
     @pytest.mark.parametrize(("ema", "which"), [(None, 0), (False, 0), (True, 1)])
     def test_plain_or_averaged_weights(self, ema, which, tmp_path, recwarn):
@@ -329,7 +335,9 @@ class TestTrainingCheckpoints:
         state = random_state(V1)
         theirs = {f"module.{name}": tensor for name, tensor in from_ours(state, "timm", V1).items()}
         torch.save({"n_averaged": torch.tensor(7), **theirs}, tmp_path / "a.pth")
-        assert equal(load_checkpoint(tmp_path / "a.pth").state, state)
+        checkpoint = load_checkpoint(tmp_path / "a.pth")
+        assert equal(checkpoint.state, state)
+        assert any("left out 'n_averaged'" in note for note in checkpoint.report.notes)
 
     @pytest.mark.parametrize("how", ["single", "half", "half, long"])
     def test_integers_that_scripts_made_floats(self, how, tmp_path):
@@ -338,7 +346,9 @@ class TestTrainingCheckpoints:
         if how == "half, long":
             theirs = {n: t + 100_000 if n.endswith("num_batches_tracked") else t for n, t in theirs.items()}
         torch.save({n: t.float() if how == "single" else t.half() for n, t in theirs.items()}, tmp_path / "a.pth")
-        found = load_checkpoint(tmp_path / "a.pth").state
+        checkpoint = load_checkpoint(tmp_path / "a.pth")
+        found = checkpoint.state
+        assert "tensors of integers that were floating point" in checkpoint.report.notes[-1]
         for name, tensor in state.items():
             counter = name.endswith("num_batches_tracked")
             assert found[name].dtype == (torch.int64 if counter else torch.float32)
@@ -349,7 +359,9 @@ class TestTrainingCheckpoints:
         state = random_state(V1)
         few = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
         torch.save(from_ours_without_counters(state), tmp_path / "a.pth")
-        found = load_checkpoint(tmp_path / "a.pth").state
+        checkpoint = load_checkpoint(tmp_path / "a.pth")
+        found = checkpoint.state
+        assert f"{len(state) - len(few)} counters of batches are not in the file" in checkpoint.report.notes[-1]
         assert equal({name: found[name] for name in few}, few)
         assert all(int(found[name]) == 0 for name in state.keys() - few.keys())
         with pytest.raises(CheckpointError, match="missing"):

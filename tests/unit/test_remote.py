@@ -250,7 +250,9 @@ def test_verbs_take_them(hub, cli, tmp_path):
     assert (code, "only networks of the zoo" in err.lower()) == (2, True)
 
 
-@pytest.mark.parametrize("name", ["my%20net.pth", "_best.pth", "net(1).pth", "%E7%B6%B2.pth"])
+@pytest.mark.parametrize(
+    "name", ["my%20net.pth", "model_best.pth.tar", "last.ckpt", "_best.pth", "net(1).pth", "%E7%B6%B2.pth"]
+)
 def test_an_address_may_have_a_name_that_the_cache_does_not_take(hub, name):
     hub.files["me/web"] = {name: hub.files["me/pets"]["pytorch_model.bin"]}
     assert get_model(f"{hub.url}/me/web/resolve/main/{name}").stem.conv1.conv.weight.shape[1] == 3

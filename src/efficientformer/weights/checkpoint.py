@@ -111,7 +111,7 @@ def load_checkpoint(
         how = f"For the others: efficientformer convert --ema {shlex.quote(str(path))} FILE"
         text = f"{path.name} holds averaged (EMA) weights too; took the plain ones. {how}"
         warnings.warn(text, WeightsWarning, stacklevel=2)
-    report = dataclasses.replace(report, notes=notes)
+    report = dataclasses.replace(report, notes=(*notes, *report.notes))
     return Checkpoint(state, spec, layout, manifest, report, file.sha256, file.labels)
 
 

@@ -29,13 +29,13 @@ def without_prefixes(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple
         prefix = f"{first.pop()}." if len(first) == 1 else ""
         if len(prefix) < 2 or not all(name.startswith(prefix) or name == _AVERAGED for name in state):
             break
+        notes += (f"left out {_AVERAGED!r}, how often was averaged",) if _AVERAGED in state else ()
         state = {name.removeprefix(prefix): value for name, value in state.items() if name != _AVERAGED}
         notes += (f"cut {prefix!r} ({_WRAPPERS.get(prefix, 'a wrapper')}) off {len(state)} names",)
-    if not _fits(state):
-        for prefix, library in _BODIES.items():
-            if _fits([prefix + name for name in state]):
-                note = f"put {prefix!r} before {len(state)} names: they are of a body of {library}"
-                return {prefix + name: value for name, value in state.items()}, (*notes, note)
+    for prefix, library in _BODIES.items():
+        whole = {prefix + name: value for name, value in state.items()}
+        if not _fits(state) and _fits(whole):
+            return whole, (*notes, f"put {prefix!r} before {len(state)} names: they are of a body of {library}")
     return state, notes
 
 

@@ -69,7 +69,7 @@ def to_ours(
         spec: The network they make up.
         headless: Whether its heads may be missing, all of them.
         lenient: Whether integers may be what scripts that average or halve whole files make of them: floating point,
-            cut off, or missing. Counters of batches begin at 0 then.
+            cut off, or missing. Counters of batches begin at 0 then. The report's notes say so.
 
     Returns:
         Our state dict, and the report; the former is complete only if ``report.check()`` raises nothing.
@@ -79,10 +79,8 @@ def to_ours(
     """
     ours: dict[str, Tensor] = {}
     mapped, dropped, missing, mismatched = [], [], [], []
-    rest = dict(state)
     listing = entries(get_layout(layout, spec.family), spec)
-    if lenient:
-        rest = _with_integers(rest, listing)
+    rest, notes = _with_integers(state, listing) if lenient else (dict(state), ())
     for entry in listing:
         tensor = rest.pop(entry.theirs, None)
         if tensor is None:
@@ -105,20 +103,22 @@ def to_ours(
     heads = [entry.theirs for entry in listing if entry.ours.startswith(HEADS)]
     if headless and set(heads) <= set(missing):
         missing = [name for name in missing if name not in heads]
-    report = Report(tuple(mapped), tuple(dropped), tuple(missing), tuple(rest), tuple(mismatched))
+    report = Report(tuple(mapped), tuple(dropped), tuple(missing), tuple(rest), tuple(mismatched), notes)
     return ours, report
 
 
-def _with_integers(state: Mapping[str, Tensor], listing: Sequence[Entry]) -> dict[str, Tensor]:
-    """Return a state dict with its integers as such, and with every counter of batches."""
-    found = dict(state)
+def _with_integers(state: Mapping[str, Tensor], listing: Sequence[Entry]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return a state dict with integers as such and every counter of batches, and notes on what was changed."""
+    found, rounded, added = dict(state), 0, 0
     for entry in listing:
-        if not entry.floating and entry.theirs in found:
-            tensor = found[entry.theirs]
-            found[entry.theirs] = tensor.round().to(torch.int64) if tensor.is_floating_point() else tensor
-        elif entry.ours.endswith(COUNTER):
-            found[entry.theirs] = torch.zeros(entry.shape, dtype=torch.int64)
-    return found
+        tensor = found.get(entry.theirs)
+        if tensor is None and entry.ours.endswith(COUNTER):
+            found[entry.theirs], added = torch.zeros(entry.shape, dtype=torch.int64), added + 1
+        elif tensor is not None and not entry.floating and tensor.is_floating_point():
+            found[entry.theirs], rounded = tensor.round().to(torch.int64), rounded + 1
+    notes = (f"rounded {rounded} tensors of integers that were floating point",) if rounded else ()
+    missing = (f"{added} counters of batches are not in the file: they begin at 0",) if added else ()
+    return found, notes + missing
 
 
 def from_ours(state: Mapping[str, Tensor], layout: str, spec: ArchSpec) -> dict[str, Tensor]:
