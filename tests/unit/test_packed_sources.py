@@ -404,6 +404,12 @@ def test_names_in_a_cifar_pickle_that_are_no_text_are_refused_at_once(tmp_path):
     folder = cifar(tmp_path, "cifar-10-batches-py")[0]
     endless = b")" + b"".join(b"q%ch%ch%c\x86" % (n, n, n) for n in range(30))
     (folder / "batches.meta").write_bytes(b"\x80\x02}" + python_2(b"label_names") + b"](" + endless + b"es.")
+    with pytest.raises(DataError, match=" tuples"):
+        open_source(folder, "train")
+    (folder / "batches.meta").write_bytes(b"\x80\x02}" + endless + b"K\x00s.")  # as a key: its hash is as long
+    with pytest.raises(DataError, match="tuples"):
+        open_source(folder, "train")
+    (folder / "batches.meta").write_bytes(b"\x80\x02}" + python_2(b"label_names") + b"](K\x07es.")
     with pytest.raises(DataError, match="a list of names"):
         open_source(folder, "train")
 

@@ -127,6 +127,7 @@ def _binary_names(path: Path) -> tuple[str, ...]:
     return _checked(path, [line.strip() for line in text.splitlines() if line.strip()])
 
 
+_MAX_TUPLES = 20  # an array takes five; each that holds another twice doubles what a hash or a text of it takes
 _ARRAY_NAMES = ("_reconstruct", "ndarray", "dtype")
 
 
@@ -156,10 +157,14 @@ class _Reader(pickle.Unpickler):
 
 
 def _check_claims(data: bytes) -> None:
-    """Raise UnpicklingError for a pickle that Python would take memory for before it finds it cut short."""
+    """Raise UnpicklingError for a pickle that Python would take memory for, or time, before it finds it wrong."""
+    tuples = 0
     for opcode, argument, _ in pickletools.genops(data):  # which reads what there is, whatever is claimed
         if "PUT" in opcode.name and isinstance(argument, int) and argument > len(data):
             raise pickle.UnpicklingError(f"a claim of {argument:,} values")
+        tuples += "TUPLE" in opcode.name
+    if tuples > _MAX_TUPLES:
+        raise pickle.UnpicklingError(f"{tuples:,} tuples")
 
 
 def _unpickle(path: Path) -> dict[Any, Any]:
