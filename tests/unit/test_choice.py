@@ -13,6 +13,7 @@ import pytest
 from efficientformer import Classifier
 from efficientformer.export.deployable import embedded_file
 from efficientformer.runtime import choice as module
+from efficientformer.runtime import classifier
 from efficientformer.runtime.choice import choose
 from efficientformer.runtime.classifier import Failed
 from efficientformer.runtime.engines.openvino import OpenVinoEngine
@@ -177,6 +178,21 @@ def test_a_picture_without_numbers_fails_alone():
     assert "no numbers for this picture" in str(second.error)
     with pytest.raises(ImageError, match="no numbers for this picture"):
         classify(white)
+
+
+def test_a_picture_that_memory_does_not_hold_fails_alone(monkeypatch):
+    crop = classifier.resize_crop
+
+    def short(image, spec):
+        if image.width == 33:
+            raise MemoryError
+        return crop(image, spec)
+
+    monkeypatch.setattr(classifier, "resize_crop", short)
+    large = np.zeros((33, 33, 3), np.uint8)
+    first, second, third = Classifier(engine="onnxruntime").predict([PHOTO, large, PHOTO])
+    assert first.name == third.name == "cat"
+    assert "Too little memory" in str(second.error)
 
 
 def test_numbers_in_half_precision_alone_are_none():

@@ -127,10 +127,14 @@ def main() -> None:
 
 
 def _print_error(text: str) -> None:
-    """Print an error on standard error; what it quotes from files and servers moves no cursor."""
+    _tell(f"error: {text}", "red")
+
+
+def _tell(text: str, colour: str) -> None:
+    """Print lines on standard error; what they quote from files and servers moves no cursor."""
     from efficientformer.spec.text import printable
 
-    typer.secho("error: " + "\n".join(map(printable, text.split("\n"))), fg="red", err=True)
+    typer.secho("\n".join(map(printable, text.split("\n"))), fg=colour, err=True)
 
 
 def _drop_output() -> None:
@@ -149,9 +153,7 @@ def _leave_at_once() -> None:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    from efficientformer.spec.text import printable
-
-    typer.secho(printable(f"warning: {message}"), fg="yellow", err=True)
+    _tell(f"warning: {message}", "yellow")
 
 
 if __name__ == "__main__":

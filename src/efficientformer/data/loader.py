@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, Dataset
 from efficientformer.data.augment import Augmentation, Normaliser, SampleAugment, pad_images, shift_flip
 from efficientformer.data.draws import DrawPlan, Draws
 from efficientformer.data.source import ImageSource, Subset
-from efficientformer.runtime.preprocess import resize_crop
 from efficientformer.spec.errors import DataError, ImageError
 from efficientformer.spec.preprocess import PreprocessSpec
 
@@ -335,7 +334,7 @@ def decode_all(
 
     def load(index: int) -> str:
         try:
-            image = resize_crop(source.image(index, preprocess), preprocess)
+            image = source.cropped(index, preprocess)
             pixels = np.asarray(image).reshape(height, width, -1)  # (H, W, C)
         except ImageError as error:
             return str(error)

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from efficientformer.runtime.image import decode
+from efficientformer.runtime.image import decode, in_turn_if_large
+from efficientformer.runtime.preprocess import resize_crop
 from efficientformer.spec.preprocess import PreprocessSpec
 
 
@@ -54,6 +55,15 @@ class ImageSource(ABC):
             ImageError: If it cannot be read.
         """
         return decode(self.read(index), mode=preprocess.mode, exif=preprocess.exif, name=self.name(index))
+
+    def cropped(self, index: int, preprocess: PreprocessSpec) -> Image.Image:
+        """Return a picture decoded, resized and cropped to a network's input; large ones wait for each other.
+
+        Raises:
+            ImageError: If it cannot be read.
+        """
+        with in_turn_if_large():
+            return resize_crop(self.image(index, preprocess), preprocess)
 
     def digest(self) -> str:
         """Return a SHA-256 of every name and label: which data this is, not what the pictures show."""

@@ -17,9 +17,8 @@ from efficientformer.data.source import ImageSource
 from efficientformer.evaluation.metrics import Metrics, Scores
 from efficientformer.evaluation.result import Evaluation, Mistake, Outcome, Skipped, worst_of
 from efficientformer.runtime.engines import Engine
-from efficientformer.runtime.image import in_turn_if_large
 from efficientformer.runtime.pipeline import AHEAD, in_order
-from efficientformer.runtime.preprocess import normalise, resize_crop
+from efficientformer.runtime.preprocess import normalise
 from efficientformer.runtime.processor import available_cores
 from efficientformer.spec.errors import DataError, ImageError, UsageError
 from efficientformer.spec.fields import check_count
@@ -156,8 +155,7 @@ def _prepared(
 
 def _prepare(source: ImageSource, index: int, spec: PreprocessSpec) -> _Ready | Skipped:
     try:
-        with in_turn_if_large():
-            image = resize_crop(source.image(index, spec), spec)
+        image = source.cropped(index, spec)
         return _Ready(index, image, normalise([image], spec))
     except ImageError as error:
         return Skipped(source.name(index), str(error))

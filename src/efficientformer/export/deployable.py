@@ -18,6 +18,7 @@ from efficientformer.spec.zoo import (
     FILE_SUFFIXES,
     ModelCard,
     WeightsSource,
+    is_file,
     is_name,
     is_remote,
     networks_in,
@@ -204,7 +205,7 @@ def file_of(model: str, *, offline: bool | None = None) -> str | None:
             return str(fetch_remote(model, offline=offline, progress=progress))
     if is_name(model):  # ./l1 is a file or folder, l1 the network
         return None
-    if _is_file(model):
+    if is_file(model) or (model.endswith(FILE_SUFFIXES) and not os.path.isdir(model)):  # noqa: PTH112 (as below)
         return model
     if model and os.path.isfile(_inside(model)):  # noqa: PTH113 (as below)
         return str(_inside(model))
@@ -228,12 +229,6 @@ def _require_quantised(path: Path | None, name: str) -> Path:
         expected="an int8 file made on your pictures",
         hint=f"Make it: efficientformer quantize {name} --data PICTURES --output {Path(name).stem}-int8",
     )
-
-
-def _is_file(name: str) -> bool:
-    """Whether a model name is a file: one that exists, or one that is plainly meant as a path."""
-    # no error for names no file can have, as Path's own methods raise
-    return os.path.isfile(name) or (name.endswith(FILE_SUFFIXES) and not os.path.isdir(name))  # noqa: PTH112, PTH113
 
 
 def _existing(file: Path) -> Path:

@@ -170,7 +170,7 @@ class EngineClassifier:
             picture: A path, the bytes of a file, an open binary file, a Pillow image, or a uint8 array in RGB order.
 
         Raises:
-            ImageError: If it is no readable picture.
+            ImageError: If it is no readable picture, or the network gives no numbers for it alone.
             EngineError: If the network gives no numbers.
         """
         (scores,) = self._scores(self._engine, [self._prepare(picture, "exact")])
@@ -254,8 +254,6 @@ class EngineClassifier:
             return self._prepare(picture, how)
         except ImageError as error:
             return Failed(error, _name_of(picture))
-        except MemoryError:
-            return Failed(ImageError("Too little memory for this picture"), _name_of(picture))
 
     def _prediction(self, scores: npt.NDArray[np.float32], name: str) -> Prediction | Failed:
         """Return what a network that is sound says of a picture: of one, it may be no numbers."""
@@ -268,9 +266,9 @@ class EngineClassifier:
     def _prepare(self, picture: Source | Input, how: str) -> Image.Image:
         """Decode and crop, so that a batch holds small pictures only."""
         spec = self.manifest.preprocess
-        name, source = (picture.name, picture.read()) if isinstance(picture, Input) else ("", picture)
         shrink_for = spec if how == "fast" else None
         with in_turn_if_large():
+            name, source = (picture.name, picture.read()) if isinstance(picture, Input) else ("", picture)
             return resize_crop(decode(source, mode=spec.mode, exif=spec.exif, name=name, shrink_for=shrink_for), spec)
 
     def _scores(self, engine: Engine, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:

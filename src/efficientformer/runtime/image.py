@@ -225,12 +225,17 @@ def in_turn_if_large() -> Iterator[None]:
     """Let one thread of a process at a time hold a large picture that is decoded within, to the end of the block.
 
     Threads that each hold one would take memory in proportion to the cores.
+
+    Raises:
+        ImageError: If memory runs out within.
     """
     outer = _large.block
     with contextlib.ExitStack() as block:
         _large.block = block
         try:
             yield
+        except MemoryError as error:
+            raise ImageError("Too little memory for this picture", hint="Scale it down first") from error
         finally:
             _large.block = outer
 

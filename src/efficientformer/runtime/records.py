@@ -36,7 +36,7 @@ def record(path: str, prediction: Prediction | None, error: str, top_k: int) -> 
 
 
 def arrow_row(record: Record) -> Record:
-    """Return a record as a row of ``arrow_schema``, which takes no other text than UTF-8, as readers of JSON do."""
+    """Return a record, or another flat row, in UTF-8: Arrow takes no other text, nor do readers of JSON and CSV."""
     return {name: storable(value) if isinstance(value, str) else value for name, value in record.items()}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from efficientformer.data.loader import Batch, Loader
 from efficientformer.data.source import ImageSource
 from efficientformer.models.network import EfficientFormer
-from efficientformer.runtime.preprocess import normalise, resize_crop
+from efficientformer.runtime.preprocess import normalise
 from efficientformer.slimming.channels import Order, by_importance
 from efficientformer.slimming.extract import Pool, frozen_parts
 from efficientformer.slimming.space import Candidate
@@ -60,7 +60,7 @@ class Pictures:
         images, kept = [], []
         for index in indices.tolist():
             try:
-                images.append(resize_crop(source.image(index, preprocess), preprocess))
+                images.append(source.cropped(index, preprocess))
             except ImageError:  # named in the training's log
                 continue
             kept.append(index)
